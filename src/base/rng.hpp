@@ -1,0 +1,28 @@
+#pragma once
+#include <cstdint>
+#include <string_view>
+
+namespace upcycle {
+
+/// Counter-based random numbers (Philox4x32-10, Salmon et al., SC'11): a pure function of (seed, stream name, index).
+/// The same element gets the same number on any rank and in any order; nothing is stored, nothing advances.
+class Random {
+ public:
+  /// `stream` names what is drawn, e.g. a tensor's name with a purpose: "model.layers.0.mlp.gate.weight/router".
+  Random(uint64_t seed, std::string_view stream);
+
+  /// 64 random bits of element `index`.
+  uint64_t bits(uint64_t index) const noexcept;
+  /// Uniform in [0, 1), 53 bits.
+  double uniform(uint64_t index) const noexcept;
+  /// Standard normal (Box-Muller on one Philox block per element).
+  double normal(uint64_t index) const noexcept;
+  /// Uniform integer in [0, bound), bound > 0, without bias worth naming (64-bit multiply-shift).
+  uint64_t below(uint64_t bound, uint64_t index) const noexcept;
+
+ private:
+  uint64_t key_;
+  uint64_t stream_;
+};
+
+}  // namespace upcycle

@@ -1,0 +1,6 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+namespace upcycle {
+using at::Tensor;
+}

@@ -1,0 +1,44 @@
+#pragma once
+#include <c10/core/ScalarType.h>
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "checkpoint/manifest.hpp"
+#include "checkpoint/piece.hpp"
+
+namespace upcycle {
+
+struct StoredTensor {
+  std::string file;
+  at::ScalarType dtype;
+  Shape shape;
+};
+
+/// Reads boxes of global tensors, on any layout, each rank by itself (independent reads; nothing here is collective).
+class CheckpointReader {
+ public:
+  /// Throws UserError for a missing folder, manifest or file, a file of the wrong size, an unknown schema version.
+  explicit CheckpointReader(const std::filesystem::path& folder);
+  ~CheckpointReader();
+  CheckpointReader(CheckpointReader&&) noexcept;
+
+  const std::filesystem::path& folder() const noexcept;
+  const Manifest& manifest() const noexcept;
+  /// All tensors of `file` ("weights.h5", "optimizer.h5"), by name; empty when the checkpoint has no such file.
+  const std::map<std::string, StoredTensor>& tensors(const std::string& file) const;
+
+  /// Fills each piece's `local` (allocated by the caller, any strides, CPU or CUDA) with its box. The stored dtype may differ
+  /// from local's: values are converted (round to nearest even). Throws UserError naming tensor, file and shapes when they disagree.
+  void fill(const std::string& file, std::span<Piece> pieces) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace upcycle

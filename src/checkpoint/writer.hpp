@@ -1,0 +1,39 @@
+#pragma once
+#include <filesystem>
+#include <memory>
+#include <span>
+
+#include "checkpoint/manifest.hpp"
+#include "checkpoint/piece.hpp"
+#include "parallel/communicator.hpp"
+
+namespace upcycle {
+
+/// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank its boxes. Whole or absent:
+/// all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer destroyed before commit(), or
+/// after an error, removes the partial folder (best effort).
+class CheckpointWriter {
+ public:
+  /// **Collective.** Throws UserError when `folder` exists or its parent can't be written.
+  CheckpointWriter(std::filesystem::path folder, const Communicator& world);
+  ~CheckpointWriter();
+  CheckpointWriter(const CheckpointWriter&) = delete;
+  CheckpointWriter& operator=(const CheckpointWriter&) = delete;
+
+  /// **Collective.** One file of the checkpoint, e.g. "weights.h5". `pieces`: this rank's, of any number of tensors; all ranks'
+  /// together must cover every tensor exactly once. Dtypes of one tensor agree. Throws UserError with the file when the disk
+  /// is full, on all ranks.
+  void add(const std::string& file, std::span<const Piece> pieces);
+
+  /// **Collective.** Further small files (certificate.json, tokenizer files, config.json); rank 0's content is written.
+  void add_text(const std::string& file, const std::string& content);
+
+  /// **Collective.** Completes `manifest` (files, tensors), writes it, makes all durable, renames.
+  void commit(Manifest manifest);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace upcycle

@@ -1,0 +1,166 @@
+#pragma once
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace upcycle {
+
+/// A run as its user describes it: one TOML file, the same words. Defaults here are the defaults of the program.
+/// How each field is read, checked and written is said once, in run_config.cpp (`describe`).
+
+enum class Transport { automatic, nccl, mpi };
+struct RunSection {
+  std::string name = "run";
+  std::string directory;               ///< default: runs/<name>
+  int64_t seed = 1234;
+  std::string timeout = "10min";       ///< number with s, min or h
+  Transport transport = Transport::automatic;
+  std::string device = "auto";         ///< auto | cpu | cuda
+  std::string signal = "USR2";         ///< asks for "save and leave with code 75"; TERM always does, too
+};
+
+struct SourceSection {
+  std::string model;                   ///< Hugging Face directory or checkpoint of ours
+  std::string architecture;            ///< config.json; alone: random initialisation
+  std::string tokenizer;               ///< directory; default: the model's
+};
+
+struct MoeSection {
+  int64_t experts = 0;                 ///< N; 0: no experts asked for
+  int64_t top_k = 2;                   ///< K
+  int64_t granularity = 1;             ///< G
+  bool pre_softmax = false;            ///< weights are softmax probabilities over all experts, not renormalised
+  std::string layers_text = "all";     ///< "all", "every:2", "first-dense:1", or a list "[0, 1, 2]" of MoE layers
+  double max_parameters = 140e9;
+};
+
+enum class Scaling { exact, cube_root, none };
+enum class DropIndices { shared, per_matrix };
+struct UpcycleSection {
+  Scaling scaling = Scaling::exact;
+  double router_logit_std = 1.4;
+  double noise = 0.0;
+  double drop = 0.0;
+  DropIndices drop_indices = DropIndices::shared;
+  bool certify = true;
+  int64_t certify_tokens = 512;        ///< tokens of the function-level certificate
+};
+
+enum class Precision { bf16, fp32 };
+enum class Recompute { none, selective, full };
+enum class NanPolicy { skip, stop };
+struct TrainSection {
+  int64_t steps = 1000;
+  int64_t sequence = 4096;
+  int64_t global_batch = 128;          ///< sequences per step over all ranks
+  int64_t micro_batch = 1;             ///< sequences at a time on one rank
+  Precision precision = Precision::bf16;
+  Recompute recompute = Recompute::none;
+  NanPolicy nan_policy = NanPolicy::skip;
+  int64_t nan_limit = 10;              ///< skipped steps after which the run stops
+};
+
+enum class Schedule { constant, linear, cosine, inverse_sqrt, wsd };
+struct OptimizerSection {
+  double lr = 1e-4;
+  double min_lr = 0.0;
+  Schedule schedule = Schedule::cosine;
+  int64_t warmup = 0;                  ///< steps
+  int64_t decay = 0;                   ///< wsd: steps of the final descent
+  double weight_decay = 0.1;
+  std::array<double, 2> betas = {0.9, 0.95};
+  double eps = 1e-8;
+  double clip = 1.0;                   ///< 0: no clipping
+  std::optional<double> router_lr_scale;  ///< default 0.1 for granularity > 1, else 1
+};
+
+enum class BalanceScope { batch, sequence, global };
+struct BalanceSection {
+  double aux = 1e-3;
+  BalanceScope scope = BalanceScope::batch;
+  double z = 0.0;
+  double bias_rate = 0.0;
+  double capacity_factor = 0.0;
+};
+
+struct Blend {
+  double weight = 1.0;
+  std::string prefix;                  ///< prefix of .bin/.idx, or "mock"
+  bool operator==(const Blend&) const = default;
+};
+struct DataSection {
+  std::vector<Blend> train;            ///< [[weight, prefix], ...]
+  std::vector<Blend> validation;       ///< empty: the second share of `split`
+  std::array<int64_t, 3> split = {99990, 8, 2};
+};
+
+struct ParallelSection {
+  int64_t tensor = 1;
+  int64_t context = 1;
+  int64_t pipeline = 1;
+  int64_t virtual_stages = 1;
+  int64_t expert = 1;
+  int64_t expert_tensor = 1;
+  int64_t zero = 0;
+};
+
+struct CheckpointSection {
+  int64_t every = 500;
+  int64_t keep = 3;
+  int64_t keep_every = 0;
+  bool asynchronous = false;
+};
+
+struct ValidateSection {
+  int64_t every = 0;                   ///< 0: never
+  int64_t batches = 20;                ///< of global_batch sequences
+};
+
+struct LogSection {
+  int64_t every = 10;
+  bool tensorboard = false;
+};
+
+struct RunConfig {
+  RunSection run;
+  SourceSection source;
+  MoeSection moe;
+  UpcycleSection upcycle;
+  TrainSection train;
+  OptimizerSection optimizer;
+  BalanceSection balance;
+  DataSection data;
+  ParallelSection parallel;
+  CheckpointSection checkpoint;
+  ValidateSection validate;
+  LogSection log;
+
+  bool moe_given = false;              ///< a [moe] section is there
+  std::map<std::string, std::string> origins;  ///< "train.steps" -> "default", "run.toml:12" or "--set"
+
+  /// Granularity > 1 wants a slow router (Upcycle's own retest of the "untie shock"); see README.
+  double router_lr_scale() const { return optimizer.router_lr_scale.value_or(moe.granularity > 1 ? 0.1 : 1.0); }
+  double timeout_seconds() const;
+};
+
+/// Reads a run file, applies `--set key=value` overrides, checks every value by itself (kind, range, choices).
+/// Throws UserError listing all problems at once, each with file, line and column, unknown keys with a suggestion.
+RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides = {});
+
+/// Reads a run from TOML text (tests, and the resolved run in a checkpoint). `name` stands for the file in messages.
+RunConfig parse_run(const std::string& toml, const std::string& name, const std::vector<std::string>& overrides = {});
+
+/// The resolved run: every key with its value, as TOML that read_run accepts; a comment says `default`, `file` or `--set`.
+std::string to_toml(const RunConfig&);
+
+/// The same as JSON text, {"run": {"name": ...}, ...}, for `plan --json` and manifests.
+std::string to_json(const RunConfig&);
+
+/// Keys of this run that `plan` understands and `train` can't do yet: "parallel.tensor = 2: not built yet". Empty: all built.
+std::vector<std::string> not_built(const RunConfig&);
+
+}  // namespace upcycle

@@ -1,0 +1,53 @@
+#pragma once
+#include <array>
+
+#include "parallel/communicator.hpp"
+#include "parallel/grid.hpp"
+
+namespace upcycle {
+
+/// The process's part in MPI: initialised (MPI_THREAD_MULTIPLE) by the constructor, finalised by the destructor. One, in main().
+class MpiSession {
+ public:
+  MpiSession(int* argc, char*** argv);
+  ~MpiSession();
+  MpiSession(const MpiSession&) = delete;
+  MpiSession& operator=(const MpiSession&) = delete;
+};
+
+/// Rank and size of MPI_COMM_WORLD; 0 and 1 before MPI is up.
+int world_rank() noexcept;
+int world_size() noexcept;
+/// Rank of this process among those on its host; decides which GPU it takes.
+int host_rank() noexcept;
+/// Ends all ranks. For faults only.
+[[noreturn]] void abort_all_ranks(int exit_code);
+
+/// The grid with one communicator per axis, of which this rank is a member.
+class Mesh {
+ public:
+  /// **Collective** over MPI_COMM_WORLD.
+  explicit Mesh(Grid grid);
+
+  /// **Collective.** Chooses the transport of tensors on `device` and makes all NCCL communicators in one fixed order (making
+  /// them at first use can deadlock). Throws UserError when `nccl` is asked for and not built in, or refused by NCCL.
+  void prepare(c10::Device device, Transport transport);
+
+  const Grid& grid() const noexcept { return grid_; }
+  const Coordinates& here() const noexcept { return here_; }
+  const Communicator& world() const noexcept { return world_; }
+  const Communicator& along(Axis axis) const noexcept { return axes_[static_cast<size_t>(axis)]; }
+  /// "NCCL 2.28.3", "MPI", "MPI through pinned host memory": what tensors of the prepared device travel by.
+  std::string transport() const;
+
+ private:
+  Grid grid_;
+  Coordinates here_;
+  Communicator world_;
+  std::array<Communicator, kAxes> axes_;
+};
+
+/// The transports of this build and their versions: "MPI (Open MPI 4.1.4)", "NCCL 2.28.3".
+std::vector<std::string> transports_built_in();
+
+}  // namespace upcycle

@@ -1,0 +1,20 @@
+#pragma once
+#include "parallel/communicator.hpp"
+
+/// Where parallelism meets autograd: each region is one function whose backward is the transpose of its forward
+/// (after Megatron-LM's mappings.py). On a group of one rank each returns its argument.
+namespace upcycle {
+
+struct Splits {
+  std::vector<int64_t> send;     ///< rows to each rank of the group
+  std::vector<int64_t> receive;  ///< rows from each
+};
+//                                                                            forward        | backward
+Tensor copy_into(const Communicator&, const Tensor& x);                    // x              | all-reduce
+Tensor reduce_from(const Communicator&, const Tensor& partial);            // all-reduce     | dy
+Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim);    // all-gather     | reduce-scatter
+Tensor scatter_along(const Communicator&, const Tensor& x, int64_t dim);   // own slice      | all-gather
+Tensor reduce_scatter_along(const Communicator&, const Tensor&, int64_t dim);  // reduce-scatter | all-gather
+Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);   // all-to-all     | its reverse
+
+}  // namespace upcycle
