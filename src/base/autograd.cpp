@@ -1,4 +1,4 @@
-#include "ops/autograd.hpp"
+#include "base/autograd.hpp"
 
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function.h>
