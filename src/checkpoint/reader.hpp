@@ -29,7 +29,7 @@ class CheckpointReader {
 
   const std::filesystem::path& folder() const noexcept;
   const Manifest& manifest() const noexcept;
-  /// All tensors of `file` ("weights.h5", "optimizer.h5"), by name; empty when the checkpoint has no such file.
+  /// All tensors of `file` (kWeightsFile, ...: checkpoint/writer.hpp), by name; empty when the checkpoint has no such file.
   const std::map<std::string, StoredTensor>& tensors(const std::string& file) const;
 
   /// Fills each piece's `local` (allocated by the caller, any strides, CPU or CUDA) with its box. The stored dtype may differ

@@ -9,6 +9,18 @@
 
 namespace upcycle {
 
+// What lies in a checkpoint (checkpoints-schema/README.md has all of it). One file per kind of tensor; every file holds the same
+// names, those of the model's parameters ("model.layers.0.mlp.experts.up_proj.weight"), so a piece's name is never decorated:
+//   weights.h5      what the model computes with: bfloat16 or float32; routers always float32. Always there.
+//   masters.h5      float32 masters, only of those parameters whose stored weight is not exactly the master. Absent when there are none.
+//   exp_avg.h5      float32, Adam's first moments, of every parameter. Absent at step 0 and after convert.
+//   exp_avg_sq.h5   float32, Adam's second moments, likewise.
+//   manifest.json, certificate.json, and small text files (config.json, run.toml, tokenizer files) through add_text.
+inline constexpr const char* kWeightsFile = "weights.h5";
+inline constexpr const char* kMastersFile = "masters.h5";
+inline constexpr const char* kFirstMomentsFile = "exp_avg.h5";
+inline constexpr const char* kSecondMomentsFile = "exp_avg_sq.h5";
+
 /// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank its boxes. Whole or absent:
 /// all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer destroyed before commit(), or
 /// after an error, removes the partial folder (best effort).
