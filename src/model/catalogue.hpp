@@ -13,6 +13,9 @@ namespace upcycle {
 struct Cut {
   Axis axis;
   int64_t dim;
+  /// Whole things that lie along `dim` (heads, experts) and are not cut through; 0: single rows, the last parts may be shorter.
+  /// Fewer units than ranks: each unit is held by several neighbouring ranks.
+  int64_t units = 0;
 };
 
 enum class Role { embedding, head, norm, attention, feed_forward, router, expert };
