@@ -23,4 +23,7 @@ void progress(const std::string& line);
 /// True when `progress` shows something.
 bool on_terminal();
 
+/// "spdlog 1.10.0 (fmt 9.1.0)".
+std::string library_version();
+
 }  // namespace upcycle::log

@@ -1,8 +1,12 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string_view>
 
 namespace upcycle {
+
+/// The block function of Philox4x32-10: 128 random bits of (counter, key).
+std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) noexcept;
 
 /// Counter-based random numbers (Philox4x32-10, Salmon et al., SC'11): a pure function of (seed, stream name, index).
 /// The same element gets the same number on any rank and in any order; nothing is stored, nothing advances.
@@ -21,6 +25,8 @@ class Random {
   uint64_t below(uint64_t bound, uint64_t index) const noexcept;
 
  private:
+  std::array<uint32_t, 4> block(uint64_t index) const noexcept;
+
   uint64_t key_;
   uint64_t stream_;
 };
