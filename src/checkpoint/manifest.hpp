@@ -9,6 +9,12 @@ namespace upcycle {
 
 inline constexpr int kSchemaVersion = 1;
 
+// The files of tensors that a checkpoint may hold; what is in each: checkpoint/writer.hpp.
+inline constexpr const char* kWeightsFile = "weights.h5";
+inline constexpr const char* kMastersFile = "masters.h5";
+inline constexpr const char* kFirstMomentsFile = "exp_avg.h5";
+inline constexpr const char* kSecondMomentsFile = "exp_avg_sq.h5";
+
 /// What a checkpoint says of itself (manifest.json); see checkpoints-schema/. Sections that belong to other folders are JSON here.
 struct Manifest {
   int schema_version = kSchemaVersion;

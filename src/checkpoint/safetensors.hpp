@@ -19,8 +19,8 @@ struct SafetensorsEntry {
   uint64_t end = 0;
 };
 
-/// Tensors of a Hugging Face directory (model.safetensors, or model.safetensors.index.json with its shards), memory-mapped:
-/// only the pages of what is read are touched.
+/// Tensors of a Hugging Face directory (model.safetensors, else, as transformers chooses, model.safetensors.index.json with its
+/// shards), memory-mapped: only the pages of what is read are touched.
 class SafetensorsReader {
  public:
   /// Opens one .safetensors file, or a directory of them. Throws UserError naming file and tensor when a shard is missing or
@@ -32,7 +32,8 @@ class SafetensorsReader {
   const std::vector<std::filesystem::path>& files() const noexcept { return paths_; }
   bool contains(const std::string& name) const { return entries_.contains(name); }
 
-  /// A copy of `box` of tensor `name`, CPU, contiguous, in the stored dtype. Reads only the rows of the box.
+  /// A copy of `box` of tensor `name`, CPU, contiguous, in the stored dtype. Reads only the bytes of the box.
+  /// Throws UserError for a name that is not there, std::logic_error for a box outside the tensor.
   Tensor read(const std::string& name, const Box& box) const;
   Tensor read(const std::string& name) const;
 
@@ -44,7 +45,7 @@ class SafetensorsReader {
 
 /// Writes tensors, one after another, as sharded safetensors with an index (a single model.safetensors when one shard is enough).
 /// Header and sizes are known first, so bytes go straight to their place and memory holds one tensor at a time.
-/// Files are written as <name>.partial, fsynced and renamed by finish().
+/// Files are written as <name>.partial, fsynced and renamed by finish(); the destructor removes what was not finished.
 class SafetensorsWriter {
  public:
   struct Item {
@@ -52,6 +53,8 @@ class SafetensorsWriter {
     at::ScalarType dtype;
     Shape shape;
   };
+  /// Makes `directory`. A shard holds at least one tensor and, beyond that, at most `max_shard_bytes`. Throws UserError naming
+  /// the file when it can't be written (also write() and finish()), std::logic_error for two items of one name.
   SafetensorsWriter(std::filesystem::path directory, std::vector<Item> items, uint64_t max_shard_bytes,
                     std::map<std::string, std::string> metadata);
   /// The next item of the list, any device; cast to the item's dtype. Items come in the order of the list.

@@ -16,10 +16,6 @@ namespace upcycle {
 //   exp_avg.h5      float32, Adam's first moments, of every parameter. Absent at step 0 and after convert.
 //   exp_avg_sq.h5   float32, Adam's second moments, likewise.
 //   manifest.json, certificate.json, and small text files (config.json, run.toml, tokenizer files) through add_text.
-inline constexpr const char* kWeightsFile = "weights.h5";
-inline constexpr const char* kMastersFile = "masters.h5";
-inline constexpr const char* kFirstMomentsFile = "exp_avg.h5";
-inline constexpr const char* kSecondMomentsFile = "exp_avg_sq.h5";
 
 /// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank its boxes. Whole or absent:
 /// all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer destroyed before commit(), or

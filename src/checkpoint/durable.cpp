@@ -1,0 +1,86 @@
+#include "checkpoint/durable.hpp"
+
+#include <fcntl.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <iomanip>
+
+#include "base/error.hpp"
+
+namespace upcycle {
+namespace fs = std::filesystem;
+
+void close_descriptor(int descriptor) noexcept { ::close(descriptor); }
+
+void fail_with_errno(const std::string& doing, const fs::path& path) {
+  const int code = errno;
+  const char* advice = "";
+  if (code == ENOSPC || code == EDQUOT) advice = " (free some space, or choose another directory)";
+  if (code == EACCES || code == EPERM || code == EROFS) advice = " (choose a directory that you may write)";
+  if (code == EFBIG) advice = " (the limit on file sizes of this process or file system: see ulimit -f)";
+  fail(doing, " ", path.string(), ": ", std::strerror(code), advice);
+}
+
+FileDescriptor create_file(const fs::path& path) {
+  std::error_code ignored;  // open() gives the better message
+  if (path.has_parent_path()) fs::create_directories(path.parent_path(), ignored);
+  FileDescriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+  if (!file) fail_with_errno("creating", path);
+  return file;
+}
+
+void write_at(const FileDescriptor& file, std::span<const std::byte> bytes, uint64_t offset, const fs::path& path) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::pwrite(file.get(), bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) fail_with_errno("writing", path);
+    bytes = bytes.subspan(static_cast<size_t>(written));
+    offset += static_cast<uint64_t>(written);
+  }
+}
+
+void make_durable(const fs::path& path) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) fail_with_errno("opening", path);
+  // Some file systems refuse fsync on directories; they have no later moment to offer either.
+  if (::fsync(file.get()) != 0 && errno != EINVAL) fail_with_errno("storing", path);
+}
+
+void rename_durably(const fs::path& from, const fs::path& to) {
+  if (::rename(from.c_str(), to.c_str()) != 0) fail_with_errno("renaming " + from.string() + " to", to);
+  make_durable(to.has_parent_path() ? to.parent_path() : fs::path("."));
+}
+
+void write_text_durably(const fs::path& path, const std::string& content) {
+  fs::path partial = path;
+  partial += ".partial";
+  try {
+    write_at(create_file(partial), std::as_bytes(std::span(content)), 0, partial);
+    make_durable(partial);
+    rename_durably(partial, path);
+  } catch (...) {
+    std::error_code ignored;
+    fs::remove(partial, ignored);
+    throw;
+  }
+}
+
+void check_free_space(const fs::path& path, uint64_t bytes_needed, const std::string& what) {
+  fs::path place = fs::absolute(path);
+  while (!fs::exists(place) && place.has_relative_path()) place = place.parent_path();
+  struct statvfs space {};
+  if (::statvfs(place.c_str(), &space) != 0) fail_with_errno("asking for the free space of", place);
+  const uint64_t free = static_cast<uint64_t>(space.f_bavail) * space.f_frsize;
+  const auto gigabytes = [](uint64_t bytes) {
+    return text(std::fixed, std::setprecision(2), static_cast<double>(bytes) / 1e9, " GB");
+  };
+  if (free < bytes_needed) {
+    fail(what, " needs ", gigabytes(bytes_needed), " but ", place.string(), " has ", gigabytes(free),
+         " free: free some space, or set run.directory to another disk");
+  }
+}
+
+}  // namespace upcycle
