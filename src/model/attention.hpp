@@ -1,0 +1,28 @@
+#pragma once
+#include "config/architecture.hpp"
+#include "model/weights.hpp"
+#include "ops/rope.hpp"
+#include "parallel/mesh.hpp"
+
+// Shapes: B sequences, S positions, H query heads and G key/value heads of this rank, D head width, W width of the model.
+namespace upcycle {
+
+/// Qwen3's attention: grouped queries, an RMS norm on each head of q and k, rotary positions. Heads are cut over `tensor`.
+class Attention {
+ public:
+  Attention(Weights&, const Mesh&, const std::string& prefix);
+  /// x [B, S, W] -> [B, S, W].
+  Tensor forward(const Tensor& x_BSW, const RotaryTable& table);
+
+ private:
+  const Communicator& tensor_;
+  int64_t head_dim_;
+  double eps_;
+  Parameter& qkv_;
+  Parameter& q_norm_;
+  Parameter& k_norm_;
+  Parameter& out_;
+  int64_t q_width_, kv_width_;   ///< columns of q and of k (or v) on this rank
+};
+
+}  // namespace upcycle

@@ -1,0 +1,19 @@
+#pragma once
+#include "ops/parameter.hpp"
+
+// Shapes: R rows sorted by expert, L experts of this rank, F width of one expert, D width of the model.
+namespace upcycle {
+
+/// The feed-forwards of this rank's experts: down(silu(gate x) * up x), each as one grouped product.
+class Experts {
+ public:
+  Experts(Parameter& gate_up_LFD, Parameter& down_LDF) : gate_up_(gate_up_LFD), down_(down_LDF) {}
+  /// `x` [R, D] -> [R, D]; `end_L` as in Arrived.
+  Tensor forward(const Tensor& x_RD, const Tensor& end_L);
+
+ private:
+  Parameter& gate_up_;
+  Parameter& down_;
+};
+
+}  // namespace upcycle

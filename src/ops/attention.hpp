@@ -1,0 +1,19 @@
+#pragma once
+#include "base/tensor.hpp"
+
+// Shapes: B sequences, S positions, H query heads, G key/value heads (H a multiple of G), D head width.
+namespace upcycle {
+
+struct Attended {
+  Tensor out_BSHD;
+  Tensor log_sum_exp_BHS;  ///< fp32, natural logarithm; not differentiable; merges of partial attentions need it
+};
+
+/// Causal grouped-query attention, softmax(q k^T / sqrt(D)) v. q [B, S, H, D], k and v [B, S, G, D], one dtype.
+/// CPU: ATen's flash kernel. CUDA: its flash kernel for bf16 and fp16; the written-out form for fp32.
+Attended attention(const Tensor& q, const Tensor& k, const Tensor& v);
+
+/// The same, written out: every score in memory, in fp32. What `attention` is tested against.
+Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v);
+
+}  // namespace upcycle

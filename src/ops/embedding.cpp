@@ -1,0 +1,25 @@
+#include "ops/embedding.hpp"
+
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/embedding_dense_backward.h>
+
+#include "base/autograd.hpp"
+
+namespace upcycle {
+
+Tensor embedding(const Tensor& ids, Parameter& weight) {
+  Tensor y;
+  {
+    const Unrecorded guard;
+    y = at::embedding(weight.value, ids);
+  }
+  // No input is differentiable; record() puts the op into the graph all the same.
+  return record(y, {}, [ids, &weight](const std::vector<Tensor>& dy) -> Gradients {
+    // ATen's backward sorts the ids, so that equal ones are added in one order (index_add_ would use atomics on CUDA).
+    weight.main_grad.add_(at::embedding_dense_backward(dy[0].to(at::kFloat), ids, weight.value.size(0), -1, false));
+    weight.ready();
+    return {};
+  });
+}
+
+}  // namespace upcycle
