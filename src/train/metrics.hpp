@@ -1,0 +1,44 @@
+#pragma once
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+
+#include "config/run_config.hpp"
+#include "train/trainer.hpp"
+
+namespace upcycle {
+
+/// What a run tells: metrics.jsonl has every step (README names the fields), the console a line per [log] every. Rank 0 only;
+/// made on the other ranks it does nothing.
+class Metrics {
+ public:
+  struct Scale {
+    double flops_per_token;    ///< forward and backward
+    double peak_flops;         ///< of all devices together; 0: not known, no MFU is printed
+  };
+  /// Appends to <directory>/metrics.jsonl and marks the (re)start.
+  Metrics(const RunConfig&, const std::filesystem::path& directory, int rank, int ranks, Scale scale, const TrainingState&);
+
+  void step(const StepReport&);
+  void validation(int64_t step, int64_t position, double loss);
+  /// The next step's seconds count from now: what came in between (a checkpoint, a validation) is no training.
+  void restart_clock();
+
+  /// For the summary at the end.
+  double last_loss() const noexcept { return last_loss_; }
+  double tokens_per_second() const;
+
+ private:
+  void write(const std::string& line);
+  void print(const StepReport&, double tokens_per_second, double seconds);
+
+  const RunConfig& config_;
+  Scale scale_;
+  bool speaks_;
+  std::ofstream file_;
+  std::chrono::steady_clock::time_point last_;
+  double last_loss_ = 0.0, trained_seconds_ = 0.0;
+  int64_t trained_steps_ = 0;
+};
+
+}  // namespace upcycle

@@ -1,0 +1,41 @@
+#pragma once
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "checkpoint/reader.hpp"
+#include "model/weights.hpp"
+#include "parallel/mesh.hpp"
+#include "train/optimizer.hpp"
+#include "train/trainer.hpp"
+
+namespace upcycle {
+
+/// What every checkpoint of a run says of where it comes from; the same for all of them.
+struct RunRecord {
+  std::string run_id;
+  nlohmann::json architecture;                 ///< Hugging Face's form
+  nlohmann::json run;                          ///< the resolved run
+  nlohmann::json provenance;
+  std::map<std::string, std::string> texts;    ///< further files: config.json, run.toml, certificate.json, tokenizer/...
+};
+
+/// **Collective.** Writes <checkpoints>/step-NNNNNNNN: weights in the compute dtype, masters of those that rounding changed, and,
+/// with an optimizer, its moments. Each slice is written by one of the ranks that hold it, spread over them.
+/// Returns the folder. Throws UserError on all ranks when the disk is full; earlier checkpoints stay as they are.
+std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh&, Weights&, Optimizer* optimizer,
+                                      const TrainingState&, const RunRecord&);
+
+/// Bytes of a checkpoint over all ranks.
+struct CheckpointBytes {
+  uint64_t step_zero;   ///< weights only, in the compute dtype
+  uint64_t full;        ///< weights, masters, two moments
+};
+CheckpointBytes checkpoint_bytes(const Architecture&, at::ScalarType compute);
+
+/// Fills masters and values (and moments, and the number of updates, where there is an optimizer and the checkpoint has them) from
+/// this rank's boxes, on whatever layout it was written. Each rank by itself.
+TrainingState restore_checkpoint(const CheckpointReader&, Weights&, Optimizer* optimizer);
+
+}  // namespace upcycle
