@@ -10,7 +10,7 @@
 namespace upcycle {
 
 /// A run as its user describes it: one TOML file, the same words. Defaults here are the defaults of the program.
-/// How each field is read, checked and written is said once, in run_config.cpp (`describe`).
+/// How each field is read, checked and written is said once, in fields.cpp (`describe`).
 
 enum class Transport { automatic, nccl, mpi };
 struct RunSection {

@@ -1,0 +1,113 @@
+#include "config/run_config.hpp"
+
+#include "base/error.hpp"
+#include "config/fields.hpp"
+#include "config/run_checks.hpp"
+
+namespace upcycle {
+namespace {
+
+using nlohmann::json;
+using nlohmann::ordered_json;
+
+/// The keys that are written: those of [moe] only when the run has such a section, since its absence says something.
+std::vector<Field> written_fields(RunConfig& config) {
+  std::vector<Field> fields = describe(config);
+  if (!config.moe_given) std::erase_if(fields, [](const Field& field) { return field.section() == "moe"; });
+  return fields;
+}
+
+/// JSON's scalars and lists are TOML, but for DEL, which TOML wants escaped.
+std::string toml_value(const json& value) {
+  std::string out;
+  for (const char c : value.dump()) {
+    if (c == '\x7f') {
+      out += "\\u007f";
+    } else {
+      out += c;
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+double RunConfig::timeout_seconds() const { return seconds_from(run.timeout); }
+
+std::vector<Problem> check_together(const RunConfig& c) {
+  std::vector<Problem> problems;
+  const auto add = [&](const std::string& key, const auto&... parts) { problems.push_back({key, text(key, parts...)}); };
+  if (c.source.model.empty() && c.source.architecture.empty()) {
+    add("source.model", ": give source.model (a directory with weights), source.architecture (a config.json), or both");
+  }
+  if (c.train.global_batch % c.train.micro_batch != 0) {
+    add("train.micro_batch", " = ", c.train.micro_batch, " does not divide train.global_batch = ", c.train.global_batch);
+  }
+  if (c.optimizer.min_lr > c.optimizer.lr) {
+    add("optimizer.min_lr", " = ", c.optimizer.min_lr, " is more than optimizer.lr = ", c.optimizer.lr);
+  }
+  if (c.optimizer.schedule == Schedule::wsd) {
+    if (c.optimizer.decay < 1) add("optimizer.decay", " = ", c.optimizer.decay, ": schedule \"wsd\" needs at least 1 step of descent");
+  } else if (c.optimizer.decay != 0) {
+    add("optimizer.decay", " = ", c.optimizer.decay, ": only schedule \"wsd\" has a descent of its own");
+  }
+  if (c.optimizer.warmup > c.train.steps) {
+    add("optimizer.warmup", " = ", c.optimizer.warmup, " is more than train.steps = ", c.train.steps);
+  } else if (c.optimizer.decay > c.train.steps - c.optimizer.warmup) {
+    add("optimizer.decay", " = ", c.optimizer.decay, " is more than the ", c.train.steps - c.optimizer.warmup,
+        " steps that train.steps and optimizer.warmup leave");
+  }
+  if (c.data.split == std::array<int64_t, 3>{0, 0, 0}) add("data.split", " = [0, 0, 0]: at least one share must be positive");
+  if (c.moe_given && c.moe.experts > 0 && c.moe.top_k > c.moe.experts) {
+    add("moe.top_k", " = ", c.moe.top_k, " is more than moe.experts = ", c.moe.experts);
+  }
+  if (c.parallel.virtual_stages > 1 && c.parallel.pipeline == 1) {
+    add("parallel.virtual_stages", " = ", c.parallel.virtual_stages, " needs parallel.pipeline > 1");
+  }
+  return problems;
+}
+
+std::string to_toml(const RunConfig& original) {
+  RunConfig config = original;
+  std::string out, section;
+  for (const Field& field : written_fields(config)) {
+    if (field.section() != section) {
+      out += (section.empty() ? "[" : "\n[") + field.section() + "]\n";
+      section = field.section();
+    }
+    const auto origin = config.origins.find(field.key);
+    std::string line = field.name() + " = " + toml_value(field.write());
+    line.resize(std::max<size_t>(line.size(), 40), ' ');
+    out += line + "  # " + (origin == config.origins.end() ? "default" : origin->second) + "\n";
+  }
+  return out;
+}
+
+std::string to_json(const RunConfig& original) {
+  RunConfig config = original;
+  ordered_json out = ordered_json::object();
+  for (const Field& field : written_fields(config)) out[field.section()][field.name()] = field.write();
+  return out.dump(2);
+}
+
+std::vector<std::string> not_built(const RunConfig& c) {
+  std::vector<std::string> lines;
+  const auto unless = [&](bool built, const std::string& key, const auto& value) {
+    if (!built) lines.push_back(text(key, " = ", value, ": not built yet"));
+  };
+  unless(c.parallel.tensor == 1, "parallel.tensor", c.parallel.tensor);
+  unless(c.parallel.context == 1, "parallel.context", c.parallel.context);
+  unless(c.parallel.pipeline == 1, "parallel.pipeline", c.parallel.pipeline);
+  unless(c.parallel.virtual_stages == 1, "parallel.virtual_stages", c.parallel.virtual_stages);
+  unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
+  unless(c.parallel.zero == 0, "parallel.zero", c.parallel.zero);
+  unless(c.train.recompute == Recompute::none, "train.recompute", c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
+  unless(c.balance.scope == BalanceScope::batch, "balance.scope", c.balance.scope == BalanceScope::global ? "\"global\"" : "\"sequence\"");
+  unless(c.balance.bias_rate == 0.0, "balance.bias_rate", c.balance.bias_rate);
+  unless(c.balance.capacity_factor == 0.0, "balance.capacity_factor", c.balance.capacity_factor);
+  unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");
+  unless(!c.log.tensorboard, "log.tensorboard", "true");
+  return lines;
+}
+
+}  // namespace upcycle
