@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/tensor.hpp"
@@ -18,22 +19,40 @@ struct Batch {
 
 enum class Split { train, validation, test };
 
-/// What the model is trained on, as a function: sample(i) is the i-th sequence of the stream, for every i >= 0, the same for any
-/// number of ranks and any length of the run. It depends on (seed, data files, split, sequence) alone.
-/// The position in the stream is a plain number, kept by the trainer and stored in checkpoints.
+/// "train", "validation", "test".
+const char* split_name(Split part);
+
+/// The documents [first, second) of `part` when `documents` are shared out as `split` says, by Megatron's rule (shares
+/// in float64, borders rounded half to even). Throws UserError on negative shares, or none above 0.
+std::pair<int64_t, int64_t> documents_of(Split part, const std::array<int64_t, 3>& split, int64_t documents);
+
+/// What the model is trained on, as a function: sample(i) is the i-th sequence of the stream, for every i >= 0, the
+/// same for any number of ranks and any length of the run. It depends on (seed, data files, split, sequence) alone;
+/// data sets count by their place in the blend, so files may move. Past the end of a data set its next epoch begins, in
+/// another order. The position in the stream is a plain number, kept by the trainer and stored in checkpoints. Opening
+/// reads the indices, not the tokens. Every rank may have one of its own; safe to use from several threads.
 class Sampler {
  public:
-  /// `blend`: weights and prefixes; "mock" is a synthetic stream that a model can learn. `split`: shares of documents.
-  /// Throws UserError when files are wrong, a split holds less than one sequence, or a token id >= vocab.
-  Sampler(const std::vector<Blend>& blend, const std::array<int64_t, 3>& split, Split part, int64_t sequence, int64_t vocab,
-          uint64_t seed);
+  /// `blend`: weights and prefixes; "mock" is a synthetic stream that a model can learn (mock_stream.hpp). `split`:
+  /// shares of documents. A data set that is used whole: {1, 0, 0} with Split::train. For mock data another `part` or
+  /// another seed means other samples of the same language. Throws UserError when files or weights are wrong, or a part
+  /// of the data is shorter than one sample.
+  Sampler(const std::vector<Blend>& blend, const std::array<int64_t, 3>& split, Split part, int64_t sequence,
+          int64_t vocab, uint64_t seed);
   Sampler(Sampler&&) noexcept;
   ~Sampler();
 
-  /// Samples first .. first + count - 1 on the CPU.
+  /// Samples first .. first + count - 1 on the CPU. Throws UserError naming file, document, position and id when one of
+  /// their tokens is outside of 0 .. vocab - 1.
   Batch batch(int64_t first, int64_t count) const;
 
-  /// Tokens of one pass over this part of the data, and samples in it.
+  /// Throws the same error before anything is trained. Reads this part of every data set once when it has less than 2e9
+  /// tokens, else 256 evenly spread pieces of it, first and last tokens among them (batch() looks at every token it
+  /// returns). One rank is enough.
+  void check(int64_t vocab) const;
+
+  /// Tokens of one pass over this part of all data sets, and samples in them. Mock data adds 0: it never repeats
+  /// itself.
   int64_t tokens() const noexcept;
   int64_t samples() const noexcept;
 

@@ -1,0 +1,100 @@
+#include "data/sampler.hpp"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "base/error.hpp"
+#include "data/blend_schedule.hpp"
+#include "data/mock_stream.hpp"
+#include "data/shuffled_documents.hpp"
+
+// B samples of a batch, S tokens of a sample
+namespace upcycle {
+namespace {
+
+std::string describe(const std::array<int64_t, 3>& split) {
+  return text("[", split[0], ", ", split[1], ", ", split[2], "]");
+}
+
+}  // namespace
+
+const char* split_name(Split part) {
+  return part == Split::train ? "train" : part == Split::validation ? "validation" : "test";
+}
+
+std::pair<int64_t, int64_t> documents_of(Split part, const std::array<int64_t, 3>& split, int64_t documents) {
+  if (*std::min_element(split.begin(), split.end()) < 0 || split == std::array<int64_t, 3>{}) {
+    fail("[data].split = ", describe(split), ": shares of train, validation and test are not negative, and not all 0");
+  }
+  const auto sum = static_cast<double>(split[0] + split[1] + split[2]);
+  std::array<double, 4> border = {};
+  for (int i = 0; i < 3; ++i) border[i + 1] = border[i] + static_cast<double>(split[i]) / sum;
+  const auto at = [&](int i) {  // nearbyint rounds half to even, as Python's round does
+    return std::min(documents, static_cast<int64_t>(std::nearbyint(border[i] * static_cast<double>(documents))));
+  };
+  const int i = static_cast<int>(part);
+  return {at(i), at(i + 1)};
+}
+
+struct Sampler::State {
+  BlendSchedule schedule;
+  std::vector<std::unique_ptr<Source>> sources;
+  int64_t sequence;
+};
+
+Sampler::Sampler(const std::vector<Blend>& blend, const std::array<int64_t, 3>& split, Split part, int64_t sequence,
+                 int64_t vocab, uint64_t seed)
+    : state_(new State{BlendSchedule(blend), {}, sequence}) {
+  for (size_t place = 0; place < blend.size(); ++place) {
+    const std::string name = text("data/", place);
+    if (blend[place].prefix == "mock") {
+      state_->sources.push_back(std::make_unique<MockStream>(vocab, Random(seed, name + "/mock/" + split_name(part))));
+      continue;
+    }
+    IndexedDataset data(blend[place].prefix);
+    const auto [begin, end] = documents_of(part, split, data.documents());
+    state_->sources.push_back(
+        std::make_unique<ShuffledDocuments>(std::move(data), begin, end, sequence, vocab, seed, name,
+                                            text(split_name(part), " share of split ", describe(split))));
+  }
+}
+
+Sampler::Sampler(Sampler&&) noexcept = default;
+Sampler::~Sampler() = default;
+
+Batch Sampler::batch(int64_t first, int64_t count) const {
+  if (first < 0 || count < 0) throw std::out_of_range(text("samples ", first, " to ", first + count));
+  const int64_t S = state_->sequence;
+  Batch batch{at::empty({count, S}, at::kLong), at::empty({count, S}, at::kLong)};
+  auto* tokens = batch.tokens_BS.mutable_data_ptr<int64_t>();
+  auto* labels = batch.labels_BS.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> sample(S + 1);
+  for (int64_t b = 0; b < count; ++b) {
+    const auto [dataset, index] = state_->schedule.at(first + b);
+    state_->sources[dataset]->sample(index, sample);
+    std::copy_n(sample.begin(), S, tokens + b * S);
+    std::copy_n(sample.begin() + 1, S, labels + b * S);
+  }
+  return batch;
+}
+
+void Sampler::check(int64_t vocab) const {
+  for (const auto& source : state_->sources) source->check(vocab);
+}
+
+int64_t Sampler::tokens() const noexcept {
+  int64_t sum = 0;
+  for (const auto& source : state_->sources) sum += source->tokens();
+  return sum;
+}
+
+int64_t Sampler::samples() const noexcept {
+  int64_t sum = 0;
+  for (const auto& source : state_->sources) sum += source->samples();
+  return sum;
+}
+
+}  // namespace upcycle
