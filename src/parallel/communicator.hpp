@@ -1,30 +1,38 @@
 #pragma once
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "base/tensor.hpp"
-#include "config/run_config.hpp"
 
 namespace upcycle {
 
 enum class Reduce { sum, max, min };
 
 /// A group of ranks and what moves between them. Knows ranks and bytes, never parameters, experts or graphs.
-/// CPU tensors travel by MPI; CUDA tensors by NCCL, or by MPI through pinned host memory, as [run] transport says.
-/// A group of one rank is ordinary: its collectives return at once.
-/// bf16 and fp16 are reduced in fp32 and rounded once. All tensor arguments must be contiguous; results are new tensors on
-/// the argument's device. With NCCL, calls are asynchronous on the current CUDA stream.
+/// CPU tensors travel by MPI; CUDA tensors by NCCL, or by MPI through pinned host memory, as Mesh::prepare decided.
+/// A group of one rank is ordinary: its collectives return at once, with the argument itself as their result.
+/// Tensors must be contiguous; results lie on the argument's device. Nothing is recorded for autograd (see regions.hpp).
+/// Reductions take float32, float64, bfloat16, float16, int32, int64; bf16 and fp16 are reduced in fp32 and rounded once.
+/// By MPI the order of summation is that of the ranks, whatever the timing: the same bits on all ranks and in every run.
+/// With NCCL, calls are asynchronous on the current CUDA stream.
+/// A fault of MPI or NCCL throws std::runtime_error naming the call; wrong shapes throw std::logic_error.
 class Communicator {
  public:
-  struct State;  ///< the MPI_Comm and, once made, the ncclComm_t
-  Communicator();                       ///< the group of this one process
+  struct State;     ///< the MPI_Comm and, once made, the ncclComm_t
+  Communicator();   ///< the group of this one process; needs no MPI
   explicit Communicator(std::unique_ptr<State>);
   Communicator(Communicator&&) noexcept;
   Communicator& operator=(Communicator&&) noexcept;
   ~Communicator();
+
+  /// **Collective** over MPI_COMM_WORLD: all ranks, in a communicator of their own.
+  static Communicator everyone();
+  /// **Collective.** Ranks that name the same `colour` (>= 0) form a group, ordered by `key`.
+  Communicator split(int colour, int key) const;
 
   int rank() const noexcept;
   int size() const noexcept;
@@ -63,10 +71,25 @@ class Communicator {
     agree(error);
   }
 
-  State& state() const noexcept { return *state_; }
+  /// **Collective.** From now on CUDA tensors of this group travel by NCCL, on this rank's current GPU. Groups of one rank
+  /// make none. Throws std::runtime_error when NCCL is not built in or refuses.
+  void use_nccl();
+  /// Back to MPI through host memory.
+  void leave_nccl() noexcept;
+  bool has_nccl() const noexcept;
+
+  /// The MPI communicator for code that hands it to a C library: MPI_Comm_f2c(handle) gives it back (so that this header needs
+  /// no mpi.h). MPI_COMM_SELF's for the group of one process.
+  int mpi_handle() const;
+
+  /// The most bytes that one MPI call moves, the same on all ranks: MPI counts in int, and reductions need that much scratch.
+  static constexpr int64_t kPieceBytes = int64_t{64} << 20;
+  /// Lowered by tests, so that small tensors go in many pieces.
+  static inline int64_t piece_bytes = kPieceBytes;
 
  private:
   void agree(std::exception_ptr) const;
+  bool by_nccl(const Tensor&) const noexcept;
   std::unique_ptr<State> state_;
 };
 

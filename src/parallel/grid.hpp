@@ -37,6 +37,7 @@ class Grid {
  private:
   int world_;
   std::array<int, kAxes> sizes_{};
+  std::array<int, kAxes> strides_{};  // coordinate = rank / stride % size
 };
 
 }  // namespace upcycle

@@ -1,0 +1,142 @@
+#include "device/device.hpp"
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#ifdef UPCYCLE_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <cuda_runtime_api.h>
+#endif
+
+#include <unistd.h>
+
+#include <fstream>
+#include <iomanip>
+#include <stdexcept>
+
+#include "base/error.hpp"
+
+namespace upcycle::device {
+namespace {
+
+/// The value of "key   : value" in one of Linux's status files; empty when it isn't there.
+std::string field(const char* file, const std::string& key) {
+  std::ifstream lines(file);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.compare(0, key.size(), key) != 0) continue;
+    const size_t colon = line.find(':');
+    const size_t value = colon == std::string::npos ? colon : line.find_first_not_of(" \t", colon + 1);
+    if (value != std::string::npos) return line.substr(value);
+  }
+  return {};
+}
+
+int64_t kilobytes(const std::string& key) {
+  const std::string value = field("/proc/self/status", key);
+  return value.empty() ? 0 : std::stoll(value) * 1024;
+}
+
+}  // namespace
+
+c10::Device choose(const std::string& wish, int host_rank) {
+  if (wish != "auto" && wish != "cpu" && wish != "cuda") {
+    fail("run.device = \"", wish, "\": choose \"auto\", \"cpu\" or \"cuda\"");
+  }
+  const int gpus = wish == "cpu" ? 0 : count();
+  if (wish == "cuda" && !cuda_built_in()) {
+    fail("run.device = \"cuda\": this build has no CUDA; build with the preset cuda (cmake --preset cuda)");
+  }
+  if (wish == "cuda" && gpus == 0) {
+    fail("run.device = \"cuda\": this process sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use \"cpu\"");
+  }
+  if (gpus == 0) return c10::Device(c10::kCPU);
+  const auto index = static_cast<c10::DeviceIndex>(host_rank % gpus);
+#ifdef UPCYCLE_CUDA
+  c10::cuda::set_device(index);
+#endif
+  return c10::Device(c10::kCUDA, index);
+}
+
+void set_tf32(bool on) {
+  at::globalContext().setAllowTF32CuBLAS(on);
+  at::globalContext().setAllowTF32CuDNN(on);
+}
+
+Tensor host_buffer(int64_t bytes) {
+  return at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(count() > 0));
+}
+
+#ifdef UPCYCLE_CUDA
+
+bool cuda_built_in() noexcept { return true; }
+
+std::string cuda_version() {
+  int version = 0;
+  C10_CUDA_CHECK(cudaRuntimeGetVersion(&version));
+  return text(version / 1000, '.', version % 1000 / 10);
+}
+
+int count() noexcept { return c10::cuda::device_count(); }
+
+void synchronize(c10::Device device) {
+  if (device.is_cpu()) return;
+  const int before = c10::cuda::current_device();
+  c10::cuda::set_device(device.index());
+  c10::cuda::device_synchronize();
+  c10::cuda::set_device(static_cast<c10::DeviceIndex>(before));
+}
+
+#else
+
+bool cuda_built_in() noexcept { return false; }
+std::string cuda_version() { return {}; }
+int count() noexcept { return 0; }
+void synchronize(c10::Device) {}
+
+#endif
+
+Memory memory(c10::Device device) {
+  if (device.is_cpu()) {
+    return {kilobytes("VmRSS"), kilobytes("VmHWM"), sysconf(_SC_PHYS_PAGES) * int64_t{sysconf(_SC_PAGE_SIZE)}};
+  }
+#ifdef UPCYCLE_CUDA
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+  const auto& bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+  cudaDeviceProp properties;
+  C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
+  return {bytes.current, bytes.peak, static_cast<int64_t>(properties.totalGlobalMem)};
+#else
+  throw std::logic_error("this build has no CUDA, and so no GPU memory");
+#endif
+}
+
+std::string name(c10::Device device) {
+  if (device.is_cpu()) {
+    const std::string model = field("/proc/cpuinfo", "model name");
+    return model.empty() ? "CPU" : model;
+  }
+#ifdef UPCYCLE_CUDA
+  cudaDeviceProp properties;
+  C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
+  return properties.name;
+#else
+  throw std::logic_error("this build has no CUDA, and so no GPU's name");
+#endif
+}
+
+std::string uuid(c10::Device device) {
+#ifdef UPCYCLE_CUDA
+  if (device.is_cuda()) {
+    cudaDeviceProp properties;
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
+    std::ostringstream id;
+    id << "GPU-" << std::hex << std::setfill('0');
+    for (const char byte : properties.uuid.bytes) id << std::setw(2) << static_cast<int>(static_cast<unsigned char>(byte));
+    return id.str();
+  }
+#endif
+  throw std::logic_error(text(device.str(), " is no GPU of this build, and has no UUID"));
+}
+
+}  // namespace upcycle::device

@@ -1,0 +1,71 @@
+#include "parallel/grid.hpp"
+
+#include "base/error.hpp"
+
+namespace upcycle {
+namespace {
+
+constexpr std::array<const char*, kAxes> kNames = {"tensor",        "context", "data",        "pipeline",
+                                                   "expert_tensor", "expert",  "expert_data", "replica"};
+
+int positive(const char* key, int64_t degree, int world) {
+  if (degree < 1) fail("parallel.", key, " = ", degree, ": a degree is at least 1");
+  if (degree > world) fail("parallel.", key, " = ", degree, " is more than the ", world, " ranks of this run");
+  return static_cast<int>(degree);
+}
+
+}  // namespace
+
+const char* name(Axis axis) noexcept { return kNames[static_cast<size_t>(axis)]; }
+
+Grid::Grid(const ParallelSection& degrees, int world_size) : world_(world_size) {
+  if (world_size < 1) fail("a run has at least one rank, not ", world_size);
+  const int64_t tensor = positive("tensor", degrees.tensor, world_size);
+  const int64_t context = positive("context", degrees.context, world_size);
+  const int64_t pipeline = positive("pipeline", degrees.pipeline, world_size);
+  const int64_t expert_tensor = positive("expert_tensor", degrees.expert_tensor, world_size);
+  const int64_t expert = positive("expert", degrees.expert, world_size);
+
+  const int64_t model = tensor * context * pipeline;
+  if (world_size % model != 0) {
+    fail("tensor ", tensor, " x context ", context, " x pipeline ", pipeline, " = ", model, " does not divide the ",
+         world_size, " ranks of this run");
+  }
+  const int64_t data = world_size / model;
+  const int64_t stage = tensor * context * data;
+  const std::string shape = text(" does not divide the ", stage, " ranks of a stage (tensor ", tensor, " x context ",
+                                 context, " x data ", data, ")");
+  if (expert_tensor == 1 && stage % expert != 0) fail("expert = ", expert, shape);
+  if (stage % (expert_tensor * expert) != 0) {
+    fail("expert_tensor ", expert_tensor, " x expert ", expert, " = ", expert_tensor * expert, shape);
+  }
+
+  const auto set = [this](Axis axis, int64_t size, int64_t stride) {
+    sizes_[static_cast<size_t>(axis)] = static_cast<int>(size);
+    strides_[static_cast<size_t>(axis)] = static_cast<int>(stride);
+  };
+  set(Axis::tensor, tensor, 1);
+  set(Axis::context, context, tensor);
+  set(Axis::data, data, tensor * context);
+  set(Axis::pipeline, pipeline, stage);
+  set(Axis::expert_tensor, expert_tensor, 1);
+  set(Axis::expert, expert, expert_tensor);
+  set(Axis::expert_data, stage / (expert_tensor * expert), expert_tensor * expert);
+  set(Axis::replica, context * data, tensor);  // context and data lie side by side, so together they are one axis
+}
+
+Coordinates Grid::at(int rank) const noexcept {
+  Coordinates here;
+  for (size_t axis = 0; axis < kAxes; ++axis) here.at[axis] = rank / strides_[axis] % sizes_[axis];
+  return here;
+}
+
+std::vector<int> Grid::peers(Axis axis, int rank) const {
+  const int stride = strides_[static_cast<size_t>(axis)];
+  const int first = rank - at(rank)[axis] * stride;
+  std::vector<int> ranks(static_cast<size_t>(size(axis)));
+  for (int i = 0; i < size(axis); ++i) ranks[static_cast<size_t>(i)] = first + i * stride;
+  return ranks;
+}
+
+}  // namespace upcycle

@@ -1,0 +1,145 @@
+#include "parallel/mesh.hpp"
+
+#include <mpi.h>
+
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "device/device.hpp"
+#include "parallel/nccl.hpp"
+#include "parallel/point_to_point.hpp"
+
+namespace upcycle {
+namespace {
+
+using mpi::check;
+
+bool mpi_is_up() noexcept {
+  int initialized = 0, finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  return initialized && !finalized;
+}
+
+int& stored_host_rank() noexcept {
+  static int rank = 0;
+  return rank;
+}
+
+/// Names two ranks of `world` that sit on one GPU; empty when all have their own, or asked NCCL to look away.
+std::string shared_gpu(const Communicator& world, c10::Device device) {
+  std::string place;
+  world.together([&] {
+    std::array<char, MPI_MAX_PROCESSOR_NAME> host{};
+    int length = 0;
+    check(MPI_Get_processor_name(host.data(), &length), "MPI_Get_processor_name");
+    const char* host_id = std::getenv("NCCL_HOSTID");
+    place = text("host ", host_id ? host_id : host.data(), ", GPU ", device::uuid(device));
+  });
+  const std::vector<std::string> places = world.all_gather(place);
+  std::map<std::string, size_t> first;
+  for (size_t rank = 0; rank < places.size(); ++rank) {
+    const auto [before, fresh] = first.emplace(places[rank], rank);
+    if (!fresh) return text("ranks ", before->second, " and ", rank, " share one GPU (", places[rank], ")");
+  }
+  return {};
+}
+
+}  // namespace
+
+MpiSession::MpiSession(int* argc, char*** argv) {
+  int provided = MPI_THREAD_SINGLE;
+  check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+  check(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  if (provided < MPI_THREAD_MULTIPLE) {
+    throw std::runtime_error("this MPI does not offer MPI_THREAD_MULTIPLE, which backward on a GPU's own thread needs");
+  }
+  MPI_Comm host = MPI_COMM_NULL;
+  check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host), "MPI_Comm_split_type");
+  check(MPI_Comm_rank(host, &stored_host_rank()), "MPI_Comm_rank");
+  check(MPI_Comm_free(&host), "MPI_Comm_free");
+}
+
+MpiSession::~MpiSession() {
+  if (mpi_is_up()) MPI_Finalize();
+}
+
+int world_rank() noexcept {
+  int rank = 0;
+  if (mpi_is_up()) MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  return rank;
+}
+
+int world_size() noexcept {
+  int size = 1;
+  if (mpi_is_up()) MPI_Comm_size(MPI_COMM_WORLD, &size);
+  return size;
+}
+
+int host_rank() noexcept { return stored_host_rank(); }
+
+void abort_all_ranks(int exit_code) {
+  if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+Mesh::Mesh(Grid grid) : grid_(grid), here_(grid.at(world_rank())) {
+  if (grid.world() != world_size()) {
+    throw std::logic_error(text("a grid of ", grid.world(), " ranks on ", world_size(), " ranks"));
+  }
+  if (world_size() == 1) return;
+  world_ = Communicator::everyone();
+  for (size_t axis = 0; axis < kAxes; ++axis) {
+    const int first = grid.peers(static_cast<Axis>(axis), world_rank())[0];
+    axes_[axis] = world_.split(first, world_rank());  // peers are in ascending order on every axis
+  }
+}
+
+void Mesh::make_nccl(c10::Device device) {
+  if (!nccl::built_in()) fail("NCCL is not built in");
+  const std::string shared = shared_gpu(world_, device);
+  if (!shared.empty()) fail(shared, ", which NCCL refuses");
+  world_.use_nccl();
+  for (Communicator& group : axes_) {
+    // Some groups of an axis may fail and others not: nobody goes on before all know.
+    world_.together([&] { group.use_nccl(); });
+  }
+}
+
+void Mesh::prepare(c10::Device device, Transport transport) {
+  if (device.is_cpu()) {
+    if (transport == Transport::nccl) {
+      fail("run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or \"mpi\"");
+    }
+    transport_ = "MPI";
+    return;
+  }
+  transport_ = "MPI through pinned host memory";
+  if (transport == Transport::mpi) return;
+  try {
+    make_nccl(device);
+    transport_ = text("NCCL ", nccl::version());
+  } catch (const std::exception& refusal) {
+    if (transport == Transport::nccl) fail("run.transport = \"nccl\": ", refusal.what(), "; use \"auto\" or \"mpi\"");
+    world_.leave_nccl();
+    for (Communicator& group : axes_) group.leave_nccl();
+    log::info(text("tensors travel by ", transport_, ": ", refusal.what()));
+  }
+}
+
+std::vector<std::string> transports_built_in() {
+  std::string library(MPI_MAX_LIBRARY_VERSION_STRING, '\0');
+  int length = 0;
+  MPI_Get_library_version(library.data(), &length);
+  library.resize(static_cast<size_t>(length));
+  library = library.substr(0, library.find_first_of(",\n"));                                   // "Open MPI v4.1.4"
+  if (const size_t v = library.find(" v"); v != std::string::npos) library.erase(v + 1, 1);
+  std::vector<std::string> transports = {text("MPI (", library, ")")};
+  if (nccl::built_in()) transports.push_back(text("NCCL ", nccl::version()));
+  return transports;
+}
+
+}  // namespace upcycle

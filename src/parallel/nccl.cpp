@@ -1,0 +1,198 @@
+#include "parallel/nccl.hpp"
+
+#include <stdexcept>
+
+#ifdef UPCYCLE_CUDA
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <nccl.h>
+
+#include <cstring>
+#include <functional>
+#include <numeric>
+#endif
+
+#include "base/error.hpp"
+
+namespace upcycle::nccl {
+
+#ifdef UPCYCLE_CUDA
+
+struct Group {
+  ncclComm_t comm = nullptr;
+  int size = 0;
+};
+
+namespace {
+
+void check(ncclResult_t code, const char* call, ncclComm_t comm = nullptr) {
+  if (code == ncclSuccess) return;
+  throw std::runtime_error(text(call, ": ", ncclGetErrorString(code), " (", ncclGetLastError(comm), ")"));
+}
+
+ncclDataType_t type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return ncclFloat32;
+    case at::kDouble: return ncclFloat64;
+    case at::kInt: return ncclInt32;
+    case at::kLong: return ncclInt64;
+    default: throw std::logic_error(text("NCCL: no reduction of ", c10::toString(x.scalar_type())));
+  }
+}
+
+ncclRedOp_t operation(Reduce how) {
+  switch (how) {
+    case Reduce::sum: return ncclSum;
+    case Reduce::max: return ncclMax;
+    case Reduce::min: return ncclMin;
+  }
+  throw std::logic_error("NCCL: unknown reduction");
+}
+
+bool rounded(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
+
+// The GPU of `x` made current, and its current stream: everything is enqueued there.
+struct On {
+  explicit On(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream(x.get_device())) {}
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+};
+
+/// Sends and receives that NCCL carries out together.
+template <class Calls>
+void grouped(ncclComm_t comm, Calls&& calls) {
+  check(ncclGroupStart(), "ncclGroupStart");
+  try {
+    calls();
+  } catch (...) {
+    ncclGroupEnd();
+    throw;
+  }
+  check(ncclGroupEnd(), "ncclGroupEnd", comm);
+}
+
+}  // namespace
+
+void Leave::operator()(Group* group) const noexcept {
+  if (group->comm) ncclCommDestroy(group->comm);
+  delete group;
+}
+
+bool built_in() noexcept { return true; }
+
+std::string version() {
+  int number = 0;
+  check(ncclGetVersion(&number), "ncclGetVersion");
+  return text(number / 10000, '.', number % 10000 / 100, '.', number % 100);
+}
+
+std::string new_id() {
+  ncclUniqueId id;
+  check(ncclGetUniqueId(&id), "ncclGetUniqueId");
+  return std::string(id.internal, sizeof id.internal);
+}
+
+Member join(const std::string& id, int rank, int size) {
+  ncclUniqueId name;
+  std::memcpy(name.internal, id.data(), sizeof name.internal);
+  Member member(new Group{nullptr, size});
+  check(ncclCommInitRank(&member->comm, size, name, rank), "ncclCommInitRank", member->comm);
+  return member;
+}
+
+void all_reduce(Group& group, Tensor& x, Reduce how) {
+  if (rounded(x)) {
+    Tensor wide = x.to(at::kFloat);
+    all_reduce(group, wide, how);
+    x.copy_(wide);
+    return;
+  }
+  const On gpu(x);
+  check(ncclAllReduce(x.data_ptr(), x.data_ptr(), static_cast<size_t>(x.numel()), type_of(x), operation(how), group.comm,
+                      gpu.stream),
+        "ncclAllReduce", group.comm);
+}
+
+Tensor all_gather(Group& group, const Tensor& x) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.insert(sizes.begin(), group.size);
+  const Tensor all = at::empty(sizes, x.options());
+  const On gpu(x);
+  check(ncclAllGather(x.data_ptr(), all.data_ptr(), x.nbytes(), ncclInt8, group.comm, gpu.stream), "ncclAllGather",
+        group.comm);
+  return all;
+}
+
+Tensor reduce_scatter(Group& group, const Tensor& parts_P) {
+  if (rounded(parts_P)) return reduce_scatter(group, parts_P.to(at::kFloat)).to(parts_P.scalar_type());
+  const Tensor own = at::empty(parts_P.sizes().slice(1), parts_P.options());
+  const On gpu(parts_P);
+  check(ncclReduceScatter(parts_P.data_ptr(), own.data_ptr(), static_cast<size_t>(own.numel()), type_of(parts_P), ncclSum,
+                          group.comm, gpu.stream),
+        "ncclReduceScatter", group.comm);
+  return own;
+}
+
+Tensor all_to_all(Group& group, const Tensor& x, std::span<const int64_t> send_rows,
+                  std::span<const int64_t> receive_rows) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes[0] = std::accumulate(receive_rows.begin(), receive_rows.end(), int64_t{0});
+  const Tensor out = at::empty(sizes, x.options());
+  const size_t row =
+      static_cast<size_t>(std::accumulate(sizes.begin() + 1, sizes.end(), x.element_size(), std::multiplies<>()));
+  const On gpu(x);
+  grouped(group.comm, [&] {
+    const char* from = static_cast<const char*>(x.data_ptr());
+    char* into = static_cast<char*>(out.data_ptr());
+    for (int rank = 0; rank < group.size; ++rank) {
+      const size_t send = static_cast<size_t>(send_rows[rank]) * row, receive = static_cast<size_t>(receive_rows[rank]) * row;
+      if (send > 0) check(ncclSend(from, send, ncclInt8, rank, group.comm, gpu.stream), "ncclSend", group.comm);
+      if (receive > 0) check(ncclRecv(into, receive, ncclInt8, rank, group.comm, gpu.stream), "ncclRecv", group.comm);
+      from += send;
+      into += receive;
+    }
+  });
+  return out;
+}
+
+void broadcast(Group& group, Tensor& x, int root) {
+  const On gpu(x);
+  check(ncclBroadcast(x.data_ptr(), x.data_ptr(), x.nbytes(), ncclInt8, root, group.comm, gpu.stream), "ncclBroadcast",
+        group.comm);
+}
+
+void send(Group& group, const Tensor& x, int to) {
+  const On gpu(x);
+  check(ncclSend(x.data_ptr(), x.nbytes(), ncclInt8, to, group.comm, gpu.stream), "ncclSend", group.comm);
+}
+
+void receive(Group& group, Tensor& x, int from) {
+  const On gpu(x);
+  check(ncclRecv(x.data_ptr(), x.nbytes(), ncclInt8, from, group.comm, gpu.stream), "ncclRecv", group.comm);
+}
+
+#else
+
+struct Group {};
+
+namespace {
+[[noreturn]] void refuse() { throw std::runtime_error("NCCL is not built in"); }
+}  // namespace
+
+void Leave::operator()(Group* group) const noexcept { delete group; }
+bool built_in() noexcept { return false; }
+std::string version() { return {}; }
+std::string new_id() { refuse(); }
+Member join(const std::string&, int, int) { refuse(); }
+void all_reduce(Group&, Tensor&, Reduce) { refuse(); }
+Tensor all_gather(Group&, const Tensor&) { refuse(); }
+Tensor reduce_scatter(Group&, const Tensor&) { refuse(); }
+Tensor all_to_all(Group&, const Tensor&, std::span<const int64_t>, std::span<const int64_t>) { refuse(); }
+void broadcast(Group&, Tensor&, int) { refuse(); }
+void send(Group&, const Tensor&, int) { refuse(); }
+void receive(Group&, Tensor&, int) { refuse(); }
+
+#endif
+
+}  // namespace upcycle::nccl

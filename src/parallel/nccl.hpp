@@ -1,0 +1,38 @@
+#pragma once
+#include <memory>
+#include <span>
+#include <string>
+
+#include "parallel/communicator.hpp"
+
+/// NCCL on the current CUDA stream. In a build without CUDA these functions exist and throw std::runtime_error.
+namespace upcycle::nccl {
+
+/// One rank's ncclComm_t, bound to the GPU that was current when it joined.
+struct Group;
+struct Leave {
+  void operator()(Group*) const noexcept;
+};
+using Member = std::unique_ptr<Group, Leave>;
+
+bool built_in() noexcept;
+/// "2.28.9"; empty when not built in.
+std::string version();
+
+/// A name for a new group, made on one rank and told to the others.
+std::string new_id();
+/// **Collective** over the group. Throws when NCCL refuses, on all ranks (two ranks on one GPU, say).
+Member join(const std::string& id, int rank, int size);
+
+/// **Collective** each; `x` as in Communicator, on the group's GPU.
+void all_reduce(Group&, Tensor& x, Reduce);
+/// [size, x's shape]
+Tensor all_gather(Group&, const Tensor& x);
+/// `parts_P` [size, ...]: the sum over ranks of row `rank`.
+Tensor reduce_scatter(Group&, const Tensor& parts_P);
+Tensor all_to_all(Group&, const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows);
+void broadcast(Group&, Tensor& x, int root);
+void send(Group&, const Tensor& x, int to);
+void receive(Group&, Tensor& x, int from);
+
+}  // namespace upcycle::nccl

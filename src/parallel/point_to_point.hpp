@@ -1,0 +1,26 @@
+#pragma once
+#include <cstdint>
+#include <span>
+
+/// Bytes between ranks, by MPI, in pieces that its int counts can express. A communicator is named by its Fortran handle
+/// (MPI_Comm_c2f), so that no header needs mpi.h.
+namespace upcycle::mpi {
+
+/// Throws std::runtime_error naming the call, with MPI's own text, unless `code` is MPI_SUCCESS.
+void check(int code, const char* call);
+
+struct Block {
+  std::byte* data = nullptr;
+  int64_t bytes = 0;
+};
+
+/// **Collective.** Sends to_each[r] to rank r and fills from_each[r] from rank r. Each pair of ranks must agree on the size:
+/// more or fewer bytes than expected throw on the receiver. A rank's block for itself is copied, unless it is the same memory.
+void exchange(int communicator, std::span<const Block> to_each, std::span<const Block> from_each, int64_t piece_bytes);
+
+void send(int communicator, Block, int to, int64_t piece_bytes);
+void receive(int communicator, Block, int from, int64_t piece_bytes);
+/// **Collective.**
+void broadcast(int communicator, Block, int root, int64_t piece_bytes);
+
+}  // namespace upcycle::mpi
