@@ -1,0 +1,23 @@
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "config/architecture.hpp"
+#include "config/run_config.hpp"
+#include "parallel/grid.hpp"
+
+namespace upcycle {
+
+/// The smallest number of ranks that the degrees of [parallel] allow.
+int64_t smallest_world(const ParallelSection&);
+
+/// A run on `world` ranks: its grid, where the degrees allow one, and everything that does not divide, one line each with the
+/// keys and numbers. Pure.
+struct LayoutCheck {
+  std::optional<Grid> grid;
+  std::vector<std::string> problems;
+};
+LayoutCheck check_layout(const RunConfig&, const Architecture&, int world);
+
+}  // namespace upcycle

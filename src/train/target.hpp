@@ -1,0 +1,21 @@
+#pragma once
+#include <optional>
+
+#include "config/run_config.hpp"
+#include "upcycle/recipe.hpp"
+
+namespace upcycle {
+
+/// What a run trains, and how it comes out of its source.
+struct Target {
+  Architecture architecture;
+  std::optional<Recipe> recipe;   ///< the source is dense, has weights, and [moe] asks for experts
+};
+
+/// What `run` makes of a source of this architecture: the same, or, where [moe] asks for experts, its mixture. Pure.
+/// `has_weights` is false for a run that starts at random from an architecture file alone.
+/// Throws UserError when [moe] contradicts a source that is a mixture already, for whatever make_recipe refuses, and for a
+/// model of more than moe.max_parameters.
+Target choose_target(const RunConfig& run, const Architecture& source, bool has_weights);
+
+}  // namespace upcycle

@@ -1,0 +1,205 @@
+#include "train/memory_plan.hpp"
+
+#include <gtest/gtest.h>
+
+#include "base/box.hpp"
+#include "support/scratch.hpp"
+#include "train/layout_check.hpp"
+#include "train/target.hpp"
+
+namespace upcycle {
+namespace {
+
+Architecture small(int64_t experts) {
+  Architecture a;
+  a.hidden = 64, a.layers = 5, a.heads = 8, a.kv_heads = 2, a.head_dim = 16, a.ffn = 96, a.vocab = 500;
+  if (experts > 0) a.experts = experts, a.top_k = 2, a.expert_ffn = 48, a.dense_layers = {0};
+  return a;
+}
+
+RunConfig run_with(const ParallelSection& parallel, Precision precision = Precision::bf16) {
+  RunConfig run;
+  run.source.model = "m";
+  run.parallel = parallel;
+  run.train.precision = precision;
+  run.train.sequence = 32;
+  run.train.global_batch = 48;
+  return run;
+}
+
+struct Case {
+  ParallelSection parallel;
+  int world;
+};
+const std::vector<Case> kLayouts = {{{}, 1},
+                                    {{}, 4},
+                                    {{.expert = 4}, 8},
+                                    {{.tensor = 4, .pipeline = 2, .expert = 4}, 16},
+                                    {{.tensor = 2, .context = 2, .pipeline = 5, .expert = 2, .expert_tensor = 2}, 40}};
+
+// Every element of the model is in exactly as many boxes as the layout says there are holders; summed over distinct boxes it is there once.
+TEST(MemoryPlan, BoxesOverDistinctCoordinatesAddUpToTheModel) {
+  for (const bool tied : {false, true}) {
+    for (const Case& c : kLayouts) {
+      Architecture a = small(8);
+      a.tied = tied;
+      const Layout layout = Layout::even(Grid(c.parallel, c.world), a);
+      int64_t total = 0;
+      for (const ParameterSpec& spec : catalogue(a)) {
+        std::set<Shape> corners;
+        for (int rank = 0; rank < c.world; ++rank) {
+          const auto box = local_box(spec, layout, layout.grid.at(rank));
+          if (box && corners.insert(box->begin).second) total += elements(*box);
+        }
+      }
+      EXPECT_EQ(total, count_parameters(a).total) << c.world << " ranks";
+    }
+  }
+}
+
+// Where nothing is replicated inside a replica group, the planner's parameters over all ranks are the model times its copies.
+TEST(MemoryPlan, ParametersOfAllRanksAreTheModelTimesItsCopies) {
+  const Architecture a = small(8);
+  int64_t expert_parameters = 0;
+  for (const ParameterSpec& spec : catalogue(a)) expert_parameters += spec.role == Role::expert ? elements(spec.shape) : 0;
+  const int64_t other = count_parameters(a).total - expert_parameters;
+  for (const Case& c : {kLayouts[0], kLayouts[1], kLayouts[2], Case{{.pipeline = 5, .expert = 2}, 20}}) {
+    const Layout layout = Layout::even(Grid(c.parallel, c.world), a);
+    int64_t sum = 0;
+    for (int rank = 0; rank < c.world; ++rank) sum += rank_memory(a, run_with(c.parallel), layout, rank).parameters;
+    EXPECT_EQ(sum, expert_parameters * layout.grid.size(Axis::expert_data) + other * layout.grid.size(Axis::replica));
+  }
+}
+
+TEST(MemoryPlan, BytesFollowFromTheDtypes) {
+  const Architecture a = small(8);
+  const Layout one = Layout::even(Grid({}, 1), a);
+  int64_t routers = 0;
+  for (const ParameterSpec& spec : catalogue(a)) routers += spec.always_fp32() ? elements(spec.shape) : 0;
+  const int64_t all = count_parameters(a).total;
+  ASSERT_GT(routers, 0);
+
+  const RankMemory bf16 = rank_memory(a, run_with({}), one, 0);
+  EXPECT_EQ(bf16.parameters, all);
+  EXPECT_EQ(bf16.weights, 2 * (all - routers) + 4 * routers);
+  EXPECT_EQ(bf16.masters, 4 * (all - routers));
+  EXPECT_EQ(bf16.gradients, 4 * all);
+  EXPECT_EQ(bf16.moments, 8 * all);
+
+  const RankMemory fp32 = rank_memory(a, run_with({}, Precision::fp32), one, 0);
+  EXPECT_EQ(fp32.weights, 4 * all);
+  EXPECT_EQ(fp32.masters, 0) << "the weights are their own masters";
+  EXPECT_EQ(fp32.total(), fp32.weights + fp32.gradients + fp32.moments + fp32.activations);
+}
+
+TEST(MemoryPlan, ZeroCutsMastersAndMomentsOverTheReplicas) {
+  const Architecture a = small(0);
+  const Layout layout = Layout::even(Grid({}, 4), a);
+  RunConfig run = run_with({});
+  const RankMemory whole = rank_memory(a, run, layout, 0);
+  run.parallel.zero = 1;
+  const RankMemory cut = rank_memory(a, run, layout, 0);
+  EXPECT_EQ(cut.gradients, whole.gradients);
+  EXPECT_NEAR(static_cast<double>(cut.moments), static_cast<double>(whole.moments) / 4, 8.0 * 4 * 100);
+  EXPECT_NEAR(static_cast<double>(cut.masters), static_cast<double>(whole.masters) / 4, 4.0 * 4 * 100);
+}
+
+TEST(MemoryPlan, OneLargestRankForEveryStage) {
+  const Architecture a = small(8);
+  const ParallelSection parallel{.tensor = 2, .pipeline = 2, .expert = 4};
+  const Layout layout = Layout::even(Grid(parallel, 8), a);
+  const RunConfig run = run_with(parallel);
+  const std::vector<RankMemory> stages = plan_memory(a, run, layout);
+  ASSERT_EQ(stages.size(), 2u);
+  for (int rank = 0; rank < 8; ++rank) {
+    const RankMemory memory = rank_memory(a, run, layout, rank);
+    EXPECT_LE(memory.parameters, stages.at(static_cast<size_t>(memory.stage)).parameters);
+  }
+  EXPECT_EQ(layout.grid.at(stages[1].rank)[Axis::pipeline], 1);
+}
+
+TEST(MemoryPlan, ActivationsGrowAsTheyShould) {
+  const Architecture a = small(8);
+  const Layout one = Layout::even(Grid({}, 1), a);
+  RunConfig run = run_with({});
+  const auto activations = [&](const Layout& layout, int rank) { return rank_memory(a, run, layout, rank).activations; };
+  const int64_t base = activations(one, 0);
+  run.train.micro_batch = 4;
+  EXPECT_EQ(activations(one, 0), 4 * base);
+  run.train.recompute = Recompute::selective;
+  const int64_t selective = activations(one, 0);
+  run.train.recompute = Recompute::full;
+  EXPECT_LT(selective, 4 * base);
+  EXPECT_LT(activations(one, 0), selective);
+
+  run = run_with({.tensor = 2});
+  EXPECT_EQ(activations(Layout::even(Grid(run.parallel, 2), a), 0), base / 2) << "sequence parallelism cuts all of them";
+  run = run_with({.pipeline = 2});
+  const Layout piped = Layout::even(Grid(run.parallel, 2), a);
+  EXPECT_GT(activations(piped, 0), 0);
+  run.train.global_batch = 1;
+  run.train.micro_batch = 1;
+  EXPECT_LT(activations(piped, 0), base) << "one micro-batch in flight";
+}
+
+TEST(LayoutCheck, SmallestWorld) {
+  EXPECT_EQ(smallest_world({}), 1);
+  EXPECT_EQ(smallest_world({.pipeline = 4, .expert = 8}), 32);
+  EXPECT_EQ(smallest_world({.tensor = 4, .pipeline = 2, .expert = 2}), 8) << "experts fold into the tensor axis";
+  EXPECT_EQ(smallest_world({.tensor = 4, .context = 3, .expert = 8}), 24);
+  for (const ParallelSection& p : {ParallelSection{.tensor = 6, .expert = 4}, ParallelSection{.context = 2, .expert = 3, .expert_tensor = 2}}) {
+    const auto world = static_cast<int>(smallest_world(p));
+    EXPECT_NO_THROW(Grid(p, world));
+    for (int fewer = 1; fewer < world; ++fewer) EXPECT_THROW(Grid(p, fewer), UserError) << fewer;
+  }
+}
+
+TEST(LayoutCheck, NamesEverythingThatDoesNotDivide) {
+  const Architecture a = small(8);
+  RunConfig run = run_with({.tensor = 3, .expert = 3});
+  run.train.global_batch = 5;
+  run.train.sequence = 32;
+  const LayoutCheck check = check_layout(run, a, 6);
+  ASSERT_EQ(check.problems.size(), 3u);
+  EXPECT_NE(check.problems[0].find("tensor = 3 does not divide num_attention_heads = 8"), std::string::npos);
+  EXPECT_NE(check.problems[1].find("train.global_batch = 5 is not a multiple of train.micro_batch = 1 times the 2 data-parallel ranks"), std::string::npos);
+  EXPECT_NE(check.problems[2].find("train.sequence = 32 is not a multiple of 3"), std::string::npos);
+
+  run = run_with({.expert = 3});
+  const LayoutCheck no_grid = check_layout(run, a, 4);
+  EXPECT_FALSE(no_grid.grid.has_value());
+  EXPECT_NE(no_grid.problems.at(0).find("expert = 3 does not divide the 4 ranks"), std::string::npos);
+
+  run = run_with({.context = 3, .pipeline = 2, .virtual_stages = 2});
+  const LayoutCheck late = check_layout(run, a, 6);
+  ASSERT_EQ(late.problems.size(), 2u);
+  EXPECT_NE(late.problems[0].find("is not a multiple of 6 (tensor 1 x 2 x context 3)"), std::string::npos);
+  EXPECT_NE(late.problems[1].find("pipeline 2 x virtual_stages 2 = 4 does not divide num_hidden_layers = 5"), std::string::npos);
+  EXPECT_TRUE(check_layout(run_with({.expert = 4}), a, 4).problems.empty());
+}
+
+TEST(Target, TheSourceAsItIsOrItsMixture) {
+  const Architecture dense = small(0), mixture = small(8);
+  RunConfig run = run_with({});
+  EXPECT_EQ(choose_target(run, dense, true).architecture, dense);
+  EXPECT_EQ(choose_target(run, mixture, true).architecture, mixture);
+
+  run.moe.experts = 8;
+  const Target grown = choose_target(run, dense, true);
+  EXPECT_EQ(grown.architecture.experts, 8);
+  EXPECT_EQ(grown.recipe.value().copies, 8);
+  const Target random = choose_target(run, dense, false);
+  EXPECT_EQ(random.architecture, grown.architecture);
+  EXPECT_FALSE(random.recipe.has_value());
+
+  EXPECT_EQ(choose_target(run, mixture, true).architecture, mixture) << "[moe] agrees";
+  run.moe.top_k = 4;
+  EXPECT_NE(user_error([&] { choose_target(run, mixture, true); }).find("a mixture of 8 experts, top-2, but [moe] asks for experts = 8, top_k = 4"),
+            std::string::npos);
+  run.moe = {};
+  run.moe.max_parameters = 1000;
+  EXPECT_NE(user_error([&] { choose_target(run, dense, true); }).find("more than moe.max_parameters = 1000"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace upcycle
