@@ -17,7 +17,7 @@ Tensor rms_norm(const Tensor& x, Parameter& weight, double eps) {
   }
   return record(y, {x}, [x = x.detach(), scale, &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy32 = dy[0].to(at::kFloat);
-    const Tensor unit = x.to(at::kFloat).mul_(scale);
+    const Tensor unit = x.to(at::kFloat) * scale;
     const int64_t width = x.size(-1);
     weight.main_grad.add_((dy32 * unit).reshape({-1, width}).sum(0));
     weight.ready();

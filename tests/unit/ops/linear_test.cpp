@@ -1,0 +1,49 @@
+#include "ops/linear.hpp"
+
+#include <ATen/ops/matmul.h>
+
+#include "unit/ops/reference.hpp"
+
+namespace upcycle {
+namespace {
+
+Tensor product(const std::vector<Tensor>& x, const std::vector<Tensor>& w) { return at::matmul(x[0], w[0].t()); }
+Tensor ours(const std::vector<Tensor>& x, std::vector<Parameter>& w) { return linear(x[0], w[0]); }
+
+TEST(Linear, IsTheProduct) {
+  expect_matches({{{7, 13}}, {{5, 13}}}, ours, product);
+  expect_matches({{{2, 3, 33}}, {{65, 33}}}, ours, product);
+  expect_matches({{{1, 1}}, {{1, 1}}}, ours, product);
+}
+
+TEST(Linear, TakesZeroRows) { expect_matches({{{0, 13}}, {{5, 13}}}, ours, product); }
+
+// A column-major or expanded gradient is what a sum or a transpose hands back.
+TEST(Linear, TakesStridedInputsAndGradients) {
+  expect_matches({{{13, 7}}, {{5, 13}}}, [](const auto& x, auto& w) { return linear(x[0].t(), w[0]).t(); },
+                 [](const auto& x, const auto& w) { return at::matmul(x[0].t(), w[0].t()).t(); });
+  expect_matches({{{7, 13}}, {{5, 13}}, 2, 2e-6}, [](const auto& x, auto& w) { return linear(x[0], w[0]).sum(); },
+                 [](const auto& x, const auto& w) { return at::matmul(x[0], w[0].t()).sum(); });
+}
+
+TEST(Linear, OneWeightTwiceInOneGraph) {
+  Parameter weight = trained(normal({6, 6}, 1));
+  const Tensor x = normal({4, 6}, 2).requires_grad_();
+  const Tensor w64 = weight.value.to(at::kDouble).requires_grad_(), x64 = x.detach().to(at::kDouble).requires_grad_();
+  const Tensor dy = normal({4, 6}, 3);
+  run_backward(linear(linear(x, weight), weight), dy);
+  run_backward(at::matmul(at::matmul(x64, w64.t()), w64.t()), dy.to(at::kDouble));
+  EXPECT_LE(distance(weight.main_grad, w64.grad()), 1e-6);
+  EXPECT_LE(distance(x.grad(), x64.grad()), 1e-6);
+}
+
+// Summed over 512 micro-batches: a bf16 sum would stop growing after 256 equal additions.
+TEST(Linear, GradientsOfBf16AreSummedInFp32) {
+  Parameter weight = trained(normal({1, 1}, 1, at::kBFloat16));
+  const Tensor one = at::zeros({1, 1}, at::kBFloat16).add_(1.0);
+  for (int pass = 0; pass < 512; ++pass) add_weight_gradient(weight.main_grad, one, one);
+  EXPECT_EQ(weight.main_grad.item<float>(), 512.0F);
+}
+
+}  // namespace
+}  // namespace upcycle

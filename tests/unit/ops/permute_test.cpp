@@ -1,0 +1,72 @@
+#include "ops/permute.hpp"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/tensor.h>
+
+#include "unit/ops/reference.hpp"
+
+// Shapes: T tokens, K choices of each, R = T*K rows, D width.
+namespace upcycle {
+namespace {
+
+const Tensor kExpert_TK = at::tensor({2, 0, 1, 2, 2, 1, 0, 2}, at::kLong).view({4, 2});
+
+TEST(RowOrder, SortsByExpertAndKeepsTheOrderOfChoices) {
+  const RowOrder order = sort_by_expert(kExpert_TK);
+  EXPECT_TRUE(order.choice_R.equal(at::tensor({1, 6, 2, 5, 0, 3, 4, 7}, at::kLong)));
+  EXPECT_TRUE(order.row_TK.view({-1}).index_select(0, order.choice_R).equal(at::arange(8)));
+  const RowOrder nobody = sort_by_expert(at::zeros({0, 2}, at::kLong));
+  EXPECT_EQ(nobody.choice_R.sizes(), (Shape{0}));
+  EXPECT_EQ(nobody.row_TK.sizes(), (Shape{0, 2}));
+}
+
+Tensor random_choice(int64_t tokens, int64_t experts, int64_t choices, uint64_t seed) {
+  return normal({tokens, experts}, seed).argsort(int64_t{-1}).narrow(1, 0, choices).contiguous();
+}
+
+struct Form {
+  int64_t tokens, choices, width;
+};
+const std::vector<Form> kForms = {{4, 2, 5}, {1, 1, 1}, {17, 8, 3}, {0, 2, 5}};
+
+TEST(SpreadRows, GivesEachRowItsTokenAndSumsBack) {
+  for (const auto& [tokens, choices, width] : kForms) {
+    const RowOrder order = sort_by_expert(random_choice(tokens, 9, choices, 1));
+    expect_matches({{{tokens, width}}, {}, 1}, [&](const auto& x, auto&) { return spread_rows(x[0], order); },
+                   [&](const auto& x, const auto&) { return x[0].repeat_interleave(choices, 0).index_select(0, order.choice_R); });
+  }
+}
+
+TEST(WeighAndSum, BringsRowsHome) {
+  for (const auto& [tokens, choices, width] : kForms) {
+    const RowOrder order = sort_by_expert(random_choice(tokens, 9, choices, 2));
+    expect_matches({{{tokens * choices, width}, {tokens, choices}}, {}, 1},
+                   [&](const auto& x, auto&) { return weigh_and_sum(x[0], x[1].to(at::kFloat), order); },
+                   [&](const auto& x, const auto&) {
+                     const Tensor y_TKD = x[0].index_select(0, order.row_TK.view({-1})).view({tokens, choices, width});
+                     return (y_TKD * x[1].unsqueeze(2)).sum(1);
+                   });
+  }
+}
+
+TEST(PermuteRows, GoesThereAndBack) {
+  for (const int64_t rows : {0, 1, 13}) {
+    const Tensor permutation = normal({rows}, 3).argsort(int64_t{-1});
+    expect_matches({{{rows, 3}}, {}, 1}, [&](const auto& x, auto&) { return permute_rows(x[0], permutation); },
+                   [&](const auto& x, const auto&) { return x[0].index_select(0, permutation); });
+  }
+}
+
+// 1 + 8 * 2^-9: rounded to bf16 after each addition, the small ones would vanish.
+TEST(SpreadRows, SumsGradientsInFp32) {
+  const int64_t choices = 9;
+  const RowOrder order = sort_by_expert(at::arange(choices).view({1, choices}));
+  const Tensor x = at::zeros({1, 1}, at::kBFloat16).requires_grad_();
+  Tensor dy = at::zeros({choices, 1}, at::kBFloat16).add_(0x1p-9);
+  dy[0].fill_(1.0);
+  run_backward(spread_rows(x, order), dy);
+  EXPECT_EQ(x.grad().item<float>(), 1.0F + 0x1p-6F);
+}
+
+}  // namespace
+}  // namespace upcycle
