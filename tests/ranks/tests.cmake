@@ -1,1 +1,22 @@
 # tests of this folder
+ranks_test(communicator RANKS 1 2 4)
+ranks_test(regions RANKS 1 2 4 LINK base)
+ranks_test(mesh RANKS 1 2 4)
+ranks_test(verdict RANKS 1 3)
+
+# What tests/support/mpi_main.cpp does when something goes wrong on one rank only: it must be seen, and must not hang.
+function(verdict_test case expected)
+  add_test(NAME ranks.verdict.${case} COMMAND ${UPCYCLE_MPIRUN} -np 3 $<TARGET_FILE:ranks_verdict>
+           --gtest_also_run_disabled_tests --gtest_filter=Verdict.DISABLED_${case} --gtest_color=no)
+  set_tests_properties(ranks.verdict.${case} PROPERTIES LABELS ranks TIMEOUT 60 PROCESSORS 2
+    PASS_REGULAR_EXPRESSION "${expected}" FAIL_REGULAR_EXPRESSION "PASSED  . 1 test"
+    ENVIRONMENT "OMP_NUM_THREADS=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+endfunction()
+verdict_test(LastRankFails "failed on rank 2.*1 FAILED TEST")
+verdict_test(LastRankStops "rank 2. fatal failure")
+verdict_test(LastRankThrows "rank 2. exception: out of paper")
+verdict_test(AllSkip "exit code: *77|Exit code: *77")
+ranks_test(snapshot RANKS 1 2 4 LINK train)
+ranks_test(checkpoint RANKS 1 2 4 LINK checkpoint)
+target_compile_definitions(ranks_checkpoint PRIVATE UPCYCLE_PYTHON="${UPCYCLE_PYTHON}")
+ranks_test(dispatcher RANKS 1 2 4 LINK moe)

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "base/error.hpp"
+#include "base/log.hpp"
 #include "parallel/communicator.hpp"
 #include "parallel/mesh.hpp"
 
@@ -75,6 +76,7 @@ int main(int argc, char** argv) {
     const MpiSession session(&argc, &argv);
     try {
       const Communicator world = Communicator::everyone();
+      log::start(log::Level::info, world.rank());
       return run_tests(world);
     } catch (const std::exception& error) {
       std::cerr << text("[rank ", world_rank(), "] exception: ", error.what(), '\n') << std::flush;
