@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iomanip>
 
 #include "base/error.hpp"
 #include "upcycle/certificate.hpp"
@@ -27,7 +28,7 @@ int64_t compare(const std::string& name, const Shape& begin, const Tensor& value
     found = found.select(0, at), wanted = wanted.select(0, at);
     where += text(d ? ", " : "", begin[static_cast<size_t>(d)] + at);
   }
-  first = text(name, "[", where, "] is ", found.item<double>(), ", the recipe says ", wanted.item<double>());
+  first = text(name, "[", where, "] is ", std::setprecision(9), found.item<double>(), ", the recipe says ", wanted.item<double>());
   return count;
 }
 
