@@ -8,8 +8,8 @@
 
 namespace upcycle {
 
-// Files that survive a power cut: written under another name, fsynced, renamed, and the directory fsynced. A rename without
-// the first fsync can leave an empty file; one without the second can be forgotten.
+// Files that survive a power cut: written under another name, fsynced, renamed, and the directory fsynced. A rename
+// without the first fsync can leave an empty file; one without the second can be forgotten.
 
 void close_descriptor(int descriptor) noexcept;
 constexpr int no_descriptor() noexcept { return -1; }
@@ -21,7 +21,8 @@ using FileDescriptor = Handle<int, close_descriptor, no_descriptor>;
 /// Creates or empties `path`, makes missing parent directories. Throws UserError naming it.
 FileDescriptor create_file(const std::filesystem::path& path);
 /// Writes all of `bytes` at `offset`. Throws UserError naming `path` when the disk is full or fails.
-void write_at(const FileDescriptor&, std::span<const std::byte> bytes, uint64_t offset, const std::filesystem::path& path);
+void write_at(const FileDescriptor&, std::span<const std::byte> bytes, uint64_t offset,
+              const std::filesystem::path& path);
 /// fsync of a file or a directory. Throws UserError naming it.
 void make_durable(const std::filesystem::path& path);
 /// Renames and makes the new name durable. Throws UserError naming both.

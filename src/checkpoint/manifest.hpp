@@ -4,10 +4,12 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace upcycle {
 
 inline constexpr int kSchemaVersion = 1;
+inline constexpr const char* kManifestFile = "manifest.json";
 
 // The files of tensors that a checkpoint may hold; what is in each: checkpoint/writer.hpp.
 inline constexpr const char* kWeightsFile = "weights.h5";
@@ -15,29 +17,45 @@ inline constexpr const char* kMastersFile = "masters.h5";
 inline constexpr const char* kFirstMomentsFile = "exp_avg.h5";
 inline constexpr const char* kSecondMomentsFile = "exp_avg_sq.h5";
 
-/// What a checkpoint says of itself (manifest.json); see checkpoints-schema/. Sections that belong to other folders are JSON here.
+/// What a checkpoint says of itself (manifest.json); see checkpoints-schema/. Sections that belong to other folders are
+/// JSON here.
 struct Manifest {
   int schema_version = kSchemaVersion;
-  std::string run_id;              ///< identity of the run that wrote it
+  std::string run_id;  ///< identity of the run that wrote it
   int64_t step = 0;
-  nlohmann::json architecture;     ///< Hugging Face's config.json form
-  nlohmann::json run;              ///< the resolved run
-  nlohmann::json provenance;       ///< source files, recipe, versions, certificate's verdict
-  nlohmann::json training;         ///< step, tokens, data position, optimizer's step count, skipped steps; empty for convert
-  nlohmann::json layout;           ///< ranks and axes it was written on; information only
-  nlohmann::json files;            ///< name -> size in bytes; filled by the writer
-  nlohmann::json tensors;          ///< number of tensors and bytes per file; filled by the writer
+  nlohmann::json architecture;  ///< Hugging Face's config.json form
+  nlohmann::json run;           ///< the resolved run
+  nlohmann::json provenance;    ///< source files, recipe, versions, certificate's verdict
+  nlohmann::json training;  ///< step, tokens, data position, optimizer's step count, skipped steps; empty for convert
+  nlohmann::json layout;    ///< ranks and axes it was written on; information only
+  nlohmann::json files;     ///< name -> size in bytes; filled by the writer
+  nlohmann::json tensors;   ///< number of tensors and bytes per file; filled by the writer
 };
 
-/// Throws UserError naming the file for a missing or unreadable manifest and for an unknown schema version.
+/// manifest.json's content.
+nlohmann::json to_json(const Manifest&);
+
+/// Throws UserError naming the file for a missing or unreadable manifest and for an unknown schema version (with those
+/// that this program reads).
 Manifest read_manifest(const std::filesystem::path& checkpoint);
+
+/// Throws UserError naming the file when one that `manifest` lists is missing or has another size.
+void check_complete(const std::filesystem::path& checkpoint, const Manifest& manifest);
 
 /// The name of step n: "step-00000100".
 std::string step_directory(int64_t step);
+/// n for the name of step n, nothing for other names.
+std::optional<int64_t> step_of(const std::string& directory_name);
 
-/// `path` itself when it is a step directory; else the newest valid step in `path`/checkpoints or `path`.
+/// `path` itself when it holds a manifest; else the newest valid step in `path`/checkpoints or `path`.
 /// Valid: manifest.json is there and reads, and every file it lists has its size. Empty when there is none.
 /// What was looked at and refused is told through `why` (one line each).
-std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& path, std::vector<std::string>* why = nullptr);
+std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& path,
+                                                       std::vector<std::string>* why = nullptr);
+
+/// Removes steps of `checkpoints` but the newest `keep` valid ones (at least one) and, where keep_every > 0, those
+/// whose number it divides. What is damaged is no checkpoint and stays. Returns what was removed. For one rank alone.
+std::vector<std::filesystem::path> remove_old(const std::filesystem::path& checkpoints, int64_t keep,
+                                              int64_t keep_every);
 
 }  // namespace upcycle

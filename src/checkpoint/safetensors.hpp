@@ -19,13 +19,13 @@ struct SafetensorsEntry {
   uint64_t end = 0;
 };
 
-/// Tensors of a Hugging Face directory (model.safetensors, else, as transformers chooses, model.safetensors.index.json with its
-/// shards), memory-mapped: only the pages of what is read are touched.
+/// Tensors of a Hugging Face directory (model.safetensors, else, as transformers chooses, model.safetensors.index.json
+/// with its shards), memory-mapped: only the pages of what is read are touched.
 class SafetensorsReader {
  public:
-  /// Opens one .safetensors file, or a directory of them. Throws UserError naming file and tensor when a shard is missing or
-  /// truncated, or when a header lies: not JSON, too long, offsets that overlap, leave holes, are negative, past the end or not
-  /// shape x dtype, an unknown dtype, an index that disagrees with the shards.
+  /// Opens one .safetensors file, or a directory of them. Throws UserError naming file and tensor when a shard is
+  /// missing or truncated, or when a header lies: not JSON, too long, offsets that overlap, leave holes, are negative,
+  /// past the end or not shape x dtype, an unknown dtype, an index that disagrees with the shards.
   explicit SafetensorsReader(const std::filesystem::path& path);
 
   const std::map<std::string, SafetensorsEntry>& entries() const noexcept { return entries_; }
@@ -43,9 +43,10 @@ class SafetensorsReader {
   std::map<std::string, SafetensorsEntry> entries_;
 };
 
-/// Writes tensors, one after another, as sharded safetensors with an index (a single model.safetensors when one shard is enough).
-/// Header and sizes are known first, so bytes go straight to their place and memory holds one tensor at a time.
-/// Files are written as <name>.partial, fsynced and renamed by finish(); the destructor removes what was not finished.
+/// Writes tensors, one after another, as sharded safetensors with an index (a single model.safetensors when one shard
+/// is enough). Header and sizes are known first, so bytes go straight to their place and memory holds one tensor at a
+/// time. Files are written as <name>.partial, fsynced and renamed by finish(); the destructor removes what was not
+/// finished.
 class SafetensorsWriter {
  public:
   struct Item {
@@ -53,8 +54,8 @@ class SafetensorsWriter {
     at::ScalarType dtype;
     Shape shape;
   };
-  /// Makes `directory`. A shard holds at least one tensor and, beyond that, at most `max_shard_bytes`. Throws UserError naming
-  /// the file when it can't be written (also write() and finish()), std::logic_error for two items of one name.
+  /// Makes `directory`. A shard holds at least one tensor and, beyond that, at most `max_shard_bytes`. Throws UserError
+  /// naming the file when it can't be written (also write() and finish()), std::logic_error for two items of one name.
   SafetensorsWriter(std::filesystem::path directory, std::vector<Item> items, uint64_t max_shard_bytes,
                     std::map<std::string, std::string> metadata);
   /// The next item of the list, any device; cast to the item's dtype. Items come in the order of the list.

@@ -18,11 +18,11 @@ struct NamedDtype {
   const char* name;
   at::ScalarType dtype;
 };
-constexpr std::array kDtypes = {
-    NamedDtype{"F32", at::kFloat}, NamedDtype{"BF16", at::kBFloat16}, NamedDtype{"F16", at::kHalf},
-    NamedDtype{"F64", at::kDouble}, NamedDtype{"I64", at::kLong},     NamedDtype{"I32", at::kInt},
-    NamedDtype{"I16", at::kShort}, NamedDtype{"I8", at::kChar},       NamedDtype{"U8", at::kByte},
-    NamedDtype{"BOOL", at::kBool}};
+constexpr std::array kDtypes = {NamedDtype{"F32", at::kFloat}, NamedDtype{"BF16", at::kBFloat16},
+                                NamedDtype{"F16", at::kHalf},  NamedDtype{"F64", at::kDouble},
+                                NamedDtype{"I64", at::kLong},  NamedDtype{"I32", at::kInt},
+                                NamedDtype{"I16", at::kShort}, NamedDtype{"I8", at::kChar},
+                                NamedDtype{"U8", at::kByte},   NamedDtype{"BOOL", at::kBool}};
 
 uint64_t natural(const json& value, const char* what, const std::string& where) {
   // Negative and fractional numbers, and those beyond 64 bits (which the parser turns into floats), are no offsets.
@@ -38,7 +38,8 @@ SafetensorsEntry parse_entry(const json& entry, const std::string& where) {
   const json &dtype = entry["dtype"], &shape = entry["shape"], &offsets = entry["data_offsets"];
   if (!dtype.is_string()) fail(where, ": dtype ", dtype.dump(), " is not a string");
   if (!shape.is_array()) fail(where, ": shape ", shape.dump(), " is not a list");
-  if (!offsets.is_array() || offsets.size() != 2) fail(where, ": data_offsets ", offsets.dump(), " is not [begin, end]");
+  if (!offsets.is_array() || offsets.size() != 2)
+    fail(where, ": data_offsets ", offsets.dump(), " is not [begin, end]");
 
   SafetensorsEntry out;
   out.dtype = safetensors_dtype(dtype.get<std::string>(), where);
@@ -55,14 +56,15 @@ SafetensorsEntry parse_entry(const json& entry, const std::string& where) {
   out.end = natural(offsets[1], "offset", where);
   if (out.begin > out.end) fail(where, ": data_offsets ", offsets.dump(), " end before they begin");
   if (out.end - out.begin != bytes) {
-    fail(where, ": data_offsets ", offsets.dump(), " are ", out.end - out.begin, " bytes, but shape ", describe(out.shape),
-         " of ", dtype.get<std::string>(), " takes ", bytes);
+    fail(where, ": data_offsets ", offsets.dump(), " are ", out.end - out.begin, " bytes, but shape ",
+         describe(out.shape), " of ", dtype.get<std::string>(), " takes ", bytes);
   }
   return out;
 }
 
 /// The tensors must tile the data without overlap and without holes, and the data must end with the file.
-void check_tiling(const std::map<std::string, SafetensorsEntry>& entries, uint64_t data_bytes, const std::string& where) {
+void check_tiling(const std::map<std::string, SafetensorsEntry>& entries, uint64_t data_bytes,
+                  const std::string& where) {
   std::vector<std::pair<std::string, SafetensorsEntry>> sorted(entries.begin(), entries.end());
   std::sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) {
     return std::pair(a.second.begin, a.second.end) < std::pair(b.second.begin, b.second.end);
@@ -73,8 +75,10 @@ void check_tiling(const std::map<std::string, SafetensorsEntry>& entries, uint64
     if (entry.end > data_bytes) {
       fail(tensor, " ends at byte ", entry.end, " of the data, but the file holds only ", data_bytes, ": truncated?");
     }
-    if (entry.begin < covered) fail(tensor, " begins at byte ", entry.begin, ", inside the tensor before it, which ends at ", covered);
-    if (entry.begin > covered) fail(tensor, " begins at byte ", entry.begin, ", which leaves a hole after byte ", covered);
+    if (entry.begin < covered)
+      fail(tensor, " begins at byte ", entry.begin, ", inside the tensor before it, which ends at ", covered);
+    if (entry.begin > covered)
+      fail(tensor, " begins at byte ", entry.begin, ", which leaves a hole after byte ", covered);
     covered = entry.end;
   }
   if (covered != data_bytes) fail(where, ": ", data_bytes - covered, " bytes after the last tensor belong to none");
@@ -115,10 +119,12 @@ json parse_json(std::string_view text_, const std::string& where) {
 
 std::map<std::string, SafetensorsEntry> parse_safetensors(std::span<const std::byte> file, const std::string& where) {
   uint64_t length = 0;
-  if (file.size() < sizeof length) fail(where, ": ", file.size(), " bytes are too few for a safetensors file: truncated?");
+  if (file.size() < sizeof length)
+    fail(where, ": ", file.size(), " bytes are too few for a safetensors file: truncated?");
   std::memcpy(&length, file.data(), sizeof length);
   if (length > kMaxSafetensorsHeader) {
-    fail(where, ": says its header has ", length, " bytes; more than ", kMaxSafetensorsHeader, " are not read (is this a safetensors file?)");
+    fail(where, ": says its header has ", length, " bytes; more than ", kMaxSafetensorsHeader,
+         " are not read (is this a safetensors file?)");
   }
   if (length > file.size() - sizeof length) {
     fail(where, ": says its header has ", length, " bytes, but the file has only ", file.size(), ": truncated?");
@@ -131,7 +137,8 @@ std::map<std::string, SafetensorsEntry> parse_safetensors(std::span<const std::b
   for (const auto& [name, entry] : tensors.items()) {
     if (name == "__metadata__") {
       const auto is_text = [](const json& value) { return value.is_string(); };
-      if (!entry.is_object() || !std::all_of(entry.begin(), entry.end(), is_text)) fail(where, ": __metadata__ does not map text to text");
+      if (!entry.is_object() || !std::all_of(entry.begin(), entry.end(), is_text))
+        fail(where, ": __metadata__ does not map text to text");
       continue;
     }
     entries.emplace(name, parse_entry(entry, text(where, ": tensor '", name, "'")));

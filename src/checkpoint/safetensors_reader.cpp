@@ -24,10 +24,12 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
   }
   std::map<std::string, std::string> shards;
   for (const auto& [tensor, shard] : index["weight_map"].items()) {
-    if (!shard.is_string()) fail(path.string(), ": tensor '", tensor, "': the shard ", shard.dump(), " is not a file name");
+    if (!shard.is_string())
+      fail(path.string(), ": tensor '", tensor, "': the shard ", shard.dump(), " is not a file name");
     const std::string name = shard.get<std::string>();
     if (name.empty() || name == ".." || fs::path(name).filename() != name) {
-      fail(path.string(), ": tensor '", tensor, "': the shard '", name, "' is not a plain file name in the same directory");
+      fail(path.string(), ": tensor '", tensor, "': the shard '", name,
+           "' is not a plain file name in the same directory");
     }
     shards.emplace(tensor, name);
   }
@@ -35,8 +37,9 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
 }
 
 /// All at once, since one wrong shard usually means many wrong tensors.
-void check_index(const std::map<std::string, std::string>& index, const std::map<std::string, SafetensorsEntry>& entries,
-                 const std::vector<fs::path>& paths, const fs::path& where) {
+void check_index(const std::map<std::string, std::string>& index,
+                 const std::map<std::string, SafetensorsEntry>& entries, const std::vector<fs::path>& paths,
+                 const fs::path& where) {
   constexpr size_t kShown = 10;
   std::vector<std::string> problems;
   for (const auto& [tensor, shard] : index) {
@@ -44,11 +47,14 @@ void check_index(const std::map<std::string, std::string>& index, const std::map
     if (found == entries.end()) {
       problems.push_back(text("tensor '", tensor, "' is not in ", shard));
     } else if (paths[found->second.file].filename() != shard) {
-      problems.push_back(text("tensor '", tensor, "' is in ", paths[found->second.file].filename().string(), ", not in ", shard));
+      problems.push_back(
+          text("tensor '", tensor, "' is in ", paths[found->second.file].filename().string(), ", not in ", shard));
     }
   }
   for (const auto& [tensor, entry] : entries) {
-    if (!index.contains(tensor)) problems.push_back(text("tensor '", tensor, "' of ", paths[entry.file].filename().string(), " is not in the index"));
+    if (!index.contains(tensor))
+      problems.push_back(
+          text("tensor '", tensor, "' of ", paths[entry.file].filename().string(), " is not in the index"));
   }
   if (problems.empty()) return;
   std::string list;
@@ -99,12 +105,14 @@ SafetensorsReader::SafetensorsReader(const fs::path& path) {
   }
 
   for (size_t file = 0; file < paths_.size(); ++file) {
-    if (!fs::exists(paths_[file])) fail(paths_[file].string(), ": this shard is missing, but ", index_path.string(), " names it");
+    if (!fs::exists(paths_[file]))
+      fail(paths_[file].string(), ": this shard is missing, but ", index_path.string(), " names it");
     maps_.emplace_back(paths_[file]);
     for (auto& [name, entry] : parse_safetensors(maps_.back().bytes(), paths_[file].string())) {
       entry.file = file;
       const auto [known, is_new] = entries_.emplace(name, entry);
-      if (!is_new) fail(paths_[file].string(), ": tensor '", name, "' is in ", paths_[known->second.file].string(), ", too");
+      if (!is_new)
+        fail(paths_[file].string(), ": tensor '", name, "' is in ", paths_[known->second.file].string(), ", too");
     }
   }
   if (indexed) check_index(index, entries_, paths_, index_path);
@@ -112,13 +120,15 @@ SafetensorsReader::SafetensorsReader(const fs::path& path) {
 
 Tensor SafetensorsReader::read(const std::string& name, const Box& box) const {
   const auto found = entries_.find(name);
-  if (found == entries_.end()) fail(paths_.empty() ? "" : paths_.front().parent_path().string(), ": tensor '", name, "' is not there");
+  if (found == entries_.end())
+    fail(paths_.empty() ? "" : paths_.front().parent_path().string(), ": tensor '", name, "' is not there");
   const SafetensorsEntry& entry = found->second;
   if (!inside(box, entry.shape)) {
     throw std::logic_error(text("box ", describe(box), " is not inside tensor '", name, "' ", describe(entry.shape)));
   }
   Tensor out = at::empty(box.size, at::TensorOptions(entry.dtype));
-  copy_box(maps_[entry.file].bytes().data() + entry.begin, entry.shape, box, out.element_size(), static_cast<std::byte*>(out.data_ptr()));
+  copy_box(maps_[entry.file].bytes().data() + entry.begin, entry.shape, box, out.element_size(),
+           static_cast<std::byte*>(out.data_ptr()));
   return out;
 }
 

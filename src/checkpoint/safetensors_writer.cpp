@@ -18,16 +18,18 @@ namespace {
 namespace fs = std::filesystem;
 using Item = SafetensorsWriter::Item;
 
-uint64_t bytes_of(const Item& item) { return static_cast<uint64_t>(elements(item.shape)) * c10::elementSize(item.dtype); }
+uint64_t bytes_of(const Item& item) {
+  return static_cast<uint64_t>(elements(item.shape)) * c10::elementSize(item.dtype);
+}
 
 /// One file: the items [begin, end) of the list, where their bytes go, and the header in front.
 struct Shard {
   size_t begin = 0;
   size_t end = 0;
   std::string name;
-  std::string header;                ///< length and JSON, ready to be written
-  std::vector<uint64_t> offsets;     ///< of each item, from the file's start
-  uint64_t bytes = 0;                ///< of tensors
+  std::string header;             ///< length and JSON, ready to be written
+  std::vector<uint64_t> offsets;  ///< of each item, from the file's start
+  uint64_t bytes = 0;             ///< of tensors
 };
 
 /// Shards in the list's order; a shard is closed before the item that would make it larger than `max_bytes`.
@@ -47,26 +49,31 @@ std::vector<Shard> cut(const std::vector<Item>& items, uint64_t max_bytes) {
   return shards;
 }
 
-/// Places wide dtypes first, so that every tensor is aligned to its elements (readers map the file), and writes the header.
+/// Places wide dtypes first, so that every tensor is aligned to its elements (readers map the file), and writes the
+/// header.
 void lay_out(Shard& shard, const std::vector<Item>& items, const std::map<std::string, std::string>& metadata) {
   std::vector<size_t> order(shard.end - shard.begin);
   std::iota(order.begin(), order.end(), shard.begin);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return c10::elementSize(items[a].dtype) > c10::elementSize(items[b].dtype); });
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return c10::elementSize(items[a].dtype) > c10::elementSize(items[b].dtype);
+  });
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   shard.offsets.resize(order.size());
   uint64_t position = 0;
   for (const size_t i : order) {
     const uint64_t end = position + bytes_of(items[i]);
-    header[items[i].name] = {{"dtype", safetensors_dtype_name(items[i].dtype)}, {"shape", items[i].shape}, {"data_offsets", {position, end}}};
+    header[items[i].name] = {{"dtype", safetensors_dtype_name(items[i].dtype)},
+                             {"shape", items[i].shape},
+                             {"data_offsets", {position, end}}};
     shard.offsets[i - shard.begin] = position;
     position = end;
   }
   std::string json = header.dump();
   json.resize((json.size() + 7) / 8 * 8, ' ');
   const uint64_t length = json.size();
-  if (length > kMaxSafetensorsHeader) fail("the header of ", shard.name, " would have ", length, " bytes: choose smaller shards");
+  if (length > kMaxSafetensorsHeader)
+    fail("the header of ", shard.name, " would have ", length, " bytes: choose smaller shards");
   shard.header.assign(reinterpret_cast<const char*>(&length), sizeof length);
   shard.header += json;
   for (uint64_t& offset : shard.offsets) offset += shard.header.size();
@@ -78,8 +85,8 @@ struct SafetensorsWriter::State {
   fs::path directory;
   std::vector<Item> items;
   std::vector<Shard> shards;
-  size_t next = 0;           ///< item that write() expects
-  size_t shard = 0;          ///< the one being written
+  size_t next = 0;   ///< item that write() expects
+  size_t shard = 0;  ///< the one being written
   FileDescriptor file;
   bool finished = false;
 
@@ -116,7 +123,8 @@ void SafetensorsWriter::write(const Tensor& value) {
   if (s.next == s.items.size()) throw std::logic_error("more tensors than the list has");
   const Item& item = s.items[s.next];
   if (value.sizes() != at::IntArrayRef(item.shape)) {
-    throw std::logic_error(text("tensor '", item.name, "' has shape ", describe(value.sizes().vec()), ", the list says ", describe(item.shape)));
+    throw std::logic_error(text("tensor '", item.name, "' has shape ", describe(value.sizes().vec()),
+                                ", the list says ", describe(item.shape)));
   }
   if (s.next == s.shards[s.shard].end) {
     s.close();
@@ -131,7 +139,8 @@ void SafetensorsWriter::write(const Tensor& value) {
 
 void SafetensorsWriter::finish() {
   State& s = *state_;
-  if (s.next != s.items.size()) throw std::logic_error(text("only ", s.next, " of ", s.items.size(), " tensors were written"));
+  if (s.next != s.items.size())
+    throw std::logic_error(text("only ", s.next, " of ", s.items.size(), " tensors were written"));
   s.close();
   nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
   uint64_t total = 0;

@@ -9,28 +9,32 @@
 
 namespace upcycle {
 
-// What lies in a checkpoint (checkpoints-schema/README.md has all of it). One file per kind of tensor; every file holds the same
-// names, those of the model's parameters ("model.layers.0.mlp.experts.up_proj.weight"), so a piece's name is never decorated:
+// What lies in a checkpoint (checkpoints-schema/README.md has all of it). One file per kind of tensor; every file holds
+// the same names, those of the model's parameters ("model.layers.0.mlp.experts.up_proj.weight"), so a piece's name is
+// never decorated:
 //   weights.h5      what the model computes with: bfloat16 or float32; routers always float32. Always there.
-//   masters.h5      float32 masters, only of those parameters whose stored weight is not exactly the master. Absent when there are none.
-//   exp_avg.h5      float32, Adam's first moments, of every parameter. Absent at step 0 and after convert.
-//   exp_avg_sq.h5   float32, Adam's second moments, likewise.
-//   manifest.json, certificate.json, and small text files (config.json, run.toml, tokenizer files) through add_text.
+//   masters.h5      float32 masters, only of those parameters whose stored weight is not exactly the master. Absent
+//   when there are none. exp_avg.h5      float32, Adam's first moments, of every parameter. Absent at step 0 and after
+//   convert. exp_avg_sq.h5   float32, Adam's second moments, likewise. manifest.json, certificate.json, and small text
+//   files (config.json, run.toml, tokenizer files) through add_text.
 
-/// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank its boxes. Whole or absent:
-/// all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer destroyed before commit(), or
-/// after an error, removes the partial folder (best effort).
+/// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank its boxes. Whole or
+/// absent: all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer destroyed before
+/// commit(), or after an error, removes the partial folder (best effort).
 class CheckpointWriter {
  public:
-  /// **Collective.** Throws UserError when `folder` exists or its parent can't be written.
+  /// **Collective.** Throws UserError when `folder` is a valid checkpoint already or its parent can't be written.
+  /// A damaged checkpoint in the way is renamed to <folder>.damaged-1 with a warning; a .partial of a killed writer is
+  /// removed. `world` must outlive the writer.
   CheckpointWriter(std::filesystem::path folder, const Communicator& world);
+  CheckpointWriter(std::filesystem::path folder, Communicator&& world) = delete;
   ~CheckpointWriter();
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
-  /// **Collective.** One file of the checkpoint, e.g. "weights.h5". `pieces`: this rank's, of any number of tensors; all ranks'
-  /// together must cover every tensor exactly once. Dtypes of one tensor agree. Throws UserError with the file when the disk
-  /// is full, on all ranks.
+  /// **Collective.** One file of the checkpoint, e.g. "weights.h5". `pieces`: this rank's, of any number of tensors;
+  /// all ranks' together must cover every tensor exactly once. Dtypes of one tensor agree. Throws UserError with the
+  /// file when the disk is full, on all ranks.
   void add(const std::string& file, std::span<const Piece> pieces);
 
   /// **Collective.** Further small files (certificate.json, tokenizer files, config.json); rank 0's content is written.

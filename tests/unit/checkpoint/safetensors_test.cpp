@@ -25,7 +25,8 @@ std::string file_of(const std::string& header, size_t data, uint64_t length_said
 }
 std::string file_of(const std::string& header, size_t data) { return file_of(header, data, header.size()); }
 
-std::string entry(const std::string& name, const std::string& dtype, const std::string& shape, const std::string& offsets) {
+std::string entry(const std::string& name, const std::string& dtype, const std::string& shape,
+                  const std::string& offsets) {
   return "\"" + name + R"(":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
 }
 
@@ -42,7 +43,9 @@ std::string refusal_of(const std::string& entries, size_t data) { return refusal
 TEST(SafetensorsHeader, AcceptsWhatIsRight) {
   EXPECT_EQ(refusal_of(entry("a", "F32", "[2,3]", "[0,24]"), 24), "");
   EXPECT_EQ(refusal_of(entry("b", "BF16", "[]", "[4,6]") + "," + entry("a", "F32", "[1]", "[0,4]") + "," +
-                           entry("c", "F16", "[0,9]", "[6,6]") + R"(,"__metadata__":{"format":"pt"})", 6), "");
+                           entry("c", "F16", "[0,9]", "[6,6]") + R"(,"__metadata__":{"format":"pt"})",
+                       6),
+            "");
   EXPECT_EQ(refusal(file_of("{}      ", 0)), "");
 }
 
@@ -65,34 +68,44 @@ TEST(SafetensorsHeader, RefusesWhatIsNotAHeader) {
 }
 
 TEST(SafetensorsHeader, RefusesNamesThatComeTwice) {
-  EXPECT_THAT(refusal_of(entry("a", "F32", "[1]", "[0,4]") + "," + entry("a", "F32", "[1]", "[4,8]"), 8), HasSubstr("'a' is there twice"));
-  EXPECT_THAT(refusal(file_of(R"({"a":{"dtype":"F32","dtype":"BF16","shape":[1],"data_offsets":[0,4]}})", 4)), HasSubstr("'dtype' is there twice"));
+  EXPECT_THAT(refusal_of(entry("a", "F32", "[1]", "[0,4]") + "," + entry("a", "F32", "[1]", "[4,8]"), 8),
+              HasSubstr("'a' is there twice"));
+  EXPECT_THAT(refusal(file_of(R"({"a":{"dtype":"F32","dtype":"BF16","shape":[1],"data_offsets":[0,4]}})", 4)),
+              HasSubstr("'dtype' is there twice"));
 }
 
 TEST(SafetensorsHeader, RefusesWrongDtypes) {
   EXPECT_THAT(refusal_of(entry("w", "F31", "[1]", "[0,4]"), 4), HasSubstr("tensor 'w': unknown dtype 'F31'"));
-  EXPECT_THAT(refusal(file_of(R"({"w":{"dtype":5,"shape":[1],"data_offsets":[0,4]}})", 4)), HasSubstr("dtype 5 is not a string"));
+  EXPECT_THAT(refusal(file_of(R"({"w":{"dtype":5,"shape":[1],"data_offsets":[0,4]}})", 4)),
+              HasSubstr("dtype 5 is not a string"));
 }
 
 TEST(SafetensorsHeader, RefusesWrongOffsets) {
-  for (const char* offsets : {"[-4,0]", "[0.0,4]", "[0,4.5]", "[0,18446744073709551616]", "[0,1e30]", "[\"0\",4]", "[null,4]"}) {
+  for (const char* offsets :
+       {"[-4,0]", "[0.0,4]", "[0,4.5]", "[0,18446744073709551616]", "[0,1e30]", "[\"0\",4]", "[null,4]"}) {
     EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", offsets), 4), HasSubstr("tensor 'w': offset")) << offsets;
   }
   for (const char* offsets : {"4", "[4]", "[0,4,8]", "{}"}) {
     EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", offsets), 4), HasSubstr("is not [begin, end]")) << offsets;
   }
   EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", "[4,0]"), 4), HasSubstr("end before they begin"));
-  EXPECT_THAT(refusal_of(entry("w", "F32", "[2]", "[0,8]"), 4), HasSubstr("tensor 'w' ends at byte 8 of the data, but the file holds only 4"));
-  EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", "[18446744073709551612,18446744073709551615]"), 4), HasSubstr("tensor 'w'"));
-  EXPECT_THAT(refusal_of(entry("v", "F32", "[2]", "[0,8]") + "," + entry("w", "F32", "[2]", "[4,12]"), 12), HasSubstr("tensor 'w' begins at byte 4, inside"));
-  EXPECT_THAT(refusal_of(entry("v", "F32", "[1]", "[0,4]") + "," + entry("w", "F32", "[1]", "[0,4]"), 4), HasSubstr("inside"));
-  EXPECT_THAT(refusal_of(entry("v", "F32", "[1]", "[0,4]") + "," + entry("w", "F32", "[1]", "[8,12]"), 12), HasSubstr("a hole after byte 4"));
+  EXPECT_THAT(refusal_of(entry("w", "F32", "[2]", "[0,8]"), 4),
+              HasSubstr("tensor 'w' ends at byte 8 of the data, but the file holds only 4"));
+  EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", "[18446744073709551612,18446744073709551615]"), 4),
+              HasSubstr("tensor 'w'"));
+  EXPECT_THAT(refusal_of(entry("v", "F32", "[2]", "[0,8]") + "," + entry("w", "F32", "[2]", "[4,12]"), 12),
+              HasSubstr("tensor 'w' begins at byte 4, inside"));
+  EXPECT_THAT(refusal_of(entry("v", "F32", "[1]", "[0,4]") + "," + entry("w", "F32", "[1]", "[0,4]"), 4),
+              HasSubstr("inside"));
+  EXPECT_THAT(refusal_of(entry("v", "F32", "[1]", "[0,4]") + "," + entry("w", "F32", "[1]", "[8,12]"), 12),
+              HasSubstr("a hole after byte 4"));
   EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", "[4,8]"), 8), HasSubstr("a hole after byte 0"));
   EXPECT_THAT(refusal_of(entry("w", "F32", "[1]", "[0,4]"), 9), HasSubstr("5 bytes after the last tensor"));
 }
 
 TEST(SafetensorsHeader, RefusesWrongShapes) {
-  EXPECT_THAT(refusal_of(entry("w", "F32", "[3]", "[0,8]"), 8), HasSubstr("are 8 bytes, but shape [3] of F32 takes 12"));
+  EXPECT_THAT(refusal_of(entry("w", "F32", "[3]", "[0,8]"), 8),
+              HasSubstr("are 8 bytes, but shape [3] of F32 takes 12"));
   EXPECT_THAT(refusal_of(entry("w", "BF16", "[2]", "[0,8]"), 8), HasSubstr("takes 4"));
   EXPECT_THAT(refusal_of(entry("w", "F32", "[-1,-2]", "[0,8]"), 8), HasSubstr("size in shape -1"));
   EXPECT_THAT(refusal_of(entry("w", "F32", "[1.5]", "[0,6]"), 6), HasSubstr("size in shape 1.5"));
@@ -135,9 +148,11 @@ TEST(SafetensorsReader, RefusesDirectoriesThatMissSomething) {
 
 TEST(SafetensorsReader, RefusesAnIndexThatDisagrees) {
   const Scratch scratch;
-  store(scratch / "one.safetensors", file_of("{" + entry("a", "F32", "[1]", "[0,4]") + "," + entry("extra", "F32", "[1]", "[4,8]") + "}", 8));
+  store(scratch / "one.safetensors",
+        file_of("{" + entry("a", "F32", "[1]", "[0,4]") + "," + entry("extra", "F32", "[1]", "[4,8]") + "}", 8));
   store(scratch / "two.safetensors", file_of("{" + entry("b", "F32", "[1]", "[0,4]") + "}", 4));
-  store(scratch / "model.safetensors.index.json", R"({"weight_map":{"a":"two.safetensors","b":"two.safetensors","c":"one.safetensors"}})");
+  store(scratch / "model.safetensors.index.json",
+        R"({"weight_map":{"a":"two.safetensors","b":"two.safetensors","c":"one.safetensors"}})");
   const std::string message = user_error([&] { SafetensorsReader{scratch.path()}; });
   EXPECT_THAT(message, HasSubstr("tensor 'a' is in one.safetensors, not in two.safetensors"));
   EXPECT_THAT(message, HasSubstr("tensor 'c' is not in one.safetensors"));
@@ -196,7 +211,8 @@ TEST(SafetensorsReader, ReadsEveryBox) {
   for (int64_t a = 0; a < 4; ++a)
     for (int64_t b = 0; b < 5; ++b)
       for (int64_t c = 0; c < 6; ++c)
-        for (const Shape& size : {Shape{4 - a, 5 - b, 6 - c}, Shape{1, 1, 6 - c}, Shape{1, 5 - b, 1}, Shape{4 - a, 0, 1}}) {
+        for (const Shape& size :
+             {Shape{4 - a, 5 - b, 6 - c}, Shape{1, 1, 6 - c}, Shape{1, 5 - b, 1}, Shape{4 - a, 0, 1}}) {
           const Tensor expected = value.narrow(0, a, size[0]).narrow(1, b, size[1]).narrow(2, c, size[2]);
           ASSERT_TRUE(at::equal(reader.read("w", {{a, b, c}, size}), expected)) << describe(Box{{a, b, c}, size});
         }
@@ -235,7 +251,8 @@ TEST(SafetensorsWriter, AFullDiskIsTheUsersErrorAndLeavesNothing) {
   }
   EXPECT_THAT(message, HasSubstr("model.safetensors.partial: File too large"));
   EXPECT_TRUE(fs::is_empty(scratch.path()));
-  EXPECT_THAT(user_error([&] { SafetensorsWriter(store(scratch / "file", "") / "below", {}, 1, {}); }), HasSubstr("creating"));
+  EXPECT_THAT(user_error([&] { SafetensorsWriter(store(scratch / "file", "") / "below", {}, 1, {}); }),
+              HasSubstr("creating"));
 }
 
 }  // namespace

@@ -1,0 +1,143 @@
+#include "checkpoint/manifest.hpp"
+
+#include <algorithm>
+#include <iomanip>
+
+#include "base/error.hpp"
+#include "base/mapped_file.hpp"
+#include "checkpoint/durable.hpp"
+#include "checkpoint/safetensors_header.hpp"
+
+namespace upcycle {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+constexpr const char* kRemoved = ".removed";
+
+/// Says why `checkpoint` is not valid; "" when it is.
+std::string refusal(const fs::path& checkpoint) {
+  try {
+    check_complete(checkpoint, read_manifest(checkpoint));
+    return "";
+  } catch (const UserError& error) {
+    return error.what();
+  }
+}
+
+/// The step directories of `folder`, newest first.
+std::vector<std::pair<int64_t, fs::path>> steps_of(const fs::path& folder) {
+  std::vector<std::pair<int64_t, fs::path>> steps;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder, error)) {
+    if (const auto step = step_of(entry.path().filename().string()); step && entry.is_directory())
+      steps.emplace_back(*step, entry.path());
+  }
+  std::sort(steps.rbegin(), steps.rend());
+  return steps;
+}
+
+}  // namespace
+
+json to_json(const Manifest& m) {
+  return {{"schema_version", m.schema_version},
+          {"run_id", m.run_id},
+          {"step", m.step},
+          {"architecture", m.architecture},
+          {"run", m.run},
+          {"provenance", m.provenance},
+          {"training", m.training},
+          {"layout", m.layout},
+          {"files", m.files},
+          {"tensors", m.tensors}};
+}
+
+Manifest read_manifest(const fs::path& checkpoint) {
+  const fs::path path = checkpoint / kManifestFile;
+  if (!fs::exists(path)) fail(checkpoint.string(), ": not a checkpoint (it has no ", kManifestFile, ")");
+  const MappedFile file(path);
+  const std::string_view content(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+  const json parsed = parse_json(content, path.string());
+  if (!parsed.is_object() || !parsed.contains("schema_version") || !parsed["schema_version"].is_number_integer()) {
+    fail(path.string(), ": has no 'schema_version': not a checkpoint of this program");
+  }
+  const json& version = parsed["schema_version"];
+  if (version != kSchemaVersion) {
+    fail(path.string(), ": schema version ", version.dump(), ", but this program reads version ", kSchemaVersion,
+         " only: use the program that wrote it, or a newer one");
+  }
+  try {
+    return {.schema_version = version.get<int>(),
+            .run_id = parsed.at("run_id"),
+            .step = parsed.at("step"),
+            .architecture = parsed.at("architecture"),
+            .run = parsed.at("run"),
+            .provenance = parsed.at("provenance"),
+            .training = parsed.at("training"),
+            .layout = parsed.at("layout"),
+            .files = parsed.at("files"),
+            .tensors = parsed.at("tensors")};
+  } catch (const json::exception& error) {
+    fail(path.string(), ": ", error.what());
+  }
+}
+
+void check_complete(const fs::path& checkpoint, const Manifest& manifest) {
+  if (!manifest.files.is_object()) fail((checkpoint / kManifestFile).string(), ": 'files' is not an object");
+  for (const auto& [name, size] : manifest.files.items()) {
+    const fs::path file = checkpoint / name;
+    if (!size.is_number_unsigned())
+      fail((checkpoint / kManifestFile).string(), ": the size of '", name, "' is ", size.dump());
+    std::error_code error;
+    const uint64_t found = fs::file_size(file, error);
+    if (error) fail(file.string(), ": ", error.message(), ", but the manifest lists it");
+    if (found != size.get<uint64_t>())
+      fail(file.string(), ": has ", found, " bytes, but the manifest says ", size.dump());
+  }
+}
+
+std::string step_directory(int64_t step) { return text("step-", std::setfill('0'), std::setw(8), step); }
+
+std::optional<int64_t> step_of(const std::string& name) {
+  constexpr std::string_view prefix = "step-";
+  if (!name.starts_with(prefix) || name.size() > prefix.size() + 18) return std::nullopt;
+  const std::string digits = name.substr(prefix.size());
+  if (digits.empty() || digits.find_first_not_of("0123456789") != std::string::npos) return std::nullopt;
+  const int64_t step = std::stoll(digits);
+  return step_directory(step) == name ? std::optional(step) : std::nullopt;
+}
+
+std::optional<fs::path> newest_checkpoint(const fs::path& path, std::vector<std::string>* why) {
+  const auto valid = [&](const fs::path& checkpoint) {
+    const std::string reason = refusal(checkpoint);
+    if (!reason.empty() && why) why->push_back(reason);
+    return reason.empty();
+  };
+  if (fs::exists(path / kManifestFile) || step_of(path.filename().string()))
+    return valid(path) ? std::optional(path) : std::nullopt;
+  for (const fs::path& folder : {path / "checkpoints", path}) {
+    for (const auto& [step, checkpoint] : steps_of(folder)) {
+      if (valid(checkpoint)) return checkpoint;
+    }
+  }
+  return std::nullopt;
+}
+
+std::vector<fs::path> remove_old(const fs::path& checkpoints, int64_t keep, int64_t keep_every) {
+  std::vector<fs::path> removed;
+  int64_t kept = 0;
+  for (const auto& [step, checkpoint] : steps_of(checkpoints)) {
+    if (!refusal(checkpoint).empty() || kept++ < std::max<int64_t>(keep, 1) ||
+        (keep_every > 0 && step % keep_every == 0))
+      continue;
+    // Under another name first: a removal that is interrupted must not leave half a checkpoint.
+    rename_durably(checkpoint, checkpoint.string() + kRemoved);
+    removed.push_back(checkpoint);
+  }
+  for (const auto& entry : fs::directory_iterator(checkpoints)) {
+    if (entry.path().extension() == kRemoved && step_of(entry.path().stem().string())) fs::remove_all(entry.path());
+  }
+  return removed;
+}
+
+}  // namespace upcycle

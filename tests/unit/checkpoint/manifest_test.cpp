@@ -1,0 +1,143 @@
+#include "checkpoint/manifest.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "checkpoint/writer.hpp"
+#include "support/scratch.hpp"
+
+namespace upcycle {
+namespace {
+
+using testing::HasSubstr;
+namespace fs = std::filesystem;
+
+/// A checkpoint of one text file.
+fs::path write_step(const fs::path& folder, int64_t step) {
+  const Communicator alone;
+  CheckpointWriter writer(folder / step_directory(step), alone);
+  writer.add_text("note.txt", "step " + std::to_string(step));
+  writer.commit({.run_id = "test", .step = step});
+  return folder / step_directory(step);
+}
+
+std::set<std::string> names_in(const fs::path& folder) {
+  std::set<std::string> names;
+  for (const auto& entry : fs::directory_iterator(folder)) names.insert(entry.path().filename().string());
+  return names;
+}
+
+TEST(Manifest, ReadsBackWhatWasWritten) {
+  const Scratch scratch;
+  const Communicator alone;
+  CheckpointWriter writer(scratch / "step-00000003", alone);
+  writer.add_text("note.txt", "four");
+  writer.commit({.run_id = "abc",
+                 .step = 3,
+                 .architecture = {{"hidden_size", 8}},
+                 .run = {{"a", 1}},
+                 .provenance = {{"b", 2}},
+                 .training = {{"c", 3}},
+                 .layout = {{"ranks", 1}}});
+  const Manifest manifest = read_manifest(scratch / "step-00000003");
+  EXPECT_EQ(manifest.schema_version, kSchemaVersion);
+  EXPECT_EQ(manifest.run_id, "abc");
+  EXPECT_EQ(manifest.step, 3);
+  EXPECT_EQ(manifest.architecture["hidden_size"], 8);
+  EXPECT_EQ(manifest.training["c"], 3);
+  EXPECT_EQ(manifest.files, (nlohmann::json{{"note.txt", 4}}));
+  EXPECT_EQ(contents(scratch.path() / "step-00000003" / "note.txt"), "four");
+}
+
+TEST(Manifest, RefusesWhatItCannotRead) {
+  const Scratch scratch;
+  const fs::path step = write_step(scratch.path(), 1);
+  const std::string good = contents(step / "manifest.json");
+  const auto message = [&](const std::string& content) {
+    store(step / "manifest.json", content);
+    const std::string said = user_error([&] { read_manifest(step); });
+    EXPECT_THAT(said, HasSubstr((step / "manifest.json").string()));
+    return said;
+  };
+  const auto with_version = [&](const std::string& version) {
+    std::string changed = good;
+    return message(changed.replace(changed.find("\"schema_version\": 1"), 19, "\"schema_version\": " + version));
+  };
+  EXPECT_THAT(user_error([&] { read_manifest(scratch.path()); }), HasSubstr("not a checkpoint"));
+  EXPECT_THAT(message(good.substr(0, good.size() / 2)), HasSubstr("not valid JSON"));
+  EXPECT_THAT(message("[]"), HasSubstr("no 'schema_version'"));
+  EXPECT_THAT(message("{}"), HasSubstr("no 'schema_version'"));
+  EXPECT_THAT(with_version("\"one\""), HasSubstr("no 'schema_version'"));
+  EXPECT_THAT(with_version("99"), HasSubstr("schema version 99, but this program reads version 1 only"));
+  EXPECT_THAT(with_version("1, \"schema_version\": 2"), HasSubstr("'schema_version' is there twice"));
+  EXPECT_THAT(message(R"({"schema_version":1})"), HasSubstr("run_id"));
+  EXPECT_THAT(message(R"({"schema_version":1,"run_id":5})"), HasSubstr("string"));
+}
+
+TEST(Manifest, FilesMustBeThereWithTheirSizes) {
+  const Scratch scratch;
+  const fs::path step = write_step(scratch.path(), 1);
+  const Manifest manifest = read_manifest(step);
+  const auto message = [&](const Manifest& m) { return user_error([&] { check_complete(step, m); }); };
+  EXPECT_EQ(message(manifest), "");
+  store(step / "note.txt", "longer than before");
+  EXPECT_THAT(message(manifest), HasSubstr("note.txt: has 18 bytes, but the manifest says 6"));
+  fs::remove(step / "note.txt");
+  EXPECT_THAT(message(manifest), HasSubstr("note.txt: No such file"));
+  Manifest wrong = manifest;
+  wrong.files["note.txt"] = -1;
+  EXPECT_THAT(message(wrong), HasSubstr("the size of 'note.txt' is -1"));
+  wrong.files = 3;
+  EXPECT_THAT(message(wrong), HasSubstr("'files' is not an object"));
+}
+
+TEST(Steps, Names) {
+  EXPECT_EQ(step_directory(100), "step-00000100");
+  EXPECT_EQ(step_directory(1'234'567'890), "step-1234567890");
+  EXPECT_EQ(step_of("step-00000100"), 100);
+  EXPECT_EQ(step_of(step_directory(1'234'567'890)), 1'234'567'890);
+  for (const char* name :
+       {"step-", "step-100", "step-00000100.partial", "step-0000010x", "stop-00000100", "step-99999999999999999999"}) {
+    EXPECT_EQ(step_of(name), std::nullopt) << name;
+  }
+}
+
+TEST(NewestCheckpoint, IsTheNewestThatIsWhole) {
+  const Scratch scratch;
+  const fs::path steps = scratch / "checkpoints";
+  EXPECT_EQ(newest_checkpoint(scratch.path()), std::nullopt);
+  EXPECT_EQ(newest_checkpoint(scratch / "absent"), std::nullopt);
+  for (const int64_t step : {0, 9, 10, 200}) write_step(steps, step);
+  fs::create_directory(steps / "step-00000300.partial");
+  for (const fs::path& path : {scratch.path(), steps, steps / "step-00000200"})
+    EXPECT_EQ(newest_checkpoint(path), steps / "step-00000200");
+  EXPECT_EQ(newest_checkpoint(steps / "step-00000009"), steps / "step-00000009");
+
+  store(steps / "step-00000200" / "note.txt", "");
+  fs::remove(steps / "step-00000010" / "manifest.json");
+  std::vector<std::string> why;
+  EXPECT_EQ(newest_checkpoint(scratch.path(), &why), steps / "step-00000009");
+  EXPECT_THAT(why, testing::ElementsAre(HasSubstr("step-00000200/note.txt: has 0 bytes"),
+                                        HasSubstr("step-00000010: not a checkpoint")));
+  EXPECT_EQ(newest_checkpoint(steps / "step-00000200"), std::nullopt);
+}
+
+TEST(Retention, KeepsTheNewestAndEveryNth) {
+  const Scratch scratch;
+  for (const int64_t step : {0, 10, 20, 30, 40, 50, 60}) write_step(scratch.path(), step);
+  store(scratch.path() / "step-00000060" / "note.txt", "");
+  fs::create_directory(scratch / "step-00000005.removed");  // of a removal that was killed
+  store(scratch / "mine.txt", "");
+
+  EXPECT_EQ(remove_old(scratch.path(), 2, 20).size(), 2u);
+  EXPECT_EQ(names_in(scratch.path()), (std::set<std::string>{"step-00000000", "step-00000020", "step-00000040",
+                                                             "step-00000050", "step-00000060", "mine.txt"}));
+  EXPECT_TRUE(remove_old(scratch.path(), 2, 20).empty());
+  EXPECT_EQ(remove_old(scratch.path(), 0, 0).size(), 3u);
+  EXPECT_EQ(newest_checkpoint(scratch.path()), scratch / "step-00000050") << "the newest valid one never goes";
+}
+
+}  // namespace
+}  // namespace upcycle
