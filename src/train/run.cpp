@@ -1,0 +1,164 @@
+#include "train/run.hpp"
+
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "base/shutdown.hpp"
+#include "base/watchdog.hpp"
+#include "checkpoint/durable.hpp"
+#include "checkpoint/run_lock.hpp"
+#include "device/device.hpp"
+#include "model/flops.hpp"
+#include "train/certify.hpp"
+#include "train/metrics.hpp"
+#include "train/run_directory.hpp"
+#include "train/setup.hpp"
+#include "train/start.hpp"
+
+namespace upcycle {
+namespace {
+
+// One run, from its first to its last step. Members in the order in which they come about.
+class Run {
+ public:
+  Run(const RunConfig& config, Mesh& mesh, Setup& setup, at::Device device)
+      : config_(config),
+        mesh_(mesh),
+        setup_(setup),
+        checkpoints_(setup.directory / "checkpoints"),
+        stage_(setup.target.architecture, Layout::even(mesh.grid(), setup.target.architecture), mesh) {
+    stage_.weights().allocate(compute_dtype(config.train.precision), device);
+  }
+
+  // Step 0: the weights come from the source, are certified, and are stored before anything is trained.
+  void begin() {
+    log::info(setup_.target.recipe ? "growing experts out of " + config_.source.model
+                            : (setup_.source ? "reading " + config_.source.model : std::string("random initialisation")));
+    const auto read = [&](const std::string& name, const Box& box) { return setup_.source->read(name, box); };
+    fill_masters(stage_.weights(), setup_.target.recipe   ? grown(*setup_.target.recipe, read)
+                                   : setup_.source ? as_they_are(read)
+                                                   : random(setup_.target.architecture, static_cast<uint64_t>(config_.run.seed)));
+    if (setup_.target.recipe && config_.upcycle.certify) {
+      const Certificate certificate = certify(stage_, mesh_, *setup_.target.recipe, read, *setup_.train, config_);
+      log::info(certificate.table());
+      setup_.record.texts["certificate.json"] = certificate.to_json().dump(2) + "\n";
+      setup_.record.provenance["certificate"] = certificate.passed() ? "passed" : "failed";
+      if (!certificate.passed()) {
+        if (mesh_.world().rank() == 0) write_text_durably(setup_.directory / "certificate.json", setup_.record.texts["certificate.json"]);
+        throw std::runtime_error("the certificate failed: the grown model is not what its recipe promises (certificate.json)");
+      }
+    }
+    save(nullptr, {});
+  }
+
+  TrainingState restore(Optimizer& optimizer) {
+    log::info("resuming from " + setup_.resume->folder().string());
+    return restore_checkpoint(*setup_.resume, stage_.weights(), &optimizer);
+  }
+
+  int train(RunLock* lock, Watchdog& watchdog) {
+    Optimizer optimizer(stage_.weights(), config_.optimizer, config_.router_lr_scale());
+    Trainer trainer(config_, mesh_, stage_, optimizer, *setup_.train);
+    TrainingState& state = trainer.state();
+    if (setup_.resume) state = restore(optimizer);
+    const at::Device device = stage_.weights().all().front().parameter.value.device();
+    Metrics metrics(config_, setup_.directory, mesh_.world().rank(), mesh_.world().size(),
+                    {flops_per_token(setup_.target.architecture, config_.train.sequence),
+                     device.is_cuda() ? peak_flops(device::name(device)) * mesh_.world().size() : 0.0},
+                    state);
+    std::optional<PendingReport> pending;
+    int64_t saved = setup_.resume || state.step == 0 ? state.step : -1, skipped_in_a_row = 0;
+    bool stop = false;
+    // Reports are read one step late, so that the host never waits for the step that it has just launched.
+    const auto settle = [&](std::optional<PendingReport> next) {
+      if (pending) {
+        const StepReport report = read(*pending);
+        metrics.step(report);
+        stop = stop || report.stop_requested;
+        state.skipped += report.skipped;
+        skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
+        if (skipped_in_a_row >= (config_.train.nan_policy == NanPolicy::stop ? 1 : config_.train.nan_limit)) {
+          throw std::runtime_error(text("the gradient was not finite for ", skipped_in_a_row, " steps in a row, last at step ",
+                                        report.step, "; the newest checkpoint is of step ", saved));
+        }
+      }
+      pending = std::move(next);
+    };
+    if (state.step == 0 && setup_.validation) metrics.validation(0, 0, trainer.validate(*setup_.validation, config_.validate.batches));
+    metrics.restart_clock();
+    while (state.step < config_.train.steps && !stop) {
+      settle(trainer.step());
+      watchdog.beat(state.step);
+      if (lock) lock->touch();
+      const bool last = state.step == config_.train.steps;
+      const bool validates = setup_.validation && (state.step % config_.validate.every == 0 || last);
+      const bool saves = state.step % config_.checkpoint.every == 0 || last;
+      if (!validates && !saves) continue;
+      settle({});
+      if (validates) {
+        metrics.validation(state.step, state.position, trainer.validate(*setup_.validation, config_.validate.batches));
+      }
+      if (saves) save(&optimizer, state), saved = state.step;
+      watchdog.beat(state.step);
+      metrics.restart_clock();
+    }
+    settle({});
+    if (state.step < config_.train.steps) {
+      if (saved != state.step) save(&optimizer, state);
+      log::info(text("stopped on request (signal) after step ", state.step, " of ", config_.train.steps,
+                     "; the same command goes on from here (exit code ", kRequeue, ")"));
+      return kRequeue;
+    }
+    log::info(text("done: ", state.step, " steps, ", state.position * config_.train.sequence, " tokens, last loss ",
+                   metrics.last_loss(), ", ", static_cast<int64_t>(metrics.tokens_per_second()), " tokens/s, ", state.skipped,
+                   " skipped; newest checkpoint ", (checkpoints_ / step_directory(state.step)).string()));
+    return kDone;
+  }
+
+ private:
+  void save(Optimizer* optimizer, const TrainingState& state) {
+    const auto folder = save_checkpoint(checkpoints_, mesh_, stage_.weights(), optimizer, state, setup_.record);
+    log::info("saved " + folder.string());
+    if (mesh_.world().rank() == 0) remove_old(checkpoints_, config_.checkpoint.keep, config_.checkpoint.keep_every);
+  }
+
+  const RunConfig& config_;
+  Mesh& mesh_;
+  Setup& setup_;
+  std::filesystem::path checkpoints_;
+  Stage stage_;
+};
+
+}  // namespace
+
+int run_training(const RunConfig& config, Mesh& mesh) {
+  const Communicator& world = mesh.world();
+  shutdown::listen(config.run.signal);
+  std::optional<Setup> setup;
+  std::optional<RunLock> lock;
+  at::Device device = at::kCPU;
+  world.together([&] {                                                   // 1. read and check everything
+    device = device::choose(config.run.device, host_rank());
+    setup.emplace(prepare_run(config, mesh));
+  });
+  world.together([&] {                                                   // 2. the run directory is ours
+    if (world.rank() == 0) {
+      lock.emplace(setup->directory);
+      const auto newest = newest_checkpoint(setup->directory);
+      if (newest.has_value() != setup->resume.has_value() || (newest && *newest != setup->resume->folder())) {
+        fail("another job wrote ", newest->string(), " into ", setup->directory.string(), " just now: submit this one again");
+      }
+      claim_run_directory(setup->directory, config);
+    }
+  });
+  mesh.prepare(device, config.run.transport);                            // 3. who talks to whom, by what
+  const ParameterCount count = count_parameters(setup->target.architecture);
+  log::info(text(config.run.name, ": ", count.total, " parameters, ", count.active, " active per token; ", world.size(), " ranks (data ",
+                 mesh.grid().size(Axis::data), ", expert ", mesh.grid().size(Axis::expert), ") on ", device::name(device), ", tensors by ",
+                 mesh.transport()));
+  Watchdog watchdog(setup->directory, world.rank(), world.size(), config.timeout_seconds());
+  Run run(config, mesh, *setup, device);
+  if (!setup->resume) run.begin();                                       // 4. grow, certify, store step 0
+  return run.train(lock ? &*lock : nullptr, watchdog);                   // 5. train
+}
+
+}  // namespace upcycle

@@ -1,0 +1,133 @@
+#include "train/setup.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "checkpoint/durable.hpp"
+#include "train/layout_check.hpp"
+#include "train/run_directory.hpp"
+
+namespace upcycle {
+namespace {
+
+std::string content_of(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail("can't read ", path.string());
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+Architecture source_architecture(const RunConfig& config, const std::optional<WeightSource>& source) {
+  if (config.source.architecture.empty()) return source->architecture();
+  const Architecture given = read_architecture(config.source.architecture);
+  if (!source) return given;
+  const std::vector<std::string> different = differences(given, source->architecture());
+  if (!different.empty()) {
+    fail("source.architecture = ", config.source.architecture, " and source.model = ", config.source.model,
+         " are different models: ", different.front(), ". Correct one, or leave source.architecture out");
+  }
+  return source->architecture();
+}
+
+void refuse_what_does_not_divide(const RunConfig& config, const Mesh& mesh, const Architecture& architecture) {
+  const std::vector<std::string> problems = check_layout(config, architecture, mesh.grid().world()).problems;
+  if (problems.empty()) return;
+  std::string lines;
+  for (const std::string& problem : problems) lines += "\n  " + problem;
+  fail("the run does not divide on ", mesh.grid().world(), " ranks:", lines);
+}
+
+void open_data(const RunConfig& config, Setup& setup) {
+  const int64_t vocab = setup.target.architecture.vocab, sequence = config.train.sequence;
+  const auto seed = static_cast<uint64_t>(config.run.seed);
+  if (config.data.train.empty()) fail("data.train is missing: name the data, or say data.train = \"mock\"");
+  setup.train.emplace(config.data.train, config.data.split, Split::train, sequence, vocab, seed);
+  setup.train->check(vocab);
+  if (config.validate.every == 0) return;
+  if (config.data.validation.empty()) {
+    setup.validation.emplace(config.data.train, config.data.split, Split::validation, sequence, vocab, seed);
+  } else {
+    setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{1, 0, 0}, Split::train, sequence, vocab, seed);
+  }
+  setup.validation->check(vocab);
+}
+
+std::string new_run_id(const std::string& name) {
+  std::random_device entropy;
+  char digits[20];
+  std::snprintf(digits, sizeof digits, "%08x%08x", entropy(), entropy());
+  return name + "-" + digits;
+}
+
+// The small files of a checkpoint: all that hold no tensors.
+std::map<std::string, std::string> texts_of(const CheckpointReader& reader) {
+  std::map<std::string, std::string> texts;
+  const std::vector<std::string> tensors = reader.tensor_files();
+  for (const auto& [name, size] : reader.manifest().files.items()) {
+    if (std::find(tensors.begin(), tensors.end(), name) == tensors.end()) texts[name] = content_of(reader.folder() / name);
+  }
+  return texts;
+}
+
+// A resumed run goes on with the record of its checkpoint; a new one makes its own.
+void make_record(const RunConfig& config, Setup& setup) {
+  RunRecord& record = setup.record;
+  record.run = nlohmann::json::parse(to_json(config));
+  if (setup.resume) {
+    const Manifest& manifest = setup.resume->manifest();
+    record.run_id = manifest.run_id;
+    record.architecture = manifest.architecture;
+    record.provenance = manifest.provenance;
+    record.texts = texts_of(*setup.resume);
+    return;
+  }
+  record.run_id = new_run_id(config.run.name);
+  record.provenance = {{"program", "upcycle"}, {"source", setup.source ? setup.source->provenance() : nlohmann::json("random")}};
+  if (setup.target.recipe) record.provenance["recipe"] = to_json(*setup.target.recipe);
+  const nlohmann::json extra = setup.source ? setup.source->config()
+                                            : nlohmann::json::parse(content_of(config.source.architecture));
+  record.architecture = to_hf(setup.target.architecture, extra);
+  record.texts["config.json"] = record.architecture.dump(2) + "\n";
+  std::vector<std::filesystem::path> files;
+  if (!config.source.tokenizer.empty()) {
+    files = tokenizer_files(config.source.tokenizer);
+  } else if (setup.source) {
+    files = setup.source->tokenizer_files();
+  }
+  for (const std::filesystem::path& file : files) record.texts["tokenizer/" + file.filename().string()] = content_of(file);
+}
+
+}  // namespace
+
+at::ScalarType compute_dtype(Precision precision) { return precision == Precision::bf16 ? at::kBFloat16 : at::kFloat; }
+
+Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
+  Setup setup;
+  setup.directory = config.run.directory;
+  check_run_directory(setup.directory, config);
+  std::vector<std::string> refused;
+  if (const auto newest = newest_checkpoint(setup.directory, &refused)) setup.resume.emplace(*newest);
+  for (const std::string& line : refused) log::warning(line);
+  if (setup.resume) {
+    setup.target.architecture = architecture_from_hf(setup.resume->manifest().architecture, setup.resume->folder().string());
+  } else {
+    if (!config.source.model.empty()) {
+      setup.source.emplace(config.source.model);
+      setup.source->check();
+    }
+    const Architecture source = source_architecture(config, setup.source);
+    setup.target = choose_target(config, source, setup.source.has_value());
+  }
+  refuse_what_does_not_divide(config, mesh, setup.target.architecture);
+  open_data(config, setup);
+  const CheckpointBytes bytes = checkpoint_bytes(setup.target.architecture, compute_dtype(config.train.precision));
+  check_free_space(setup.directory, setup.resume ? bytes.full : bytes.step_zero + bytes.full,
+                   setup.resume ? "one checkpoint" : "step 0 and one checkpoint");
+  make_record(config, setup);
+  return setup;
+}
+
+}  // namespace upcycle

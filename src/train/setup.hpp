@@ -1,0 +1,33 @@
+#pragma once
+#include <filesystem>
+#include <optional>
+#include <vector>
+
+#include "checkpoint/reader.hpp"
+#include "config/run_config.hpp"
+#include "data/sampler.hpp"
+#include "parallel/mesh.hpp"
+#include "train/dense_source.hpp"
+#include "train/snapshot.hpp"
+#include "train/target.hpp"
+
+namespace upcycle {
+
+/// Everything about a run that is known, and was checked, before anything is allocated or written.
+struct Setup {
+  std::filesystem::path directory;
+  std::optional<CheckpointReader> resume;   ///< the newest valid checkpoint of the run directory
+  std::optional<WeightSource> source;       ///< where the weights come from; empty when resuming or starting at random
+  Target target;                            ///< what is trained, and by which recipe it grows
+  std::optional<Sampler> train, validation;
+  RunRecord record;
+};
+
+/// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space. Each rank by itself;
+/// throws UserError.
+Setup prepare_run(const RunConfig&, const Mesh&);
+
+/// The compute dtype of a precision.
+at::ScalarType compute_dtype(Precision);
+
+}  // namespace upcycle
