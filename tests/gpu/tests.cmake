@@ -1,1 +1,12 @@
 # tests of this folder
+
+# NCCL against MPI, on several ranks of one GPU.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_nccl SOURCES gpu/nccl_test.cpp support/mpi_main.cpp LINK upcycle_parallel upcycle::torch_cuda GTest::gtest)
+  add_dependencies(gpu_tests gpu_nccl)
+  foreach(ranks 1 2 4)
+    add_test(NAME gpu.nccl.${ranks} COMMAND ${UPCYCLE_MPIRUN} -np ${ranks} $<TARGET_FILE:gpu_nccl>)
+    set_tests_properties(gpu.nccl.${ranks} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endforeach()
+endif()

@@ -1,0 +1,178 @@
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/randn.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include "base/error.hpp"
+#include "device/device.hpp"
+#include "parallel/mesh.hpp"
+#include "parallel/regions.hpp"
+
+// NCCL against MPI through host memory, on CUDA tensors, on as many ranks as the test is started with. Where they share a GPU
+// NCCL is made to believe in different hosts (NCCL_HOSTID), which it reads once: so the refusal is tested first.
+namespace upcycle {
+namespace {
+
+class Nccl : public testing::TestWithParam<at::ScalarType> {
+ protected:
+  static void SetUpTestSuite() {
+    if (device::count() == 0) return;
+    gpu = device::choose("cuda", host_rank());
+    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);
+    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
+    setenv("NCCL_IB_DISABLE", "1", 1);
+    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    ParallelSection section;
+    section.expert = world_size();
+    mesh = new Mesh(Grid(section, world_size()));
+    mesh->prepare(gpu, Transport::nccl);
+    mpi = new Communicator(Communicator::everyone());
+  }
+  static void TearDownTestSuite() {
+    delete mpi;
+    delete mesh;
+    mpi = nullptr;
+    mesh = nullptr;
+  }
+  void SetUp() override {
+    if (device::count() == 0) GTEST_SKIP() << "no GPU here";
+    ASSERT_EQ(mesh->along(Axis::data).has_nccl(), size > 1);
+    ASSERT_FALSE(mpi->has_nccl());
+  }
+
+  /// Whole numbers: sums are exact in fp32, whatever the order, so that both transports must give the same bits.
+  Tensor held(at::IntArrayRef sizes, uint64_t seed = 0) const {
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(seed * 100 + static_cast<uint64_t>(rank));
+    return at::randn(sizes, generator, at::TensorOptions(at::kFloat)).mul_(50).round_().to(dtype()).to(gpu);
+  }
+  at::ScalarType dtype() const { return GetParam(); }
+  const Communicator& nccl() const { return mesh->along(Axis::data); }
+
+  static inline c10::Device gpu{c10::kCPU};
+  static inline Mesh* mesh = nullptr;
+  static inline Communicator* mpi = nullptr;
+  const int rank = world_rank(), size = world_size();
+};
+INSTANTIATE_TEST_SUITE_P(Dtypes, Nccl, testing::Values(at::kFloat, at::kBFloat16, at::kHalf, at::kLong),
+                         [](const auto& dtype) { return std::string(c10::toString(dtype.param)); });
+
+TEST(BeforeNccl, RanksOnOneGpuGetMpiAndAreTold) {
+  if (device::count() == 0) GTEST_SKIP() << "no GPU here";
+  if (world_size() <= device::count()) GTEST_SKIP() << "every rank has its own GPU";
+  const c10::Device gpu = device::choose("auto", host_rank());
+  Mesh mesh(Grid(ParallelSection{}, world_size()));
+  mesh.prepare(gpu, Transport::automatic);
+  EXPECT_EQ(mesh.transport(), "MPI through pinned host memory");
+  EXPECT_FALSE(mesh.world().has_nccl());
+  try {
+    mesh.prepare(gpu, Transport::nccl);
+    ADD_FAILURE() << "accepted";
+  } catch (const UserError& error) {
+    EXPECT_NE(std::string(error.what()).find("ranks 0 and 1 share one GPU"), std::string::npos) << error.what();
+  }
+}
+
+TEST_P(Nccl, AllReduce) {
+  for (const Reduce how : {Reduce::sum, Reduce::max, Reduce::min}) {
+    for (const int64_t count : {1, 1000, 300000}) {
+      Tensor by_nccl = held({count}), by_mpi = by_nccl.clone();
+      nccl().all_reduce(by_nccl, how);
+      mpi->all_reduce(by_mpi, how);
+      EXPECT_TRUE(at::equal(by_nccl, by_mpi));
+    }
+  }
+}
+
+TEST_P(Nccl, AllGather) {
+  const Tensor x = held({3, 5, 7});
+  for (const int64_t dim : {0, 1, 2}) EXPECT_TRUE(at::equal(nccl().all_gather(x, dim), mpi->all_gather(x, dim)));
+}
+
+TEST_P(Nccl, ReduceScatter) {
+  const Tensor x = held({4 * size, 5, 2 * size});
+  for (const int64_t dim : {0, 2}) EXPECT_TRUE(at::equal(nccl().reduce_scatter(x, dim), mpi->reduce_scatter(x, dim)));
+}
+
+TEST_P(Nccl, AllToAllWithUnevenAndZeroRows) {
+  std::vector<int64_t> send, receive;
+  for (int r = 0; r < size; ++r) {
+    send.push_back((rank * 3 + r * 5) % 4 * 100);
+    receive.push_back((r * 3 + rank * 5) % 4 * 100);
+  }
+  int64_t rows = 0;
+  for (const int64_t n : send) rows += n;
+  const Tensor x = held({rows, 33});
+  const Tensor y = nccl().all_to_all(x, send, receive);
+  EXPECT_TRUE(at::equal(y, mpi->all_to_all(x, send, receive)));
+  EXPECT_TRUE(at::equal(nccl().all_to_all(y, receive, send), x));
+}
+
+TEST_P(Nccl, BroadcastSendReceive) {
+  for (int root = 0; root < size; ++root) {
+    Tensor by_nccl = held({1001}), by_mpi = by_nccl.clone();
+    nccl().broadcast(by_nccl, root);
+    mpi->broadcast(by_mpi, root);
+    EXPECT_TRUE(at::equal(by_nccl, by_mpi));
+  }
+  if (size == 1) return;
+  for (const Communicator* group : {&nccl(), static_cast<const Communicator*>(mpi)}) {
+    Tensor x = held({257, 3});
+    if (rank == 0) group->send(x, size - 1);
+    if (rank == size - 1) group->receive(x, 0);
+    if (rank == size - 1) {
+      auto generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{0});
+      const Tensor sent = at::randn({257, 3}, generator, at::TensorOptions(at::kFloat)).mul_(50).round_().to(dtype());
+      EXPECT_TRUE(at::equal(x.cpu(), sent));
+    }
+  }
+}
+
+TEST_P(Nccl, FollowsTheCurrentStream) {
+  // The sum is enqueued between two pieces of work on a stream of its own; nothing waits on the host in between.
+  const Tensor x = held({1 << 20});
+  device::synchronize(gpu);
+  Tensor by_mpi = x * 2;
+  mpi->all_reduce(by_mpi);
+  const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool(false, gpu.index()));
+  for (int repetition = 0; repetition < 5; ++repetition) {
+    Tensor doubled = x * 2;
+    nccl().all_reduce(doubled);
+    EXPECT_TRUE(at::equal(doubled + 1, by_mpi + 1));
+  }
+  device::synchronize(gpu);
+}
+
+TEST_P(Nccl, RegionsRunBackwardOnTheEnginesThread) {
+  if (!at::isFloatingType(dtype())) GTEST_SKIP() << "whole numbers have no gradient";
+  Splits splits;
+  int64_t rows = 0;
+  for (int r = 0; r < size; ++r) {
+    splits.send.push_back((rank + r) % 3);
+    splits.receive.push_back((r + rank) % 3);
+    rows += splits.send.back();
+  }
+  const auto gradient = [&](const Communicator& group) {
+    const Tensor x = held({rows, 8}).requires_grad_();
+    const Tensor y = reduce_from(group, copy_into(group, gather_along(group, exchange(group, x, splits), 1)));
+    (y * held(y.sizes(), 7)).sum().backward();
+    return x.grad();
+  };
+  EXPECT_TRUE(at::equal(gradient(nccl()), gradient(*mpi)));
+}
+
+TEST_P(Nccl, TheGpuHasANameAndMemory) {
+  EXPECT_EQ(device::uuid(gpu).substr(0, 4), "GPU-");
+  EXPECT_NE(device::name(gpu), device::name(c10::Device(c10::kCPU)));
+  const device::Memory before = device::memory(gpu);
+  const Tensor x = held({1 << 18});
+  EXPECT_GE(device::memory(gpu).used, before.used + static_cast<int64_t>(x.nbytes()));
+  EXPECT_GT(before.total, before.used);
+}
+
+}  // namespace
+}  // namespace upcycle
