@@ -1,1 +1,21 @@
-int main() { return 0; }
+#include <optional>
+
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "cli/command.hpp"
+#include "parallel/mesh.hpp"
+
+int main(int argc, char** argv) {
+  using namespace upcycle;
+  std::optional<MpiSession> mpi;
+  try {
+    const Arguments arguments = parse_arguments(argc, argv);
+    if (needs_mpi(arguments)) mpi.emplace(&argc, &argv);
+    log::start(arguments.level, world_rank());
+    return run_command(arguments);
+  } catch (const UserError& error) {
+    return explain_mistake(error);
+  } catch (const std::exception& error) {
+    return explain_fault(error);
+  }
+}

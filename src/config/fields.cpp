@@ -75,12 +75,12 @@ std::vector<Field> describe(RunConfig& c) {
       blend("data.validation", c.data.validation),
       fixed_list("data.split", c.data.split, from_zero),
 
-      integer("parallel.tensor", c.parallel.tensor, 1, 1 << 20),
-      integer("parallel.context", c.parallel.context, 1, 1 << 20),
-      integer("parallel.pipeline", c.parallel.pipeline, 1, 1 << 20),
-      integer("parallel.virtual_stages", c.parallel.virtual_stages, 1, 1 << 20),
-      integer("parallel.expert", c.parallel.expert, 1, 1 << 20),
-      integer("parallel.expert_tensor", c.parallel.expert_tensor, 1, 1 << 20),
+      integer("parallel.tensor", c.parallel.tensor, 1, 4096),
+      integer("parallel.context", c.parallel.context, 1, 4096),
+      integer("parallel.pipeline", c.parallel.pipeline, 1, 4096),
+      integer("parallel.virtual_stages", c.parallel.virtual_stages, 1, 4096),
+      integer("parallel.expert", c.parallel.expert, 1, 4096),
+      integer("parallel.expert_tensor", c.parallel.expert_tensor, 1, 4096),
       integer("parallel.zero", c.parallel.zero, 0, 1),
 
       integer("checkpoint.every", c.checkpoint.every, 1),

@@ -1,0 +1,63 @@
+#include "cli/command.hpp"
+
+#include <chrono>
+#include <cstdlib>
+#include <iostream>
+#include <thread>
+
+#include "base/error.hpp"
+#include "parallel/mesh.hpp"
+
+namespace upcycle {
+namespace {
+
+/// The rank that the launcher gave this process, for messages before MPI is up. 0 without a launcher.
+int launched_rank() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"}) {
+    if (const char* value = std::getenv(name)) return std::atoi(value);
+  }
+  return 0;
+}
+
+int own_rank() { return world_size() > 1 ? world_rank() : launched_rank(); }
+
+}  // namespace
+
+bool needs_mpi(const Arguments& arguments) {
+  return arguments.command != "help" && arguments.command != "version" && arguments.command != "plan";
+}
+
+int run_command(const Arguments& arguments) {
+  if (!arguments.output.empty()) {
+    if (own_rank() == 0) std::cout << arguments.output;
+    return kExitDone;
+  }
+  if (arguments.command == "plan") return own_rank() == 0 ? run_plan(arguments) : kExitDone;
+  if (arguments.command == "convert") return run_convert(arguments);
+  if (arguments.command == "train") return run_train(arguments);
+  if (arguments.command == "export") return run_export(arguments);
+  if (arguments.command == "inspect") return run_inspect(arguments);
+  if (arguments.command == "verify") return run_verify(arguments);
+  throw std::logic_error("no command is called " + arguments.command);
+}
+
+int explain_mistake(const std::exception& error) {
+  if (own_rank() == 0) std::cerr << "upcycle: " << error.what() << std::endl;
+  if (world_size() > 1) {
+    // A mistake is met by all ranks alike. Should one be alone with it, the others would wait for it for ever.
+    std::thread([what = std::string(error.what()), rank = world_rank()] {
+      std::this_thread::sleep_for(std::chrono::seconds(30));
+      std::cerr << "upcycle: rank " << rank << " is alone with: " << what << std::endl;
+      abort_all_ranks(kExitMistake);
+    }).detach();
+  }
+  return kExitMistake;
+}
+
+int explain_fault(const std::exception& error) {
+  std::cerr << text("upcycle: rank ", own_rank(), ": ", error.what(), "\n") << std::flush;
+  if (world_size() > 1) abort_all_ranks(kExitFault);
+  return kExitFault;
+}
+
+}  // namespace upcycle

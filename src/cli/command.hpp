@@ -1,0 +1,50 @@
+#pragma once
+#include <exception>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/log.hpp"
+
+namespace upcycle {
+
+/// Exit codes: done, a fault of the program or the machine, the user's mistake. `train` also returns 75 (run me again).
+inline constexpr int kExitDone = 0;
+inline constexpr int kExitFault = 1;
+inline constexpr int kExitMistake = 2;
+
+/// A command line, understood.
+struct Arguments {
+  std::string command;                   ///< "plan", ...; "help" or "version" when only `output` is wanted
+  std::vector<std::string> positional = {};   ///< as many as the command takes
+  std::vector<std::string> set = {};     ///< --set key=value
+  bool json = false;
+  std::optional<int> ranks = {};         ///< plan --ranks
+  std::optional<std::string> dtype = {};           ///< export --dtype
+  std::optional<std::string> max_shard_size = {};  ///< export --max-shard-size
+  log::Level level = log::Level::info;
+  std::string output = {};               ///< what --help and --version print
+};
+
+/// Throws UserError for an unknown command or option (with a suggestion), a missing or surplus argument, a bad value.
+Arguments parse_arguments(int argc, const char* const* argv);
+
+/// True for commands that run on several ranks. The others answer at once, without MPI.
+bool needs_mpi(const Arguments&);
+
+/// Runs the command and returns its exit code.
+int run_command(const Arguments&);
+
+int run_plan(const Arguments&);
+int run_convert(const Arguments&);
+int run_train(const Arguments&);
+int run_export(const Arguments&);
+int run_inspect(const Arguments&);
+int run_verify(const Arguments&);
+
+/// Says what went wrong, and returns the exit code. A user's mistake is told once, by rank 0; a fault by the rank that met it,
+/// and ends all ranks. For use in main's handlers, with MPI up or not.
+int explain_mistake(const std::exception& error);
+int explain_fault(const std::exception& error);
+
+}  // namespace upcycle

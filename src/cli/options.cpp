@@ -1,0 +1,193 @@
+#include <boost/program_options.hpp>
+
+#include <charconv>
+#include <filesystem>
+
+#include "base/error.hpp"
+#include "cli/command.hpp"
+#include "cli/version.hpp"
+#include "config/suggest.hpp"
+
+namespace upcycle {
+namespace {
+
+namespace po = boost::program_options;
+
+/// What a command takes, and its page of help.
+struct Usage {
+  std::string command;
+  std::vector<std::string> arguments;
+  bool run_file;            ///< takes --set
+  std::string summary;
+  std::string details;
+  std::string example;
+};
+
+const std::vector<Usage>& usages() {
+  static const std::vector<Usage> all = {
+      {"plan", {"RUN.toml"}, true, "what a run would be: parameters, memory, FLOPs, checkpoints; touches no weights",
+       "Accepts every key of the run file, names what does not divide and what train can't do yet, and prints the resolved run with\n"
+       "the origin of each value. Needs no weights where source.architecture names a config.json. Runs without mpirun.\n"
+       "Exit code 2 when the run can't be done as it is.",
+       "upcycle plan configs/qwen3-14b-64e.toml --ranks 64 --set moe.top_k=16"},
+      {"convert", {"RUN.toml"}, true, "a dense Hugging Face directory becomes a dense HDF5 checkpoint",
+       "Reads source.model and writes step 0 into run.directory, in the checkpoint format of train.",
+       "mpirun -n 4 upcycle convert configs/qwen3-0.6b-8e.toml"},
+      {"train", {"RUN.toml"}, true, "trains; upcycles on the fly; resumes by itself",
+       "A dense source with experts asked for in [moe] is upcycled and stored as step 0 first. When run.directory holds a valid\n"
+       "checkpoint, the run goes on from the newest, on any number of ranks. On run.signal (USR2) or TERM it saves and leaves with\n"
+       "exit code 75: run the same command again.",
+       "mpirun -n 4 upcycle train configs/quickstart.toml --set train.steps=200"},
+      {"export", {"CHECKPOINT", "DIRECTORY"}, false, "a checkpoint becomes a Hugging Face directory",
+       "CHECKPOINT is a step directory, or a run directory (its newest valid step). Writes sharded safetensors, config.json,\n"
+       "tokenizer and generation files that transformers and vLLM read. DIRECTORY must be new or empty.",
+       "upcycle export runs/quickstart exported/quickstart"},
+      {"inspect", {"CHECKPOINT"}, false, "what is in a checkpoint",
+       "CHECKPOINT is a step directory, or a run directory (its newest valid step).", "upcycle inspect runs/quickstart --json"},
+      {"verify", {"CHECKPOINT"}, false, "is a checkpoint whole, and what it claims to be",
+       "Certificate and structure. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
+       "upcycle verify runs/quickstart/checkpoints/step-00000000"},
+  };
+  return all;
+}
+
+po::options_description options_of(const Usage* usage) {
+  po::options_description options("Options");
+  auto add = options.add_options();
+  if (usage && usage->run_file) {
+    add("set", po::value<std::vector<std::string>>()->composing()->multitoken()->value_name("key=value ..."),
+        "override keys of the run file, such as train.steps=10");
+  }
+  if (usage && usage->command == "plan") {
+    add("ranks", po::value<std::string>()->value_name("N"), "ranks to plan for (default: the fewest that [parallel] allows)");
+  }
+  if (usage && usage->command == "export") {
+    add("dtype", po::value<std::string>()->value_name("DTYPE"), "bf16, fp16 or fp32 (default: the source model's)");
+    add("max-shard-size", po::value<std::string>()->value_name("SIZE"), "largest safetensors file, such as 500MB (default: 5GB)");
+  }
+  if (usage) add("json", po::bool_switch(), "print JSON to standard output");
+  if (usage) add("log-level", po::value<std::string>()->default_value("info"), "debug, info, warning, error or off");
+  add("help", po::bool_switch(), "show this page and leave");
+  if (!usage) add("version", po::bool_switch(), "show the versions of the program, its libraries and transports, and leave");
+  return options;
+}
+
+std::string page(const po::options_description& options) {
+  std::ostringstream out;
+  out << options;
+  return out.str();
+}
+
+std::string general_help() {
+  std::string out =
+      "upcycle: a dense Qwen3 checkpoint becomes a Mixture-of-Experts model and trains on.\n\n"
+      "Usage: upcycle COMMAND ARGUMENTS [options]      upcycle COMMAND --help      upcycle --version\n\nCommands\n";
+  for (const Usage& usage : usages()) {
+    std::string line = "  " + usage.command;
+    for (const std::string& argument : usage.arguments) line += " " + argument;
+    line.resize(std::max<size_t>(line.size(), 32), ' ');
+    out += line + usage.summary + "\n";
+  }
+  return out + "\nExample\n  upcycle plan configs/qwen3-14b-64e.toml\n\n" +
+         "Exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped on request and saved (run it again)\n";
+}
+
+std::string help_for(const Usage& usage) {
+  std::string arguments;
+  for (const std::string& argument : usage.arguments) arguments += " " + argument;
+  return text("Usage: upcycle ", usage.command, arguments, " [options]\n\n", usage.summary, ".\n", usage.details, "\n\n",
+              page(options_of(&usage)), "\nExample\n  ", usage.example, "\n");
+}
+
+std::string takes(const Usage& usage) {
+  std::string arguments;
+  for (const std::string& argument : usage.arguments) arguments += " " + argument;
+  return text("upcycle ", usage.command, arguments, "; see upcycle ", usage.command, " --help");
+}
+
+[[noreturn]] void unknown_option(const std::string& option, const po::options_description& options, const Usage* usage) {
+  std::vector<std::string> names;
+  for (const auto& known : options.options()) names.push_back("--" + known->long_name());
+  const std::string name = option.substr(0, option.find('='));
+  fail("unknown option '", name, "'", did_you_mean(name, names), " (", usage ? takes(*usage) : "see upcycle --help", ")");
+}
+
+/// Boost's parse of `words`; positional words, and those that --set took although they are no key=value, come back in order.
+po::variables_map parse_options(const std::vector<std::string>& words, const po::options_description& options, const Usage* usage,
+                                std::vector<std::string>& positional) {
+  namespace style = po::command_line_style;
+  po::variables_map values;
+  try {
+    auto parsed = po::command_line_parser(words).options(options).style(style::unix_style & ~style::allow_guessing).allow_unregistered().run();
+    for (auto& option : parsed.options) {
+      if (option.unregistered && option.position_key < 0) unknown_option(option.original_tokens.at(0), options, usage);
+      if (option.position_key >= 0) {
+        positional.insert(positional.end(), option.value.begin(), option.value.end());
+      } else if (option.string_key == "set") {
+        std::vector<std::string> assignments(option.value.begin(), option.value.begin() + 1);
+        for (auto word = option.value.begin() + 1; word != option.value.end(); ++word) {
+          (word->find('=') == std::string::npos ? positional : assignments).push_back(*word);
+        }
+        option.value = assignments;
+      }
+    }
+    std::erase_if(parsed.options, [](const auto& option) { return option.position_key >= 0; });
+    po::store(parsed, values);
+  } catch (const po::error& error) {
+    fail(error.what(), " (", usage ? takes(*usage) : "see upcycle --help", ")");
+  }
+  return values;
+}
+
+int positive_integer(const std::string& value, const std::string& option) {
+  int number = 0;
+  const auto [rest, code] = std::from_chars(value.data(), value.data() + value.size(), number);
+  if (code != std::errc() || rest != value.data() + value.size() || number < 1) {
+    fail(option, " ", value, ": a positive integer is expected");
+  }
+  return number;
+}
+
+Arguments without_command(const std::vector<std::string>& words) {
+  std::vector<std::string> positional;
+  const auto values = parse_options(words, options_of(nullptr), nullptr, positional);
+  if (values["version"].as<bool>()) return {.command = "version", .output = version_page()};
+  if (values["help"].as<bool>()) return {.command = "help", .output = general_help()};
+  fail("a command is missing: plan, convert, train, export, inspect or verify; see upcycle --help");
+}
+
+}  // namespace
+
+Arguments parse_arguments(int argc, const char* const* argv) {
+  std::vector<std::string> words(argv + (argc > 0), argv + argc);
+  if (words.empty() || words.front().starts_with('-')) return without_command(words);
+
+  const Usage* usage = nullptr;
+  std::vector<std::string> commands;
+  for (const Usage& each : usages()) {
+    commands.push_back(each.command);
+    if (each.command == words.front()) usage = &each;
+  }
+  if (words.front() == "help") return {.command = "help", .output = general_help()};
+  if (usage == nullptr) fail("unknown command '", words.front(), "'", did_you_mean(words.front(), commands), " (see upcycle --help)");
+  words.erase(words.begin());
+
+  Arguments arguments{.command = usage->command};
+  const auto values = parse_options(words, options_of(usage), usage, arguments.positional);
+  if (values["help"].as<bool>()) return {.command = "help", .output = help_for(*usage)};
+  if (arguments.positional.size() < usage->arguments.size()) {
+    fail(usage->arguments[arguments.positional.size()], " is missing: ", takes(*usage));
+  }
+  if (arguments.positional.size() > usage->arguments.size()) {
+    fail("'", arguments.positional[usage->arguments.size()], "' is one argument too many: ", takes(*usage));
+  }
+  if (values.count("set")) arguments.set = values["set"].as<std::vector<std::string>>();
+  if (values.count("ranks")) arguments.ranks = positive_integer(values["ranks"].as<std::string>(), "--ranks");
+  if (values.count("dtype")) arguments.dtype = values["dtype"].as<std::string>();
+  if (values.count("max-shard-size")) arguments.max_shard_size = values["max-shard-size"].as<std::string>();
+  arguments.json = values["json"].as<bool>();
+  arguments.level = log::level_from_name(values["log-level"].as<std::string>());
+  return arguments;
+}
+
+}  // namespace upcycle

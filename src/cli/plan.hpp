@@ -1,0 +1,38 @@
+#pragma once
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "config/run_config.hpp"
+#include "parallel/grid.hpp"
+#include "train/memory_plan.hpp"
+#include "train/snapshot.hpp"
+#include "train/target.hpp"
+
+namespace upcycle {
+
+/// What a run would be, without its weights.
+struct Plan {
+  RunConfig run;
+  std::string source = {};              ///< where the architecture was read
+  bool has_weights = false;             ///< source.model is named: the run starts from weights, there today or not
+  Target target = {};
+  ParameterCount parameters = {};
+  double flops_per_token = 0;           ///< forward and backward, nothing recomputed
+  CheckpointBytes checkpoint = {};
+  int ranks = 1;
+  std::optional<Grid> grid = {};        ///< empty when the degrees fit no grid of `ranks`
+  std::vector<RankMemory> memory = {};  ///< the largest rank of each pipeline stage
+  std::vector<std::string> problems = {};   ///< what does not divide
+  std::vector<std::string> not_built = {};  ///< what train can't do yet
+};
+
+/// `ranks`: default the smallest world that [parallel] allows. Throws UserError for what no number of ranks would mend.
+Plan make_plan(const RunConfig&, std::optional<int> ranks);
+
+/// For people and for programs.
+std::string to_text(const Plan&);
+nlohmann::ordered_json to_json(const Plan&);
+
+}  // namespace upcycle
