@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""tools/make-corpus: the same bytes every time, Megatron's format, a tokenizer that transformers loads, and errors that leave
+nothing behind."""
+import hashlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unicodedata
+import unittest
+from pathlib import Path
+
+import numpy
+
+sys.dont_write_bytecode = True  # the tool lies in the source tree
+TOOL = Path(__file__).resolve().parents[2] / "tools/make-corpus"
+SMALL = ("--bytes", "6e5", "--vocab", "400")
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=200)
+
+
+def read_indexed(prefix):
+    """A second reader of the format, written from its description."""
+    index = Path(f"{prefix}.idx").read_bytes()
+    assert index[:9] == b"MMIDIDX\0\0" and int.from_bytes(index[9:17], "little") == 1
+    dtype = {8: numpy.uint16, 4: numpy.int32}[index[17]]
+    count, entries = (int.from_bytes(index[at:at + 8], "little") for at in (18, 26))
+    lengths = numpy.frombuffer(index, numpy.int32, count, 34)
+    offsets = numpy.frombuffer(index, numpy.int64, count, 34 + 4 * count)
+    documents = numpy.frombuffer(index, numpy.int64, entries, 34 + 12 * count)
+    assert len(index) == 34 + 12 * count + 8 * entries
+    assert documents.tolist() == list(range(count + 1))
+    tokens = Path(f"{prefix}.bin").read_bytes()
+    assert len(tokens) == int(lengths.sum()) * dtype().itemsize
+    return [numpy.frombuffer(tokens, dtype, length, offset).tolist() for length, offset in zip(lengths, offsets)]
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Corpus(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory(prefix="upcycle-corpus-")
+        cls.folder = Path(cls.temporary.name) / "corpus"
+        cls.first = run(cls.folder, *SMALL)
+        assert cls.first.returncode == 0, cls.first.stderr
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.temporary.cleanup()
+
+    def files(self):
+        """(digest, bytes, part, path) as files.txt lists them."""
+        site = Path(importlib.metadata.distribution("numpy").locate_file(""))
+        for line in (self.folder / "files.txt").read_text().splitlines():
+            digest, size, part, name = line.split(maxsplit=3)
+            yield digest, int(size), part, site / name
+
+    def test_same_files_same_bytes(self):
+        again = Path(self.temporary.name) / "again"
+        self.assertEqual(run(again, *SMALL).returncode, 0)
+        one, two = contents(self.folder), contents(again)
+        self.assertEqual(sorted(one), ["corpus.json", "files.txt", "tokenizer/generation_config.json", "tokenizer/tokenizer.json",
+                                       "tokenizer/tokenizer_config.json", "train.bin", "train.idx", "validation.bin", "validation.idx"])
+        self.assertEqual(list(one), list(two))
+        for name in one:
+            self.assertEqual(one[name], two[name], name)
+
+    def test_second_run_does_nothing(self):
+        before = {path: path.stat().st_mtime_ns for path in self.folder.rglob("*")}
+        again = run(self.folder, *SMALL)
+        self.assertEqual(again.returncode, 0)
+        self.assertTrue(again.stdout.startswith("already there"), again.stdout)
+        self.assertEqual(before, {path: path.stat().st_mtime_ns for path in self.folder.rglob("*")})
+
+    def test_tokens_are_the_listed_files(self):
+        from tokenizers import Tokenizer
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer/tokenizer.json"))
+        end = tokenizer.token_to_id("<|endoftext|>")
+        documents = {part: read_indexed(self.folder / part) for part in ("train", "validation")}
+        listed = {"train": [], "validation": []}
+        total, names = 0, []
+        for digest, size, part, path in self.files():
+            content = path.read_bytes()
+            self.assertEqual((hashlib.sha256(content).hexdigest(), len(content)), (digest, size), path)
+            listed[part].append(unicodedata.normalize("NFC", content.decode()))
+            total += size
+            names.append(str(path))
+        self.assertEqual(names, sorted(names))
+        self.assertLessEqual(total, 600_000)
+        self.assertGreater(total, 400_000)
+        self.assertFalse(set(listed["train"]) & set(listed["validation"]))
+        self.assertGreater(len(listed["validation"]), 0)
+        self.assertEqual(len(listed["validation"]), len(names) // 20)
+        for part in listed:
+            self.assertEqual(len(documents[part]), len(listed[part]))
+            for tokens, text in zip(documents[part], listed[part]):
+                self.assertEqual(tokens[-1], end)
+                self.assertNotIn(end, tokens[:-1])
+                self.assertLess(max(tokens), 400)
+                self.assertEqual(tokenizer.decode(tokens[:-1], skip_special_tokens=False), text)
+
+    def test_report_says_what_it_is(self):
+        report = json.loads((self.folder / "corpus.json").read_text())
+        listing = (self.folder / "files.txt").read_bytes()
+        self.assertEqual(report["sha256_of_list"], hashlib.sha256(listing).hexdigest())
+        self.assertIn(report["sha256_of_list"], self.first.stdout)
+        self.assertEqual(report["files"], len(listing.splitlines()))
+        self.assertIn(f"{report['files']} files, {report['total_bytes']} bytes", self.first.stdout)
+        for part in ("train", "validation"):
+            documents = read_indexed(self.folder / part)
+            self.assertEqual(report[part], {"documents": len(documents), "tokens": sum(map(len, documents))})
+        self.assertIn("torch 2.11.0", self.first.stdout)
+
+    def test_transformers_loads_the_tokenizer(self):
+        from transformers import AutoTokenizer
+        with tempfile.TemporaryDirectory() as model:
+            for path in (self.folder / "tokenizer").iterdir():
+                (Path(model) / path.name).write_bytes(path.read_bytes())
+            (Path(model) / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
+            for folder in (self.folder / "tokenizer", model):  # by itself, and beside a model's config.json
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                self.assertEqual(len(tokenizer), 400)
+                self.assertEqual(tokenizer.eos_token, "<|endoftext|>")
+                self.assertIn(tokenizer.eos_token_id, tokenizer("a<|endoftext|>")["input_ids"])
+                held_out = read_indexed(self.folder / "validation")
+                texts = [path.read_bytes().decode() for _, _, part, path in self.files() if part == "validation"]
+                for tokens, text in zip(held_out, texts):
+                    if "<|endoftext|>" in text:
+                        continue
+                    self.assertEqual(tokenizer(text)["input_ids"], tokens[:-1])
+                    self.assertEqual(tokenizer.decode(tokens[:-1]), unicodedata.normalize("NFC", text))
+
+    def test_other_options_leave_it_alone(self):
+        before = contents(self.folder)
+        other = run(self.folder, "--bytes", "6e5", "--vocab", "401")
+        self.assertEqual(other.returncode, 2)
+        self.assertIn("made with other options", other.stderr)
+        self.assertEqual(before, contents(self.folder))
+
+    def test_errors_leave_nothing_behind(self):
+        with tempfile.TemporaryDirectory() as empty:
+            for options, message in (
+                (("--vocab", "256"), "257 tokens at least"),
+                (("--bytes", "20000"), "20 are needed"),
+                (("--bytes", "3e5", "--vocab", "40000"), "needs more --bytes"),
+            ):
+                result = run(Path(empty) / "new", *options)
+                self.assertEqual(result.returncode, 2, result)
+                self.assertIn(message, result.stderr)
+                self.assertNotIn("Traceback", result.stderr)
+                self.assertEqual(os.listdir(empty), [])
+            (Path(empty) / "mine").write_text("mine")
+            result = run(empty, *SMALL)
+            self.assertEqual(result.returncode, 2)
+            self.assertIn("holds no corpus", result.stderr)
+            self.assertEqual(os.listdir(empty), ["mine"])
+
+    def test_large_vocabularies_take_four_bytes(self):
+        loader = importlib.machinery.SourceFileLoader("make_corpus", str(TOOL))
+        tool = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_corpus", loader))
+        loader.exec_module(tool)
+        documents = [[151642, 0], [], [65500, 70000, 1]]
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(tool.write_indexed(Path(folder) / "x", documents, 151936), 5)
+            self.assertEqual(read_indexed(Path(folder) / "x"), documents)
+            self.assertEqual((Path(folder) / "x.bin").stat().st_size, 20)
+            tool.write_indexed(Path(folder) / "y", [[65498, 7]], 65499)
+            self.assertEqual(read_indexed(Path(folder) / "y"), [[65498, 7]])
+            self.assertEqual((Path(folder) / "y.bin").stat().st_size, 4)
+
+
+if __name__ == "__main__":
+    unittest.main()
