@@ -34,9 +34,10 @@ std::pair<int64_t, int64_t> documents_of(Split part, const std::array<int64_t, 3
 class Sampler {
  public:
   /// `blend`: weights and prefixes; "mock" is a synthetic stream that a model can learn (mock_stream.hpp). `split`:
-  /// shares of documents. A data set that is used whole: {1, 0, 0} with Split::train. For mock data another `part` or
-  /// another seed means other samples of the same language. Throws UserError when files or weights are wrong, or a part
-  /// of the data is shorter than one sample.
+  /// shares of documents; data sets of which all is for one part, e.g. [data].validation, come with {0, 1, 0} and
+  /// Split::validation. For mock data `part` and seed decide which samples of the same language come: {1, 0, 0} with
+  /// Split::train would validate on what is trained on. Throws UserError when files or weights are wrong, or a part of
+  /// the data is shorter than one sample.
   Sampler(const std::vector<Blend>& blend, const std::array<int64_t, 3>& split, Split part, int64_t sequence,
           int64_t vocab, uint64_t seed);
   Sampler(Sampler&&) noexcept;

@@ -193,6 +193,7 @@ TEST(Documents, AreSharedOutAsMegatronDoes) {
   EXPECT_EQ(share(Split::train, {969, 30, 1}, 100), (Range{0, 97}));
   EXPECT_EQ(share(Split::validation, {969, 30, 1}, 100), (Range{97, 100}));
   EXPECT_EQ(share(Split::train, {1, 0, 0}, 9), (Range{0, 9}));
+  EXPECT_EQ(share(Split::validation, {0, 1, 0}, 9), (Range{0, 9}));
   EXPECT_EQ(share(Split::test, {0, 0, 7}, 9), (Range{0, 9}));
   for (int64_t n = 0; n < 200; ++n) {
     EXPECT_EQ(share(Split::train, {7, 2, 3}, n).second, share(Split::validation, {7, 2, 3}, n).first);
