@@ -8,7 +8,6 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 
 #include "base/autograd.hpp"
 #include "ops/linear.hpp"
@@ -37,13 +36,16 @@ Tensor choose_experts(const Tensor& logits_TE, int64_t top_k) {
   return std::get<1>(at::topk(key, top_k, 1, /*largest=*/true, /*sorted=*/true));
 }
 
-Router::Router(Parameter& weight_ED, RouterSettings settings) : weight_ED_(weight_ED), settings_(settings) {
-  reset_statistics();
-}
+Router::Router(Parameter& weight_ED, RouterSettings settings) : weight_ED_(weight_ED), settings_(settings) {}
 
-void Router::reset_statistics() {
-  const auto options = weight_ED_.value.options();
-  statistics_ = {at::zeros({weight_ED_.value.size(0)}, options.dtype(at::kLong)), at::zeros({2}, options.dtype(at::kDouble))};
+void Router::count(const Tensor& count_E, const Tensor& aux, const Tensor& z) {
+  const Tensor losses_2 = at::stack({aux.detach(), z.detach()}).to(at::kDouble);
+  if (!statistics_.count_E.defined()) {
+    statistics_ = {count_E.clone(), losses_2};
+  } else {
+    statistics_.count_E.add_(count_E);
+    statistics_.losses_2.add_(losses_2);
+  }
 }
 
 Tensor Router::logits(const Tensor& x_TD) { return linear(x_TD.to(at::kFloat), weight_ED_); }
@@ -62,8 +64,7 @@ Routing Router::forward(const Tensor& x_TD, const BalanceLoss& balance) {
     const Tensor z = at::logsumexp(logits_TE, {1}).square().mean();
     if (balance.aux != 0) weight_TK = attach_loss(weight_TK, aux, balance.aux);
     if (balance.z != 0) weight_TK = attach_loss(weight_TK, z, balance.z);
-    statistics_.count_E.add_(count_E);
-    statistics_.losses_2.add_(at::stack({aux.detach(), z.detach()}));
+    count(count_E, aux, z);
   }
   return {expert_TK, weight_TK, count_E};
 }

@@ -18,7 +18,7 @@ struct BalanceLoss {
   double z = 0.0;     ///< mean of logsumexp(logits)^2 (Zoph et al., 2202.08906)
 };
 
-/// What the routers of a step saw, summed over micro-batches; device tensors, read one step late.
+/// What a router saw while recording, summed over micro-batches since the last reset; device tensors. Undefined before the first.
 struct RouterStatistics {
   Tensor count_E;     ///< int64 [E]
   Tensor losses_2;    ///< fp64 [aux, z] without their coefficients, summed over micro-batches
@@ -43,9 +43,11 @@ class Router {
   Tensor logits(const Tensor& x_TD);
 
   const RouterStatistics& statistics() const noexcept { return statistics_; }
-  void reset_statistics();
+  void reset_statistics() { statistics_ = {}; }
 
  private:
+  void count(const Tensor& count_E, const Tensor& aux, const Tensor& z);
+
   Parameter& weight_ED_;
   RouterSettings settings_;
   RouterStatistics statistics_;

@@ -50,7 +50,7 @@ void open_data(const RunConfig& config, Setup& setup) {
   if (config.data.validation.empty()) {
     setup.validation.emplace(config.data.train, config.data.split, Split::validation, sequence, vocab, seed);
   } else {
-    setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{1, 0, 0}, Split::train, sequence, vocab, seed);
+    setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{0, 1, 0}, Split::validation, sequence, vocab, seed);
   }
   setup.validation->check(vocab);
 }
