@@ -1,0 +1,35 @@
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "config/architecture.hpp"
+
+namespace upcycle {
+
+struct ExportOptions {
+  std::optional<at::ScalarType> dtype;             ///< default: the source model's
+  uint64_t max_shard_bytes = 5'000'000'000;
+};
+
+struct ExportReport {
+  std::filesystem::path checkpoint;                ///< the step directory that was read
+  std::string architecture;                        ///< "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+  at::ScalarType dtype = at::kBFloat16;
+  int64_t tensors = 0;
+  uint64_t bytes = 0;
+};
+
+/// Writes a checkpoint (a step directory, or a run directory: its newest valid step) as a Hugging Face directory that transformers
+/// and vLLM load: safetensors with per-expert names, config.json, tokenizer and generation files, upcycling.json (provenance).
+/// Values come from the fp32 masters where there are some. All goes to <directory>.partial and is renamed at the end; memory holds
+/// one tensor at a time. For one rank alone.
+/// Throws UserError for a directory that holds files, for too little space, for damaged checkpoints, and, by name, for what the
+/// target cannot express: a balancing bias, dropped tokens.
+ExportReport export_to_hf(const std::filesystem::path& checkpoint, const std::filesystem::path& directory, const ExportOptions&);
+
+/// "5GB", "500MB", "2GiB", "1000000": bytes. Throws UserError on others.
+uint64_t bytes_from_text(const std::string& size);
+
+}  // namespace upcycle
