@@ -66,7 +66,7 @@ po::options_description options_of(const Usage* usage) {
     add("max-shard-size", po::value<std::string>()->value_name("SIZE"), "largest safetensors file, such as 500MB (default: 5GB)");
   }
   if (usage) add("json", po::bool_switch(), "print JSON to standard output");
-  if (usage) add("log-level", po::value<std::string>()->default_value("info"), "debug, info, warning, error or off");
+  if (usage) add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"), "debug, info, warning, error or off");
   add("help", po::bool_switch(), "show this page and leave");
   if (!usage) add("version", po::bool_switch(), "show the versions of the program, its libraries and transports, and leave");
   return options;
