@@ -18,9 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 std::string host_name() {
   std::array<char, 256> name{};
@@ -36,8 +34,8 @@ fs::path file_of(const fs::path& folder, int rank) {
 std::string who(const Heartbeat& beat, double now) {
   if (!beat.found) return text("rank ", beat.rank, " (no heartbeat)");
   std::ostringstream out;
-  out << "rank " << beat.rank << " (" << beat.host << ", pid " << beat.pid << ", step " << beat.step << ", " << beat.doing
-      << ", last progress " << std::fixed << std::setprecision(1) << now - beat.progress << " s ago)";
+  out << "rank " << beat.rank << " (" << beat.host << ", pid " << beat.pid << ", step " << beat.step << ", "
+      << beat.doing << ", last progress " << std::fixed << std::setprecision(1) << now - beat.progress << " s ago)";
   return out.str();
 }
 
@@ -96,13 +94,18 @@ std::string accuse(const std::vector<Heartbeat>& beats, double now, double quiet
 }
 
 Watchdog::Watchdog(const fs::path& directory, int rank, int world, double timeout_seconds)
-    : folder_(directory / "heartbeat"), rank_(rank), world_(world), timeout_(timeout_seconds),
-      period_(std::clamp(timeout_seconds / 10, 0.02, 5.0)), progress_(now()) {
+    : folder_(directory / "heartbeat"),
+      rank_(rank),
+      world_(world),
+      timeout_(timeout_seconds),
+      period_(std::clamp(timeout_seconds / 10, 0.02, 5.0)),
+      progress_(now()) {
   std::error_code error;
   fs::create_directories(folder_, error);
   if (rank == 0) fs::remove(folder_ / "timed_out", error);  // an earlier run's
   write();
-  if (!read_heartbeat(folder_, rank).found) fail(folder_.string(), ": can't write heartbeat files here; check the rights and the space");
+  if (!read_heartbeat(folder_, rank).found)
+    fail(folder_.string(), ": can't write heartbeat files here; check the rights and the space");
   thread_ = std::thread([this] { look_on(); });
 }
 
@@ -132,12 +135,13 @@ void Watchdog::look_on() {
 }
 
 void Watchdog::write() const {
-  // Renamed into place, so that nobody reads half of it. A full disk must not end a run that still computes: no error is raised.
+  // Renamed into place, so that nobody reads half of it. A full disk must not end a run that still computes: no error
+  // is raised.
   const fs::path target = file_of(folder_, rank_), fresh = target.string() + ".new";
   {
     std::ofstream file(fresh, std::ios::trunc);
-    file << "rank " << rank_ << "\nhost " << host_name() << "\npid " << getpid() << "\nstep " << step_ << "\ndoing " << doing_
-         << std::fixed << std::setprecision(3) << "\nprogress " << progress_ << "\nalive " << now() << '\n';
+    file << "rank " << rank_ << "\nhost " << host_name() << "\npid " << getpid() << "\nstep " << step_ << "\ndoing "
+         << doing_ << std::fixed << std::setprecision(3) << "\nprogress " << progress_ << "\nalive " << now() << '\n';
     if (!file.flush()) return;
   }
   std::error_code error;
@@ -153,11 +157,13 @@ void Watchdog::leave() const {
   }
   std::vector<Heartbeat> beats;
   for (int rank = 0; rank < world_; ++rank) beats.push_back(read_heartbeat(folder_, rank));
-  const std::string message = text("watchdog: rank ", rank_, " made no progress for ", timeout_, " s (step ", step_.load(), ", ",
-                                   doing_.load(), "). ", accuse(beats, now(), 4 * period_ + 1), '\n');
+  const std::string message =
+      text("watchdog: rank ", rank_, " made no progress for ", timeout_, " s (step ", step_.load(), ", ", doing_.load(),
+           "). ", accuse(beats, now(), 4 * period_ + 1), '\n');
   // The main thread may hold any lock; so no logger and no stdio.
   [[maybe_unused]] const ssize_t told = ::write(STDERR_FILENO, message.data(), message.size());
-  if (file >= 0) [[maybe_unused]] const ssize_t kept = ::write(file, message.data(), message.size());
+  if (file >= 0) [[maybe_unused]]
+    const ssize_t kept = ::write(file, message.data(), message.size());
   _exit(1);
 }
 

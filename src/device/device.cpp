@@ -132,7 +132,10 @@ std::string uuid(c10::Device device) {
     C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
     std::ostringstream id;
     id << "GPU-" << std::hex << std::setfill('0');
-    for (const char byte : properties.uuid.bytes) id << std::setw(2) << static_cast<int>(static_cast<unsigned char>(byte));
+    for (int i = 0; i < 16; ++i) {  // 8-4-4-4-12 digits, as nvidia-smi prints it
+      if (i == 4 || i == 6 || i == 8 || i == 10) id << '-';
+      id << std::setw(2) << static_cast<int>(static_cast<unsigned char>(properties.uuid.bytes[i]));
+    }
     return id.str();
   }
 #endif

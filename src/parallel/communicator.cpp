@@ -107,7 +107,8 @@ struct Communicator::State {
     // Each rank reduces one part and hands it to all others: every byte is sent twice, and one rank decides each bit.
     std::vector<Block> parts;
     for (int64_t r = 0; r < size; ++r) {
-      const int64_t begin = x.numel() * r / size * x.element_size(), end = x.numel() * (r + 1) / size * x.element_size();
+      const int64_t begin = x.numel() * r / size * x.element_size(),
+                    end = x.numel() * (r + 1) / size * x.element_size();
       parts.push_back({all.data + begin, end - begin});
     }
     const Block own = parts[static_cast<size_t>(rank)];
@@ -144,7 +145,9 @@ int Communicator::mpi_handle() const { return MPI_Comm_c2f(state_->comm ? state_
 void Communicator::use_nccl() {
   if (size() == 1 || has_nccl()) return;
   std::string id;
-  together([&] { if (rank() == 0) id = nccl::new_id(); });
+  together([&] {
+    if (rank() == 0) id = nccl::new_id();
+  });
   id = broadcast(id, 0);
   together([&] { state_->nccl = nccl::join(id, rank(), size()); });
 }
@@ -221,7 +224,8 @@ Tensor Communicator::all_to_all(const Tensor& x, std::span<const int64_t> send_r
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes[0] = sum(receive_rows);
   const Tensor host = on_host(x), out = host_room(x, sizes);
-  const int64_t row = x.element_size() * std::accumulate(sizes.begin() + 1, sizes.end(), int64_t{1}, std::multiplies<>());
+  const int64_t row =
+      x.element_size() * std::accumulate(sizes.begin() + 1, sizes.end(), int64_t{1}, std::multiplies<>());
   const auto cut = [row](const Tensor& whole, std::span<const int64_t> rows) {
     std::vector<Block> blocks;
     std::byte* at = bytes_of(whole);

@@ -43,8 +43,8 @@ class Communicator {
   Tensor all_gather(const Tensor& x, int64_t dim) const;
   /// **Collective.** The sum over ranks of `x`, cut into size() equal parts along `dim`; this rank's part.
   Tensor reduce_scatter(const Tensor& x, int64_t dim) const;
-  /// **Collective.** `x` [sum(send_rows), ...]: the first send_rows[0] rows go to rank 0, ...; the result [sum(receive_rows), ...]
-  /// is ordered by sender. Zero rows are fine.
+  /// **Collective.** `x` [sum(send_rows), ...]: the first send_rows[0] rows go to rank 0, ...; the result
+  /// [sum(receive_rows), ...] is ordered by sender. Zero rows are fine.
   Tensor all_to_all(const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows) const;
   /// **Collective.** In place, from rank `root`.
   void broadcast(Tensor& x, int root) const;
@@ -82,8 +82,9 @@ class Communicator {
   /// no mpi.h). MPI_COMM_SELF's for the group of one process.
   int mpi_handle() const;
 
-  /// The most bytes that one MPI call moves, the same on all ranks: MPI counts in int, and reductions need that much scratch.
-  static constexpr int64_t kPieceBytes = int64_t{64} << 20;
+  /// The most bytes that one MPI call moves, the same on all ranks: MPI counts in int, and reductions need that much scratch
+  /// (malloc keeps blocks of this size for the next call; larger ones come as fresh pages each time, a third slower).
+  static constexpr int64_t kPieceBytes = int64_t{16} << 20;
   /// Lowered by tests, so that small tensors go in many pieces.
   static inline int64_t piece_bytes = kPieceBytes;
 

@@ -37,7 +37,7 @@ std::string shared_gpu(const Communicator& world, c10::Device device) {
     int length = 0;
     check(MPI_Get_processor_name(host.data(), &length), "MPI_Get_processor_name");
     const char* host_id = std::getenv("NCCL_HOSTID");
-    place = text("host ", host_id ? host_id : host.data(), ", GPU ", device::uuid(device));
+    place = text("host ", host_id ? host_id : host.data(), ", ", device::uuid(device));
   });
   const std::vector<std::string> places = world.all_gather(place);
   std::map<std::string, size_t> first;
@@ -112,7 +112,9 @@ void Mesh::make_nccl(c10::Device device) {
 void Mesh::prepare(c10::Device device, Transport transport) {
   if (device.is_cpu()) {
     if (transport == Transport::nccl) {
-      fail("run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or \"mpi\"");
+      fail(
+          "run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or "
+          "\"mpi\"");
     }
     transport_ = "MPI";
     return;
@@ -135,7 +137,7 @@ std::vector<std::string> transports_built_in() {
   int length = 0;
   MPI_Get_library_version(library.data(), &length);
   library.resize(static_cast<size_t>(length));
-  library = library.substr(0, library.find_first_of(",\n"));                                   // "Open MPI v4.1.4"
+  library = library.substr(0, library.find_first_of(",\n"));  // "Open MPI v4.1.4"
   if (const size_t v = library.find(" v"); v != std::string::npos) library.erase(v + 1, 1);
   std::vector<std::string> transports = {text("MPI (", library, ")")};
   if (nccl::built_in()) transports.push_back(text("NCCL ", nccl::version()));

@@ -33,19 +33,27 @@ void check(ncclResult_t code, const char* call, ncclComm_t comm = nullptr) {
 
 ncclDataType_t type_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return ncclFloat32;
-    case at::kDouble: return ncclFloat64;
-    case at::kInt: return ncclInt32;
-    case at::kLong: return ncclInt64;
-    default: throw std::logic_error(text("NCCL: no reduction of ", c10::toString(x.scalar_type())));
+    case at::kFloat:
+      return ncclFloat32;
+    case at::kDouble:
+      return ncclFloat64;
+    case at::kInt:
+      return ncclInt32;
+    case at::kLong:
+      return ncclInt64;
+    default:
+      throw std::logic_error(text("NCCL: no reduction of ", c10::toString(x.scalar_type())));
   }
 }
 
 ncclRedOp_t operation(Reduce how) {
   switch (how) {
-    case Reduce::sum: return ncclSum;
-    case Reduce::max: return ncclMax;
-    case Reduce::min: return ncclMin;
+    case Reduce::sum:
+      return ncclSum;
+    case Reduce::max:
+      return ncclMax;
+    case Reduce::min:
+      return ncclMin;
   }
   throw std::logic_error("NCCL: unknown reduction");
 }
@@ -109,8 +117,8 @@ void all_reduce(Group& group, Tensor& x, Reduce how) {
     return;
   }
   const On gpu(x);
-  check(ncclAllReduce(x.data_ptr(), x.data_ptr(), static_cast<size_t>(x.numel()), type_of(x), operation(how), group.comm,
-                      gpu.stream),
+  check(ncclAllReduce(x.data_ptr(), x.data_ptr(), static_cast<size_t>(x.numel()), type_of(x), operation(how),
+                      group.comm, gpu.stream),
         "ncclAllReduce", group.comm);
 }
 
@@ -128,8 +136,8 @@ Tensor reduce_scatter(Group& group, const Tensor& parts_P) {
   if (rounded(parts_P)) return reduce_scatter(group, parts_P.to(at::kFloat)).to(parts_P.scalar_type());
   const Tensor own = at::empty(parts_P.sizes().slice(1), parts_P.options());
   const On gpu(parts_P);
-  check(ncclReduceScatter(parts_P.data_ptr(), own.data_ptr(), static_cast<size_t>(own.numel()), type_of(parts_P), ncclSum,
-                          group.comm, gpu.stream),
+  check(ncclReduceScatter(parts_P.data_ptr(), own.data_ptr(), static_cast<size_t>(own.numel()), type_of(parts_P),
+                          ncclSum, group.comm, gpu.stream),
         "ncclReduceScatter", group.comm);
   return own;
 }
@@ -146,7 +154,8 @@ Tensor all_to_all(Group& group, const Tensor& x, std::span<const int64_t> send_r
     const char* from = static_cast<const char*>(x.data_ptr());
     char* into = static_cast<char*>(out.data_ptr());
     for (int rank = 0; rank < group.size; ++rank) {
-      const size_t send = static_cast<size_t>(send_rows[rank]) * row, receive = static_cast<size_t>(receive_rows[rank]) * row;
+      const size_t send = static_cast<size_t>(send_rows[rank]) * row,
+                   receive = static_cast<size_t>(receive_rows[rank]) * row;
       if (send > 0) check(ncclSend(from, send, ncclInt8, rank, group.comm, gpu.stream), "ncclSend", group.comm);
       if (receive > 0) check(ncclRecv(into, receive, ncclInt8, rank, group.comm, gpu.stream), "ncclRecv", group.comm);
       from += send;

@@ -14,9 +14,13 @@ namespace {
 
 // A NaN on any rank must reach all of them (the NaN policy depends on it); std::max alone would drop some.
 template <class T>
-T larger(T a, T b) { return a != a ? a : b != b ? b : std::max(a, b); }
+T larger(T a, T b) {
+  return a != a ? a : b != b ? b : std::max(a, b);
+}
 template <class T>
-T smaller(T a, T b) { return a != a ? a : b != b ? b : std::min(a, b); }
+T smaller(T a, T b) {
+  return a != a ? a : b != b ? b : std::min(a, b);
+}
 
 template <class T, class Accumulator, class Combine>
 void fold(std::span<const std::byte* const> parts, std::byte* out, int64_t count, Combine combine) {
@@ -38,9 +42,12 @@ void fold(std::span<const std::byte* const> parts, std::byte* out, int64_t count
 template <class T, class Accumulator = T>
 void fold(std::span<const std::byte* const> parts, std::byte* out, int64_t count, Reduce how) {
   switch (how) {
-    case Reduce::sum: return fold<T, Accumulator>(parts, out, count, [](auto a, auto b) { return a + b; });
-    case Reduce::max: return fold<T, Accumulator>(parts, out, count, larger<Accumulator>);
-    case Reduce::min: return fold<T, Accumulator>(parts, out, count, smaller<Accumulator>);
+    case Reduce::sum:
+      return fold<T, Accumulator>(parts, out, count, [](auto a, auto b) { return a + b; });
+    case Reduce::max:
+      return fold<T, Accumulator>(parts, out, count, larger<Accumulator>);
+    case Reduce::min:
+      return fold<T, Accumulator>(parts, out, count, smaller<Accumulator>);
   }
 }
 
@@ -54,13 +61,20 @@ bool reducible(at::ScalarType dtype) noexcept {
 void reduce_in_order(std::span<const std::byte* const> parts, std::byte* out, int64_t count, at::ScalarType dtype,
                      Reduce how) {
   switch (dtype) {
-    case at::kFloat: return fold<float>(parts, out, count, how);
-    case at::kDouble: return fold<double>(parts, out, count, how);
-    case at::kBFloat16: return fold<c10::BFloat16, float>(parts, out, count, how);
-    case at::kHalf: return fold<c10::Half, float>(parts, out, count, how);
-    case at::kInt: return fold<int32_t>(parts, out, count, how);
-    case at::kLong: return fold<int64_t>(parts, out, count, how);
-    default: throw std::logic_error(text("reduce: no arithmetic on ", c10::toString(dtype)));
+    case at::kFloat:
+      return fold<float>(parts, out, count, how);
+    case at::kDouble:
+      return fold<double>(parts, out, count, how);
+    case at::kBFloat16:
+      return fold<c10::BFloat16, float>(parts, out, count, how);
+    case at::kHalf:
+      return fold<c10::Half, float>(parts, out, count, how);
+    case at::kInt:
+      return fold<int32_t>(parts, out, count, how);
+    case at::kLong:
+      return fold<int64_t>(parts, out, count, how);
+    default:
+      throw std::logic_error(text("reduce: no arithmetic on ", c10::toString(dtype)));
   }
 }
 

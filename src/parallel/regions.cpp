@@ -10,7 +10,8 @@
 namespace upcycle {
 namespace {
 
-/// The gradient that came, ready to travel. Where nobody asked for one it is zero: every rank takes part in every exchange.
+/// The gradient that came, ready to travel. Where nobody asked for one it is zero: every rank takes part in every
+/// exchange.
 class Incoming {
  public:
   explicit Incoming(const Tensor& output) : sizes_(output.sizes().vec()), options_(output.options()) {}
@@ -54,36 +55,42 @@ Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
 
 Tensor copy_into(const Communicator& group, const Tensor& x) {
   if (group.size() == 1) return x;
-  return region(x, [](const Tensor& x) { return x; }, [&group](const Tensor& dy) { return reduced(group, dy); });
+  return region(
+      x, [](const Tensor& x) { return x; }, [&group](const Tensor& dy) { return reduced(group, dy); });
 }
 
 Tensor reduce_from(const Communicator& group, const Tensor& partial) {
   if (group.size() == 1) return partial;
-  return region(partial, [&group](const Tensor& x) { return reduced(group, x); }, [](const Tensor& dy) { return dy; });
+  return region(
+      partial, [&group](const Tensor& x) { return reduced(group, x); }, [](const Tensor& dy) { return dy; });
 }
 
 Tensor gather_along(const Communicator& group, const Tensor& x, int64_t dim) {
   if (group.size() == 1) return x;
-  return region(x, [&](const Tensor& x) { return group.all_gather(x, dim); },
-                [&group, dim](const Tensor& dy) { return group.reduce_scatter(dy, dim); });
+  return region(
+      x, [&](const Tensor& x) { return group.all_gather(x, dim); },
+      [&group, dim](const Tensor& dy) { return group.reduce_scatter(dy, dim); });
 }
 
 Tensor scatter_along(const Communicator& group, const Tensor& x, int64_t dim) {
   if (group.size() == 1) return x;
-  return region(x, [&](const Tensor& x) { return own_slice(group, x, dim); },
-                [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
+  return region(
+      x, [&](const Tensor& x) { return own_slice(group, x, dim); },
+      [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
 }
 
 Tensor reduce_scatter_along(const Communicator& group, const Tensor& x, int64_t dim) {
   if (group.size() == 1) return x;
-  return region(x, [&](const Tensor& x) { return group.reduce_scatter(x, dim); },
-                [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
+  return region(
+      x, [&](const Tensor& x) { return group.reduce_scatter(x, dim); },
+      [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
 }
 
 Tensor exchange(const Communicator& group, const Tensor& x_ND, const Splits& splits) {
   if (group.size() == 1) return x_ND;
-  return region(x_ND, [&](const Tensor& x) { return group.all_to_all(x, splits.send, splits.receive); },
-                [&group, splits](const Tensor& dy_ND) { return group.all_to_all(dy_ND, splits.receive, splits.send); });
+  return region(
+      x_ND, [&](const Tensor& x) { return group.all_to_all(x, splits.send, splits.receive); },
+      [&group, splits](const Tensor& dy_ND) { return group.all_to_all(dy_ND, splits.receive, splits.send); });
 }
 
 }  // namespace upcycle

@@ -13,8 +13,8 @@
 #include "parallel/mesh.hpp"
 #include "parallel/regions.hpp"
 
-// NCCL against MPI through host memory, on CUDA tensors, on as many ranks as the test is started with. Where they share a GPU
-// NCCL is made to believe in different hosts (NCCL_HOSTID), which it reads once: so the refusal is tested first.
+// NCCL against MPI through host memory, on CUDA tensors, on as many ranks as the test is started with. Where they share
+// a GPU NCCL is made to believe in different hosts (NCCL_HOSTID), which it reads once: so the refusal is tested first.
 namespace upcycle {
 namespace {
 
@@ -152,8 +152,8 @@ TEST_P(Nccl, RegionsRunBackwardOnTheEnginesThread) {
   Splits splits;
   int64_t rows = 0;
   for (int r = 0; r < size; ++r) {
-    splits.send.push_back((rank + r) % 3);
-    splits.receive.push_back((r + rank) % 3);
+    splits.send.push_back((rank + r) % size * 3);  // none to one rank, and as many rows in all on every rank
+    splits.receive.push_back((r + rank) % size * 3);
     rows += splits.send.back();
   }
   const auto gradient = [&](const Communicator& group) {

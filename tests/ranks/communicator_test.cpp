@@ -1,5 +1,6 @@
 #include "parallel/communicator.hpp"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -8,7 +9,6 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <gtest/gtest.h>
 
 #include <numeric>
@@ -89,9 +89,12 @@ TEST_P(Ranks, ReduceScatterIsTheRanksPartOfTheSum) {
 }
 
 TEST_P(Ranks, AllToAllWithUnevenAndZeroRows) {
-  // Rank s sends (s * 3 + r * 5) % 4 rows to rank r: some pairs exchange nothing. With `idle`, the last rank has no rows at all.
+  // Rank s sends (s * 3 + r * 5) % 4 rows to rank r: some pairs exchange nothing. With `idle`, the last rank has no
+  // rows at all.
   for (const bool idle : {false, true}) {
-    const auto rows = [&](int from, int to) -> int64_t { return idle && from == size - 1 ? 0 : (from * 3 + to * 5) % 4; };
+    const auto rows = [&](int from, int to) -> int64_t {
+      return idle && from == size - 1 ? 0 : (from * 3 + to * 5) % 4;
+    };
     const auto row_from = [](int from, int to, int64_t row) { return from * 1000.0 + to * 100.0 + row; };
     std::vector<int64_t> send, receive;
     std::vector<Tensor> out, in;
@@ -214,11 +217,19 @@ TEST(Communicator, TogetherThrowsTheLowestRanksErrorEverywhere) {
     return std::string("nothing");
   };
   EXPECT_EQ(caught([] {}), "nothing");
-  EXPECT_EQ(caught([&] { if (world.rank() >= first) fail("rank ", world.rank(), " has no file"); }),
+  EXPECT_EQ(caught([&] {
+              if (world.rank() >= first) fail("rank ", world.rank(), " has no file");
+            }),
             text("user: rank ", first, " has no file"));
-  EXPECT_EQ(caught([&] { if (world.rank() == world.size() - 1) throw std::runtime_error("disk on fire"); }), "fault: disk on fire");
+  EXPECT_EQ(caught([&] {
+              if (world.rank() == world.size() - 1) throw std::runtime_error("disk on fire");
+            }),
+            "fault: disk on fire");
   if (world.size() > 1) {
-    EXPECT_EQ(caught([&] { if (world.rank() == 1) throw 42; }), "fault: an exception of an unknown type");
+    EXPECT_EQ(caught([&] {
+                if (world.rank() == 1) throw 42;
+              }),
+              "fault: an exception of an unknown type");
   }
   EXPECT_EQ(world.all_reduce(1, Reduce::sum), world.size()) << "the group works on after an error";
 }
@@ -263,7 +274,16 @@ TEST(Communicator, FaultsOfMpiNameTheCall) {
     Tensor large = at::zeros({16});
     EXPECT_EQ(refusal([&] { world.receive(large, 0); }), "rank 0 of the group sent 32 bytes where 64 were expected");
   }
-  EXPECT_NE(refusal([&] { Tensor y = at::zeros({2}); world.broadcast(y, world.size()); }).find("MPI_Bcast: MPI_ERR_ROOT"),
+  if (world.size() == 2) {  // ranks that disagree on the size of what they exchange
+    const Tensor own = at::zeros({world.rank() == 0 ? 8 : 16});
+    EXPECT_EQ(refusal([&] { world.all_gather(own, 0); }),
+              world.rank() == 0 ? "MPI_Waitall: MPI_ERR_TRUNCATE: message truncated"
+                                : "rank 0 of the group sent 32 bytes where 64 were expected");
+  }
+  EXPECT_NE(refusal([&] {
+              Tensor y = at::zeros({2});
+              world.broadcast(y, world.size());
+            }).find("MPI_Bcast: MPI_ERR_ROOT"),
             std::string::npos);
   EXPECT_EQ(world.all_reduce(1, Reduce::sum), world.size());
 }

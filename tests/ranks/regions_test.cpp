@@ -36,7 +36,8 @@ class Regions : public testing::Test {
   /// `sizes(r)`: the shape of rank r's input.
   void check(const std::function<std::vector<int64_t>(int)>& sizes, const Region& region, const Serial& serial) {
     std::vector<Tensor> inputs;
-    for (int r = 0; r < size; ++r) inputs.push_back(whole_numbers(10 + static_cast<uint64_t>(r), sizes(r)).requires_grad_());
+    for (int r = 0; r < size; ++r)
+      inputs.push_back(whole_numbers(10 + static_cast<uint64_t>(r), sizes(r)).requires_grad_());
     const std::vector<Tensor> expected = serial(inputs);
     Tensor loss = at::zeros({}, at::kDouble);
     std::vector<Tensor> weights;
@@ -62,7 +63,8 @@ class Regions : public testing::Test {
     return [sizes](int) { return sizes; };
   }
   Tensor sum(const std::vector<Tensor>& inputs) {
-    return std::accumulate(inputs.begin() + 1, inputs.end(), inputs[0], [](const Tensor& a, const Tensor& b) { return a + b; });
+    return std::accumulate(inputs.begin() + 1, inputs.end(), inputs[0],
+                           [](const Tensor& a, const Tensor& b) { return a + b; });
   }
 };
 
@@ -91,15 +93,17 @@ TEST_F(Regions, ReduceFrom) {
 
 TEST_F(Regions, GatherAlong) {
   for (const int64_t dim : {0, 1, 2}) {
-    check(all({2, 3, 4}), [&](const Tensor& x) { return gather_along(world, x, dim); },
-          [&](const std::vector<Tensor>& x) { return std::vector<Tensor>(x.size(), at::cat(x, dim)); });
+    check(
+        all({2, 3, 4}), [&](const Tensor& x) { return gather_along(world, x, dim); },
+        [&](const std::vector<Tensor>& x) { return std::vector<Tensor>(x.size(), at::cat(x, dim)); });
   }
 }
 
 TEST_F(Regions, ReduceScatterAlong) {
   for (const int64_t dim : {0, 1, 2}) {
-    check(all({2 * size, size, 3 * size}), [&](const Tensor& x) { return reduce_scatter_along(world, x, dim); },
-          [&](const std::vector<Tensor>& x) { return sum(x).chunk(size, dim); });
+    check(
+        all({2 * size, size, 3 * size}), [&](const Tensor& x) { return reduce_scatter_along(world, x, dim); },
+        [&](const std::vector<Tensor>& x) { return sum(x).chunk(size, dim); });
   }
 }
 
@@ -121,9 +125,9 @@ TEST_F(Regions, ExchangeWithRanksThatHaveNoRows) {
   using Rows = std::function<int64_t(int from, int to)>;
   const std::vector<Rows> plans = {
       [](int from, int to) -> int64_t { return (from * 3 + to * 5) % 4; },
-      [&](int from, int to) -> int64_t { return from == size - 1 ? 0 : 1 + to; },      // the last rank sends nothing
-      [](int from, int to) -> int64_t { return to == 0 ? from + 1 : 0; },              // only rank 0 receives
-      [](int, int) -> int64_t { return 0; },                                           // nobody has anything
+      [&](int from, int to) -> int64_t { return from == size - 1 ? 0 : 1 + to; },  // the last rank sends nothing
+      [](int from, int to) -> int64_t { return to == 0 ? from + 1 : 0; },          // only rank 0 receives
+      [](int, int) -> int64_t { return 0; },                                       // nobody has anything
   };
   for (const Rows& rows : plans) {
     const auto sent = [&](int from) {
@@ -136,21 +140,24 @@ TEST_F(Regions, ExchangeWithRanksThatHaveNoRows) {
       splits.send.push_back(rows(rank, r));
       splits.receive.push_back(rows(r, rank));
     }
-    check([&](int r) { return std::vector<int64_t>{sent(r), 3}; },
-          [&](const Tensor& x) { return exchange(world, x, splits); },
-          [&](const std::vector<Tensor>& x) {
-            std::vector<Tensor> y;
-            for (int to = 0; to < size; ++to) {
-              std::vector<Tensor> arrived;
-              for (int from = 0; from < size; ++from) {
-                int64_t begin = 0;
-                for (int other = 0; other < to; ++other) begin += rows(from, other);
-                arrived.push_back(x[static_cast<size_t>(from)].narrow(0, begin, rows(from, to)));
-              }
-              y.push_back(at::cat(arrived, 0));
+    check(
+        [&](int r) {
+          return std::vector<int64_t>{sent(r), 3};
+        },
+        [&](const Tensor& x) { return exchange(world, x, splits); },
+        [&](const std::vector<Tensor>& x) {
+          std::vector<Tensor> y;
+          for (int to = 0; to < size; ++to) {
+            std::vector<Tensor> arrived;
+            for (int from = 0; from < size; ++from) {
+              int64_t begin = 0;
+              for (int other = 0; other < to; ++other) begin += rows(from, other);
+              arrived.push_back(x[static_cast<size_t>(from)].narrow(0, begin, rows(from, to)));
             }
-            return y;
-          });
+            y.push_back(at::cat(arrived, 0));
+          }
+          return y;
+        });
   }
 }
 
@@ -171,8 +178,9 @@ TEST_F(Regions, NothingIsRecordedWithoutAGraph) {
 TEST_F(Regions, AGroupOfOneReturnsItsArgument) {
   const Communicator alone;
   const Tensor x = whole_numbers(1, {2, 2}).requires_grad_();
-  for (const Tensor& y : {copy_into(alone, x), reduce_from(alone, x), gather_along(alone, x, 0), scatter_along(alone, x, 0),
-                          reduce_scatter_along(alone, x, 0), exchange(alone, x, {{2}, {2}})}) {
+  for (const Tensor& y :
+       {copy_into(alone, x), reduce_from(alone, x), gather_along(alone, x, 0), scatter_along(alone, x, 0),
+        reduce_scatter_along(alone, x, 0), exchange(alone, x, {{2}, {2}})}) {
     EXPECT_TRUE(y.is_same(x));
   }
 }

@@ -5,8 +5,8 @@
 #include "parallel/communicator.hpp"
 #include "parallel/mesh.hpp"
 
-// The test main itself. The disabled tests go wrong on the last rank only; CTest runs each by name and wants the job to end
-// at once, with the rank named (tests.cmake).
+// The test main itself. The disabled tests go wrong on the last rank only; CTest runs each by name and wants the job to
+// end at once, with the rank named (tests.cmake).
 namespace upcycle {
 namespace {
 

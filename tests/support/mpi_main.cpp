@@ -8,10 +8,10 @@
 #include "parallel/communicator.hpp"
 #include "parallel/mesh.hpp"
 
-/// GoogleTest's main for tests on several MPI ranks. Every rank runs every test, and a test has one verdict: it failed if it
-/// failed on any rank. Rank 0 prints the usual listing; the others print their failures only, with their rank.
-/// What a rank can't go on from (ASSERT_*, an exception that leaves a test) ends the whole job, for its peers may be waiting
-/// for it in a collective. When every test was skipped the exit code is 77, which CTest reports as Skipped.
+/// GoogleTest's main for tests on several MPI ranks. Every rank runs every test, and a test has one verdict: it failed
+/// if it failed on any rank. Rank 0 prints the usual listing; the others print their failures only, with their rank.
+/// What a rank can't go on from (ASSERT_*, an exception that leaves a test) ends the whole job, for its peers may be
+/// waiting for it in a collective. When every test was skipped the exit code is 77, which CTest reports as Skipped.
 namespace upcycle {
 namespace {
 
@@ -22,8 +22,8 @@ class OneVerdict final : public testing::EmptyTestEventListener {
   void OnTestPartResult(const testing::TestPartResult& part) override {
     if (!part.failed()) return;
     if (world_.rank() != 0) {
-      std::cerr << text("[rank ", world_.rank(), "] ", part.file_name() ? part.file_name() : "?", ':', part.line_number(),
-                        ": Failure\n", part.summary(), '\n')
+      std::cerr << text("[rank ", world_.rank(), "] ", part.file_name() ? part.file_name() : "?", ':',
+                        part.line_number(), ": Failure\n", part.summary(), '\n')
                 << std::flush;
     }
     if (part.fatally_failed() && world_.size() > 1) {

@@ -80,7 +80,8 @@ TEST(Watchdog, NamesAKilledProcess) {
   });
   EXPECT_TRUE(left_with(outcome.status[0], 1));
   EXPECT_TRUE(WIFSIGNALED(outcome.status[1]));
-  EXPECT_NE(outcome.said.find("its process is gone, stopped, or cut off from the run directory: rank 1 ("), std::string::npos)
+  EXPECT_NE(outcome.said.find("its process is gone, stopped, or cut off from the run directory: rank 1 ("),
+            std::string::npos)
       << outcome.said;
   EXPECT_EQ(outcome.said.find("rank 0 ("), std::string::npos) << outcome.said;
 }
@@ -130,15 +131,18 @@ Heartbeat heartbeat(int rank, int64_t step, double progress, double alive) {
 
 TEST(Accuse, TheSilentFirstThenTheLaggardsThenTheOldest) {
   std::vector<Heartbeat> ranks = {heartbeat(0, 5, 90, 100), heartbeat(1, 4, 80, 100), heartbeat(2, 5, 91, 100)};
-  EXPECT_EQ(accuse(ranks, 100, 10),
-            "behind the others, which are at step 5: rank 1 (node, pid 101, step 4, training, last progress 20.0 s ago)");
+  EXPECT_EQ(
+      accuse(ranks, 100, 10),
+      "behind the others, which are at step 5: rank 1 (node, pid 101, step 4, training, last progress 20.0 s ago)");
   ranks[1].step = 5;
-  EXPECT_EQ(accuse(ranks, 100, 10), "all ranks are at step 5; the oldest heartbeat is that of rank 1 (node, pid 101, step 5, "
-                                    "training, last progress 20.0 s ago)");
+  EXPECT_EQ(accuse(ranks, 100, 10),
+            "all ranks are at step 5; the oldest heartbeat is that of rank 1 (node, pid 101, step 5, "
+            "training, last progress 20.0 s ago)");
   ranks[2].alive = 85;
   ranks[0] = Heartbeat{};
-  EXPECT_EQ(accuse(ranks, 100, 10), "its process is gone, stopped, or cut off from the run directory: rank 0 (no heartbeat), "
-                                    "rank 2 (node, pid 102, step 5, training, last progress 9.0 s ago)");
+  EXPECT_EQ(accuse(ranks, 100, 10),
+            "its process is gone, stopped, or cut off from the run directory: rank 0 (no heartbeat), "
+            "rank 2 (node, pid 102, step 5, training, last progress 9.0 s ago)");
 }
 
 TEST(Accuse, DoesNotListThousands) {

@@ -45,8 +45,9 @@ TEST(Device, RefusesWhatIsNotThere) {
     EXPECT_THROW(device::name(gpu), std::logic_error);
     EXPECT_THROW(device::uuid(gpu), std::logic_error);
   } else if (device::count() == 0) {
-    EXPECT_EQ(refusal("cuda"),
-              "run.device = \"cuda\": this process sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use \"cpu\"");
+    EXPECT_EQ(
+        refusal("cuda"),
+        "run.device = \"cuda\": this process sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use \"cpu\"");
   } else {
     EXPECT_EQ(refusal("cuda"), "accepted");
   }

@@ -55,7 +55,8 @@ TEST_P(GridLayouts, PeersOfEveryAxisPartitionTheWorld) {
         ASSERT_EQ(grid.peers(axis, peer), peers) << name(axis) << ": all members see the same group";
       }
     }
-    for (int rank = 0; rank < world; ++rank) ASSERT_EQ(seen[static_cast<size_t>(rank)], 1) << name(axis) << " of " << rank;
+    for (int rank = 0; rank < world; ++rank)
+      ASSERT_EQ(seen[static_cast<size_t>(rank)], 1) << name(axis) << " of " << rank;
   }
 }
 
@@ -73,7 +74,8 @@ TEST_P(GridLayouts, BothFactoringsAgreeWithTheirFormulas) {
     const Coordinates at = grid.at(rank);
     for (const Axis axis : kAll) ASSERT_TRUE(at[axis] >= 0 && at[axis] < grid.size(axis)) << name(axis);
     ASSERT_EQ(rank, at[Axis::tensor] + TP * (at[Axis::context] + CP * (at[Axis::data] + DP * at[Axis::pipeline])));
-    ASSERT_EQ(rank, at[Axis::expert_tensor] + ETP * (at[Axis::expert] + EP * (at[Axis::expert_data] + EDP * at[Axis::pipeline])));
+    ASSERT_EQ(rank, at[Axis::expert_tensor] +
+                        ETP * (at[Axis::expert] + EP * (at[Axis::expert_data] + EDP * at[Axis::pipeline])));
     ASSERT_EQ(at[Axis::replica], at[Axis::context] + CP * at[Axis::data]);
     dense.insert({at[Axis::tensor], at[Axis::context], at[Axis::data], at[Axis::pipeline]});
     expert.insert({at[Axis::expert_tensor], at[Axis::expert], at[Axis::expert_data], at[Axis::pipeline]});
@@ -92,13 +94,15 @@ TEST_P(GridLayouts, PeersDifferAlongTheirAxisOnly) {
       for (const int rank : {0, world / 3, world - 1}) {
         for (const int peer : grid.peers(axis, rank)) {
           for (const Axis other : factoring) {
-            if (other != axis) ASSERT_EQ(grid.at(peer)[other], grid.at(rank)[other]) << name(axis) << '/' << name(other);
+            if (other != axis)
+              ASSERT_EQ(grid.at(peer)[other], grid.at(rank)[other]) << name(axis) << '/' << name(other);
           }
         }
       }
     }
   }
-  for (const int rank : {0, world / 2, world - 1}) {  // a replica group holds one dense slice: same tensor rank, same stage
+  for (const int rank :
+       {0, world / 2, world - 1}) {  // a replica group holds one dense slice: same tensor rank, same stage
     for (const int peer : grid.peers(Axis::replica, rank)) {
       ASSERT_EQ(grid.at(peer)[Axis::tensor], grid.at(rank)[Axis::tensor]);
       ASSERT_EQ(grid.at(peer)[Axis::pipeline], grid.at(rank)[Axis::pipeline]);
@@ -116,7 +120,8 @@ INSTANTIATE_TEST_SUITE_P(Layouts, GridLayouts,
 TEST(Grid, RefusesWithTheNumbers) {
   EXPECT_EQ(refusal(degrees(1, 1, 1, 3), 8),
             "expert = 3 does not divide the 8 ranks of a stage (tensor 1 x context 1 x data 8)");
-  EXPECT_EQ(refusal(degrees(2, 1, 3, 1), 8), "tensor 2 x context 1 x pipeline 3 = 6 does not divide the 8 ranks of this run");
+  EXPECT_EQ(refusal(degrees(2, 1, 3, 1), 8),
+            "tensor 2 x context 1 x pipeline 3 = 6 does not divide the 8 ranks of this run");
   EXPECT_EQ(refusal(degrees(2, 1, 2, 4, 2), 8),
             "expert_tensor 2 x expert 4 = 8 does not divide the 4 ranks of a stage (tensor 2 x context 1 x data 2)");
   EXPECT_EQ(refusal(degrees(16, 1, 1, 1), 8), "parallel.tensor = 16 is more than the 8 ranks of this run");
