@@ -1,0 +1,38 @@
+#pragma once
+#include "base/autograd.hpp"
+#include "model/stage.hpp"
+#include "support/numbers.hpp"
+#include "train/start.hpp"
+
+namespace upcycle {
+
+/// A whole model in this process, in fp32 on the CPU.
+class Model {
+ public:
+  Model(const Architecture& architecture, const Fill& fill)
+      : mesh_(Grid(ParallelSection{}, world_size())), stage_(architecture, Layout::even(mesh_.grid(), architecture), mesh_) {
+    stage_.weights().allocate(at::kFloat, at::kCPU);
+    fill_masters(stage_.weights(), fill);
+  }
+
+  /// [T, V] of ids [B, S]; nothing is recorded.
+  Tensor logits(const Tensor& ids_BS) {
+    const Unrecorded guard;
+    return stage_.logits(stage_.blocks(stage_.embed(ids_BS), {}));
+  }
+
+  /// Mean cross entropy of ids [B, S+1], each predicting the next.
+  Tensor loss(const Tensor& ids) {
+    const int64_t length = ids.size(1) - 1;
+    const Tensor hidden = stage_.blocks(stage_.embed(ids.narrow(1, 0, length)), {});
+    return stage_.token_losses(hidden, ids.narrow(1, 1, length)).sum() / static_cast<double>(ids.size(0) * length);
+  }
+
+  Weights& weights() { return stage_.weights(); }
+
+ private:
+  Mesh mesh_;
+  Stage stage_;
+};
+
+}  // namespace upcycle
