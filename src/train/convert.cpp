@@ -68,9 +68,15 @@ std::string content_of(const fs::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
+/// Tokenizer and generation files that travel along: those of [source] tokenizer, else the model's.
+std::vector<fs::path> companions(const RunConfig& run, const WeightSource& source) {
+  return run.source.tokenizer.empty() ? source.tokenizer_files() : tokenizer_files(run.source.tokenizer);
+}
+
 void check(const RunConfig& run, const WeightSource& source, const fs::path& folder) {
   if (source.is_checkpoint()) fail("source.model = ", run.source.model, " is a checkpoint already: train reads it as it is");
   source.check();
+  companions(run, source);
   check_run_directory(run.run.directory, run);
   if (const auto there = newest_checkpoint(run.run.directory)) {
     fail("run.directory = ", run.run.directory, " has a checkpoint, ", there->filename().string(), ": name another directory");
@@ -112,9 +118,11 @@ fs::path convert_to_checkpoint(const RunConfig& run, const Communicator& world) 
   writer.add(kWeightsFile, pieces);
   const Manifest manifest = describe(run, *source, world.size());
   writer.add_text("config.json", manifest.architecture.dump(2) + "\n");
-  std::vector<fs::path> files;
-  world.together([&] { files = run.source.tokenizer.empty() ? source->tokenizer_files() : tokenizer_files(run.source.tokenizer); });
-  for (const fs::path& file : files) writer.add_text("tokenizer/" + file.filename().string(), content_of(file));
+  for (const fs::path& file : companions(run, *source)) {
+    std::string content;
+    world.together([&] { content = content_of(file); });
+    writer.add_text("tokenizer/" + file.filename().string(), content);
+  }
   writer.commit(manifest);
   return folder;
 }

@@ -125,9 +125,9 @@ ExportReport export_to_hf(const fs::path& checkpoint, const fs::path& directory,
   const nlohmann::json config = to_hf(architecture, source.config());
   report.architecture = config["architectures"][0];
   const fs::path staging = fs::path(directory / "").parent_path().string() + ".partial";   // without a trailing slash
-  fs::remove_all(staging);   // of an export that was killed
   std::error_code error;
-  fs::create_directories(staging, error);
+  fs::remove_all(staging, error);   // of an export that was killed
+  if (!error) fs::create_directories(staging, error);
   if (error) fail(staging.string(), ": can't be made: ", error.message());
   Partial guard(staging);
   write_tensors(source, staging, all, options.max_shard_bytes);
