@@ -5,3 +5,18 @@ foreach(tool corpus plots)
   add_test(NAME e2e.${tool} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_${tool}.py)
   set_tests_properties(e2e.${tool} PROPERTIES LABELS e2e TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};HF_HUB_OFFLINE=1")
 endforeach()
+
+# Bad run files, bad command lines, and what plan says.
+list(JOIN UPCYCLE_MPIRUN " " mpirun)
+add_test(NAME e2e.bad_run_files COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/bad_run_files.py $<TARGET_FILE:upcycle> ${PROJECT_SOURCE_DIR})
+set_tests_properties(e2e.bad_run_files PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")
+
+# convert and export: bit for bit through both, into transformers, and what they refuse.
+add_test(NAME e2e.convert_export COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/convert_export.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.convert_export PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
+
+# inspect, verify and the schema.
+add_test(NAME e2e.checkpoint_tools COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/checkpoint_tools.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.checkpoint_tools PROPERTIES LABELS e2e TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
