@@ -29,20 +29,22 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
 
   const int64_t data = grid.size(Axis::data), batch = run.train.global_batch, micro = run.train.micro_batch;
   if (batch % (micro * data) != 0) {
-    check.problems.push_back(text("train.global_batch = ", batch, " is not a multiple of train.micro_batch = ", micro, " times the ",
-                                  data, " data-parallel ranks: every rank needs the same number of micro-batches"));
+    check.problems.push_back(text("train.global_batch = ", batch, " is not a multiple of train.micro_batch = ", micro,
+                                  " times the ", data,
+                                  " data-parallel ranks: every rank needs the same number of micro-batches"));
   }
-  // Context parallelism gives each rank two chunks (an early and a late one, for balance); sequence parallelism cuts them again.
+  // Context parallelism gives each rank two chunks (an early and a late one, for balance); sequence parallelism cuts
+  // them again.
   const int64_t tensor = grid.size(Axis::tensor), context = grid.size(Axis::context);
   const int64_t pieces = tensor * (context > 1 ? 2 * context : 1);
   if (run.train.sequence % pieces != 0) {
-    check.problems.push_back(text("train.sequence = ", run.train.sequence, " is not a multiple of ", pieces, " (tensor ", tensor,
-                                  context > 1 ? text(" x 2 x context ", context) : "", ")"));
+    check.problems.push_back(text("train.sequence = ", run.train.sequence, " is not a multiple of ", pieces,
+                                  " (tensor ", tensor, context > 1 ? text(" x 2 x context ", context) : "", ")"));
   }
   const int64_t chunks = run.parallel.pipeline * run.parallel.virtual_stages;
   if (run.parallel.virtual_stages > 1 && architecture.layers % chunks != 0) {
-    check.problems.push_back(text("pipeline ", run.parallel.pipeline, " x virtual_stages ", run.parallel.virtual_stages, " = ", chunks,
-                                  " does not divide num_hidden_layers = ", architecture.layers));
+    check.problems.push_back(text("pipeline ", run.parallel.pipeline, " x virtual_stages ", run.parallel.virtual_stages,
+                                  " = ", chunks, " does not divide num_hidden_layers = ", architecture.layers));
   }
   return check;
 }

@@ -50,7 +50,6 @@ Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nul
 Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory, int rank, int ranks, Scale scale,
                  const TrainingState& state)
     : config_(config), scale_(scale), speaks_(rank == 0) {
-  restart_clock();
   if (!speaks_) return;
   const std::filesystem::path path = directory / "metrics.jsonl";
   file_.open(path, std::ios::app);
@@ -69,21 +68,16 @@ void Metrics::write(const std::string& line) {
   if (!file_) fail("can't write metrics.jsonl in the run directory: is the disk full?");
 }
 
-void Metrics::restart_clock() { last_ = std::chrono::steady_clock::now(); }
-
 double Metrics::tokens_per_second() const {
   const double tokens = static_cast<double>(trained_steps_ * config_.train.global_batch * config_.train.sequence);
   return trained_seconds_ > 0 ? tokens / trained_seconds_ : 0.0;
 }
 
-void Metrics::step(const StepReport& report) {
-  if (!speaks_) return;
-  const auto now = std::chrono::steady_clock::now();
-  const double seconds = std::chrono::duration<double>(now - last_).count();
-  last_ = now;
+void Metrics::step(const StepReport& report, double seconds) {
   last_loss_ = report.loss;
   trained_seconds_ += seconds;
   ++trained_steps_;
+  if (!speaks_) return;
   const double rate = static_cast<double>(config_.train.global_batch * config_.train.sequence) / seconds;
   Json line{{"kind", "step"},
             {"step", report.step},
@@ -102,10 +96,10 @@ void Metrics::step(const StepReport& report) {
     line["tokens_per_expert"] = report.tokens_per_expert;
   }
   write(line.dump());
-  print(report, rate, seconds);
+  print(report, rate);
 }
 
-void Metrics::print(const StepReport& report, double rate, double seconds) {
+void Metrics::print(const StepReport& report, double rate) {
   const int64_t steps = config_.train.steps;
   std::string line = format("step %*ld/%ld  loss %.4f  lr %.2e  grad %.3f  %s tok/s", static_cast<int>(std::to_string(steps).size()),
                             static_cast<long>(report.step), static_cast<long>(steps), report.loss, report.lr,
@@ -114,7 +108,7 @@ void Metrics::print(const StepReport& report, double rate, double seconds) {
   line += format(flops >= 1e12 ? "  %.1f TFLOP/s" : "  %.4f TFLOP/s", flops / 1e12);
   if (scale_.peak_flops > 0) line += format("  MFU %.1f%%", 100.0 * flops / scale_.peak_flops);
   if (!report.tokens_per_expert.empty()) line += format("  load %.2f", report.load_max_over_mean);
-  line += "  ETA " + duration(seconds * static_cast<double>(steps - report.step));
+  line += "  ETA " + duration(trained_seconds_ / static_cast<double>(trained_steps_) * static_cast<double>(steps - report.step));
   if (report.step % config_.log.every == 0 || report.step == steps) {
     log::info(line);
   } else {

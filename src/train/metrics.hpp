@@ -1,5 +1,4 @@
 #pragma once
-#include <chrono>
 #include <filesystem>
 #include <fstream>
 
@@ -19,10 +18,9 @@ class Metrics {
   /// Appends to <directory>/metrics.jsonl and marks the (re)start.
   Metrics(const RunConfig&, const std::filesystem::path& directory, int rank, int ranks, Scale scale, const TrainingState&);
 
-  void step(const StepReport&);
+  /// `seconds`: what the step took.
+  void step(const StepReport&, double seconds);
   void validation(int64_t step, int64_t position, double loss);
-  /// The next step's seconds count from now: what came in between (a checkpoint, a validation) is no training.
-  void restart_clock();
 
   /// For the summary at the end.
   double last_loss() const noexcept { return last_loss_; }
@@ -30,13 +28,12 @@ class Metrics {
 
  private:
   void write(const std::string& line);
-  void print(const StepReport&, double tokens_per_second, double seconds);
+  void print(const StepReport&, double tokens_per_second);
 
   const RunConfig& config_;
   Scale scale_;
   bool speaks_;
   std::ofstream file_;
-  std::chrono::steady_clock::time_point last_;
   double last_loss_ = 0.0, trained_seconds_ = 0.0;
   int64_t trained_steps_ = 0;
 };

@@ -1,5 +1,7 @@
 #include "train/run.hpp"
 
+#include <chrono>
+
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
@@ -16,6 +18,14 @@
 
 namespace upcycle {
 namespace {
+
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 // One run, from its first to its last step. Members in the order in which they come about.
 class Run {
@@ -68,11 +78,14 @@ class Run {
     std::optional<PendingReport> pending;
     int64_t saved = setup_.resume || state.step == 0 ? state.step : -1, skipped_in_a_row = 0;
     bool stop = false;
-    // Reports are read one step late, so that the host never waits for the step that it has just launched.
+    // Reports are read one step late, so that the host never waits for the step that it has just launched. A step's seconds are
+    // those of its launch and those of the wait for its numbers: validation and checkpoints in between do not count.
+    double launch_seconds = 0.0, pending_seconds = 0.0;
     const auto settle = [&](std::optional<PendingReport> next) {
       if (pending) {
+        const Stopwatch wait;
         const StepReport report = read(*pending);
-        metrics.step(report);
+        metrics.step(report, pending_seconds + wait.seconds());
         stop = stop || report.stop_requested;
         state.skipped += report.skipped;
         skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
@@ -82,11 +95,14 @@ class Run {
         }
       }
       pending = std::move(next);
+      pending_seconds = launch_seconds;
     };
     if (state.step == 0 && setup_.validation) metrics.validation(0, 0, trainer.validate(*setup_.validation, config_.validate.batches));
-    metrics.restart_clock();
     while (state.step < config_.train.steps && !stop) {
-      settle(trainer.step());
+      const Stopwatch launch;
+      PendingReport launched = trainer.step();
+      launch_seconds = launch.seconds();
+      settle(std::move(launched));
       watchdog.beat(state.step);
       if (lock) lock->touch();
       const bool last = state.step == config_.train.steps;
@@ -99,7 +115,6 @@ class Run {
       }
       if (saves) save(&optimizer, state), saved = state.step;
       watchdog.beat(state.step);
-      metrics.restart_clock();
     }
     settle({});
     if (state.step < config_.train.steps) {

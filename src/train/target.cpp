@@ -11,8 +11,9 @@ Target choose_target(const RunConfig& run, const Architecture& source, bool has_
   if (source.is_moe() && moe.experts > 0) {
     if (source.experts != moe.experts || source.top_k != moe.top_k || source.renormalise == moe.pre_softmax) {
       fail("the source is a mixture of ", source.experts, " experts, top-", source.top_k,
-           source.renormalise ? "" : ", pre-softmax", ", but [moe] asks for experts = ", moe.experts, ", top_k = ", moe.top_k,
-           moe.pre_softmax ? ", pre_softmax = true" : "", ": make them agree, or leave [moe] out");
+           source.renormalise ? "" : ", pre-softmax", ", but [moe] asks for experts = ", moe.experts,
+           ", top_k = ", moe.top_k, moe.pre_softmax ? ", pre_softmax = true" : "",
+           ": make them agree, or leave [moe] out");
     }
   } else if (moe.experts > 0) {
     if (has_weights) target.recipe = make_recipe(source, run);

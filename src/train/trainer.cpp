@@ -1,7 +1,7 @@
 #include "train/trainer.hpp"
 
+#include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -43,7 +43,7 @@ PendingReport Trainer::step() {
     balance_losses.add_(router->statistics().losses_2);
     router->reset_statistics();
   }
-  const Tensor stop = at::tensor(shutdown::requested() ? 1.0 : 0.0, loss.options());
+  const Tensor stop = at::full({}, shutdown::requested() ? 1.0 : 0.0, loss.options());
   report.numbers = at::stack({optimizer_.squared_norm_share(), loss, balance_losses[0], balance_losses[1], stop});
   mesh_.world().all_reduce(report.numbers);                                // 3. the whole model's norm; the wish to stop rides along
   if (!counts.empty()) {
