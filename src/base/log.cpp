@@ -15,7 +15,7 @@ namespace {
 
 struct Output {
   spdlog::logger logger{"upcycle", std::make_shared<spdlog::sinks::stderr_color_sink_mt>()};
-  std::string prefix;           // "rank 3: " on ranks other than 0
+  std::string prefix;  // "rank 3: " on ranks other than 0
   std::mutex mutex;
   bool progress_shown = false;
 
@@ -47,11 +47,16 @@ Output& output() {
 
 spdlog::level::level_enum threshold(Level level) {
   switch (level) {
-    case Level::debug: return spdlog::level::debug;
-    case Level::info: return spdlog::level::info;
-    case Level::warning: return spdlog::level::warn;
-    case Level::error: return spdlog::level::err;
-    case Level::off: break;
+    case Level::debug:
+      return spdlog::level::debug;
+    case Level::info:
+      return spdlog::level::info;
+    case Level::warning:
+      return spdlog::level::warn;
+    case Level::error:
+      return spdlog::level::err;
+    case Level::off:
+      break;
   }
   return spdlog::level::off;
 }

@@ -17,8 +17,9 @@ extern "C" void note_signal(int number) {
   first_signal.compare_exchange_strong(none, number);
 }
 
-constexpr std::pair<const char*, int> kSignals[] = {{"USR1", SIGUSR1}, {"USR2", SIGUSR2}, {"HUP", SIGHUP}, {"INT", SIGINT},
-                                                    {"ALRM", SIGALRM}, {"XCPU", SIGXCPU}, {"TERM", SIGTERM}};
+constexpr std::pair<const char*, int> kSignals[] = {{"USR1", SIGUSR1}, {"USR2", SIGUSR2}, {"HUP", SIGHUP},
+                                                    {"INT", SIGINT},   {"ALRM", SIGALRM}, {"XCPU", SIGXCPU},
+                                                    {"TERM", SIGTERM}};
 
 void catch_signal(int number) {
   struct sigaction action = {};

@@ -1,5 +1,4 @@
 #include <boost/program_options.hpp>
-
 #include <charconv>
 #include <filesystem>
 
@@ -17,7 +16,7 @@ namespace po = boost::program_options;
 struct Usage {
   std::string command;
   std::vector<std::string> arguments;
-  bool run_file;            ///< takes --set
+  bool run_file;  ///< takes --set
   std::string summary;
   std::string details;
   std::string example;
@@ -25,26 +24,50 @@ struct Usage {
 
 const std::vector<Usage>& usages() {
   static const std::vector<Usage> all = {
-      {"plan", {"RUN.toml"}, true, "what a run would be: parameters, memory, FLOPs, checkpoints; touches no weights",
-       "Accepts every key of the run file, names what does not divide and what train can't do yet, and prints the resolved run with\n"
-       "the origin of each value. Needs no weights where source.architecture names a config.json. Runs without mpirun.\n"
+      {"plan",
+       {"RUN.toml"},
+       true,
+       "what a run would be: parameters, memory, FLOPs, checkpoints; touches no weights",
+       "Accepts every key of the run file, names what does not divide and what train can't do yet, and prints the "
+       "resolved run with\n"
+       "the origin of each value. Needs no weights where source.architecture names a config.json. Runs without "
+       "mpirun.\n"
        "Exit code 2 when the run can't be done as it is.",
        "upcycle plan configs/qwen3-14b-64e.toml --ranks 64 --set moe.top_k=16"},
-      {"convert", {"RUN.toml"}, true, "a dense Hugging Face directory becomes a dense HDF5 checkpoint",
+      {"convert",
+       {"RUN.toml"},
+       true,
+       "a dense Hugging Face directory becomes a dense HDF5 checkpoint",
        "Reads source.model and writes step 0 into run.directory, in the checkpoint format of train.",
        "mpirun -n 4 upcycle convert configs/qwen3-0.6b-8e.toml"},
-      {"train", {"RUN.toml"}, true, "trains; upcycles on the fly; resumes by itself",
-       "A dense source with experts asked for in [moe] is upcycled and stored as step 0 first. When run.directory holds a valid\n"
-       "checkpoint, the run goes on from the newest, on any number of ranks. On run.signal (USR2) or TERM it saves and leaves with\n"
+      {"train",
+       {"RUN.toml"},
+       true,
+       "trains; upcycles on the fly; resumes by itself",
+       "A dense source with experts asked for in [moe] is upcycled and stored as step 0 first. When run.directory "
+       "holds a valid\n"
+       "checkpoint, the run goes on from the newest, on any number of ranks. On run.signal (USR2) or TERM it saves and "
+       "leaves with\n"
        "exit code 75: run the same command again.",
        "mpirun -n 4 upcycle train configs/quickstart.toml --set train.steps=200"},
-      {"export", {"CHECKPOINT", "DIRECTORY"}, false, "a checkpoint becomes a Hugging Face directory",
-       "CHECKPOINT is a step directory, or a run directory (its newest valid step). Writes sharded safetensors, config.json,\n"
+      {"export",
+       {"CHECKPOINT", "DIRECTORY"},
+       false,
+       "a checkpoint becomes a Hugging Face directory",
+       "CHECKPOINT is a step directory, or a run directory (its newest valid step). Writes sharded safetensors, "
+       "config.json,\n"
        "tokenizer and generation files that transformers and vLLM read. DIRECTORY must be new or empty.",
        "upcycle export runs/quickstart exported/quickstart"},
-      {"inspect", {"CHECKPOINT"}, false, "what is in a checkpoint",
-       "CHECKPOINT is a step directory, or a run directory (its newest valid step).", "upcycle inspect runs/quickstart --json"},
-      {"verify", {"CHECKPOINT"}, false, "is a checkpoint whole, and what it claims to be",
+      {"inspect",
+       {"CHECKPOINT"},
+       false,
+       "what is in a checkpoint",
+       "CHECKPOINT is a step directory, or a run directory (its newest valid step).",
+       "upcycle inspect runs/quickstart --json"},
+      {"verify",
+       {"CHECKPOINT"},
+       false,
+       "is a checkpoint whole, and what it claims to be",
        "Certificate and structure. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
        "upcycle verify runs/quickstart/checkpoints/step-00000000"},
   };
@@ -59,16 +82,21 @@ po::options_description options_of(const Usage* usage) {
         "override keys of the run file, such as train.steps=10");
   }
   if (usage && usage->command == "plan") {
-    add("ranks", po::value<std::string>()->value_name("N"), "ranks to plan for (default: the fewest that [parallel] allows)");
+    add("ranks", po::value<std::string>()->value_name("N"),
+        "ranks to plan for (default: the fewest that [parallel] allows)");
   }
   if (usage && usage->command == "export") {
     add("dtype", po::value<std::string>()->value_name("DTYPE"), "bf16, fp16 or fp32 (default: the source model's)");
-    add("max-shard-size", po::value<std::string>()->value_name("SIZE"), "largest safetensors file, such as 500MB (default: 5GB)");
+    add("max-shard-size", po::value<std::string>()->value_name("SIZE"),
+        "largest safetensors file, such as 500MB (default: 5GB)");
   }
   if (usage) add("json", po::bool_switch(), "print JSON to standard output");
-  if (usage) add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"), "debug, info, warning, error or off");
+  if (usage)
+    add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
+        "debug, info, warning, error or off");
   add("help", po::bool_switch(), "show this page and leave");
-  if (!usage) add("version", po::bool_switch(), "show the versions of the program, its libraries and transports, and leave");
+  if (!usage)
+    add("version", po::bool_switch(), "show the versions of the program, its libraries and transports, and leave");
   return options;
 }
 
@@ -89,14 +117,15 @@ std::string general_help() {
     out += line + usage.summary + "\n";
   }
   return out + "\nExample\n  upcycle plan configs/qwen3-14b-64e.toml\n\n" +
-         "Exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped on request and saved (run it again)\n";
+         "Exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped on request and saved (run it "
+         "again)\n";
 }
 
 std::string help_for(const Usage& usage) {
   std::string arguments;
   for (const std::string& argument : usage.arguments) arguments += " " + argument;
-  return text("Usage: upcycle ", usage.command, arguments, " [options]\n\n", usage.summary, ".\n", usage.details, "\n\n",
-              page(options_of(&usage)), "\nExample\n  ", usage.example, "\n");
+  return text("Usage: upcycle ", usage.command, arguments, " [options]\n\n", usage.summary, ".\n", usage.details,
+              "\n\n", page(options_of(&usage)), "\nExample\n  ", usage.example, "\n");
 }
 
 std::string takes(const Usage& usage) {
@@ -105,20 +134,27 @@ std::string takes(const Usage& usage) {
   return text("upcycle ", usage.command, arguments, "; see upcycle ", usage.command, " --help");
 }
 
-[[noreturn]] void unknown_option(const std::string& option, const po::options_description& options, const Usage* usage) {
+[[noreturn]] void unknown_option(const std::string& option, const po::options_description& options,
+                                 const Usage* usage) {
   std::vector<std::string> names;
   for (const auto& known : options.options()) names.push_back("--" + known->long_name());
   const std::string name = option.substr(0, option.find('='));
-  fail("unknown option '", name, "'", did_you_mean(name, names), " (", usage ? takes(*usage) : "see upcycle --help", ")");
+  fail("unknown option '", name, "'", did_you_mean(name, names), " (", usage ? takes(*usage) : "see upcycle --help",
+       ")");
 }
 
-/// Boost's parse of `words`; positional words, and those that --set took although they are no key=value, come back in order.
-po::variables_map parse_options(const std::vector<std::string>& words, const po::options_description& options, const Usage* usage,
-                                std::vector<std::string>& positional) {
+/// Boost's parse of `words`; positional words, and those that --set took although they are no key=value, come back in
+/// order.
+po::variables_map parse_options(const std::vector<std::string>& words, const po::options_description& options,
+                                const Usage* usage, std::vector<std::string>& positional) {
   namespace style = po::command_line_style;
   po::variables_map values;
   try {
-    auto parsed = po::command_line_parser(words).options(options).style(style::unix_style & ~style::allow_guessing).allow_unregistered().run();
+    auto parsed = po::command_line_parser(words)
+                      .options(options)
+                      .style(style::unix_style & ~style::allow_guessing)
+                      .allow_unregistered()
+                      .run();
     for (auto& option : parsed.options) {
       if (option.unregistered && option.position_key < 0) unknown_option(option.original_tokens.at(0), options, usage);
       if (option.position_key >= 0) {
@@ -169,7 +205,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     if (each.command == words.front()) usage = &each;
   }
   if (words.front() == "help") return {.command = "help", .output = general_help()};
-  if (usage == nullptr) fail("unknown command '", words.front(), "'", did_you_mean(words.front(), commands), " (see upcycle --help)");
+  if (usage == nullptr)
+    fail("unknown command '", words.front(), "'", did_you_mean(words.front(), commands), " (see upcycle --help)");
   words.erase(words.begin());
 
   Arguments arguments{.command = usage->command};

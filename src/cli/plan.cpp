@@ -22,7 +22,9 @@ Architecture architecture_of_model(const fs::path& model, std::string& where) {
     return read_architecture(where);
   }
   const auto checkpoint = newest_checkpoint(model);
-  if (!checkpoint) fail("source.model = ", model.string(), ": neither a Hugging Face directory (config.json) nor a checkpoint of upcycle");
+  if (!checkpoint)
+    fail("source.model = ", model.string(),
+         ": neither a Hugging Face directory (config.json) nor a checkpoint of upcycle");
   where = checkpoint->string();
   return architecture_from_hf(read_manifest(*checkpoint).architecture, where);
 }
@@ -30,7 +32,9 @@ Architecture architecture_of_model(const fs::path& model, std::string& where) {
 Architecture source_architecture(const RunConfig& run, std::string& where) {
   const bool model_is_there = !run.source.model.empty() && fs::exists(run.source.model);
   if (run.source.architecture.empty()) {
-    if (!model_is_there) fail("source.model = ", run.source.model, " is not there; name a config.json in source.architecture to plan without it");
+    if (!model_is_there)
+      fail("source.model = ", run.source.model,
+           " is not there; name a config.json in source.architecture to plan without it");
     return architecture_of_model(run.source.model, where);
   }
   const Architecture given = read_architecture(run.source.architecture);
@@ -40,7 +44,8 @@ Architecture source_architecture(const RunConfig& run, std::string& where) {
   if (lines.empty()) return given;
   std::string all;
   for (const std::string& line : lines) all += "\n  " + line;
-  fail("source.architecture = ", run.source.architecture, " is not the model in source.model = ", run.source.model, ":", all);
+  fail("source.architecture = ", run.source.architecture, " is not the model in source.model = ", run.source.model, ":",
+       all);
 }
 
 }  // namespace
@@ -62,7 +67,8 @@ Plan make_plan(const RunConfig& run, std::optional<int> ranks) {
   plan.problems = check.problems;
   plan.grid = check.grid;
   // Boxes exist where the mesh cuts the parameters evenly.
-  if (plan.grid && plan.problems.empty()) plan.memory = plan_memory(architecture, run, Layout::even(*plan.grid, architecture));
+  if (plan.grid && plan.problems.empty())
+    plan.memory = plan_memory(architecture, run, Layout::even(*plan.grid, architecture));
   return plan;
 }
 

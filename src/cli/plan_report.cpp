@@ -31,8 +31,9 @@ std::string billions(int64_t number) {
 }
 
 std::string describe_model(const Architecture& a) {
-  std::string out = text(a.is_moe() ? "Qwen3-MoE" : "Qwen3", ", ", a.layers, " layers of width ", a.hidden, ", ", a.heads, " heads of ",
-                         a.head_dim, " (", a.kv_heads, " for keys and values), vocabulary ", a.vocab);
+  std::string out =
+      text(a.is_moe() ? "Qwen3-MoE" : "Qwen3", ", ", a.layers, " layers of width ", a.hidden, ", ", a.heads,
+           " heads of ", a.head_dim, " (", a.kv_heads, " for keys and values), vocabulary ", a.vocab);
   if (a.is_moe()) {
     out += text("; ", a.experts, " experts of width ", a.expert_ffn, ", ", a.top_k, " a token");
     if (a.num_moe_layers() < a.layers) out += text(", in ", a.num_moe_layers(), " of the layers");
@@ -51,31 +52,36 @@ std::string describe_start(const Plan& plan) {
     return plan.has_weights ? "the source as it is" : "random initialisation (no source.model)";
   }
   const Recipe& recipe = *plan.target.recipe;
-  return text(exactness(plan), recipe.lossless() ? ", lossless" : "", ": ", recipe.copies, " copies x ", recipe.granularity, " shards; gate x ",
-              recipe.gate_factor, ", up x ", recipe.up_factor, ", down x ", recipe.down_factor);
+  return text(exactness(plan), recipe.lossless() ? ", lossless" : "", ": ", recipe.copies, " copies x ",
+              recipe.granularity, " shards; gate x ", recipe.gate_factor, ", up x ", recipe.up_factor, ", down x ",
+              recipe.down_factor);
 }
 
 std::string describe_grid(const Plan& plan) {
   if (!plan.grid) return text(plan.ranks, ", which [parallel] does not fit");
   const Grid& grid = *plan.grid;
   const auto size = [&](Axis axis) { return text(name(axis), " ", grid.size(axis)); };
-  return text(plan.ranks, " = ", size(Axis::tensor), " x ", size(Axis::context), " x ", size(Axis::data), " x ", size(Axis::pipeline),
-              "; experts: ", size(Axis::expert_tensor), " x ", size(Axis::expert), " x ", size(Axis::expert_data));
+  return text(plan.ranks, " = ", size(Axis::tensor), " x ", size(Axis::context), " x ", size(Axis::data), " x ",
+              size(Axis::pipeline), "; experts: ", size(Axis::expert_tensor), " x ", size(Axis::expert), " x ",
+              size(Axis::expert_data));
 }
 
 std::string memory_table(const Plan& plan) {
   std::string out = "\nMemory of a rank, the largest of each stage\n";
   char line[200];
-  std::snprintf(line, sizeof line, "  %5s %10s %10s %10s %10s %10s %12s %10s\n", "stage", "parameters", "weights", "masters", "gradients",
-                "moments", "activations*", "total");
+  std::snprintf(line, sizeof line, "  %5s %10s %10s %10s %10s %10s %12s %10s\n", "stage", "parameters", "weights",
+                "masters", "gradients", "moments", "activations*", "total");
   out += line;
   for (const RankMemory& m : plan.memory) {
     std::snprintf(line, sizeof line, "  %5d %10s %10s %10s %10s %10s %12s %10s\n", m.stage,
-                  with_prefix(static_cast<double>(m.parameters)).c_str(), bytes(m.weights).c_str(), bytes(m.masters).c_str(),
-                  bytes(m.gradients).c_str(), bytes(m.moments).c_str(), bytes(m.activations).c_str(), bytes(m.total()).c_str());
+                  with_prefix(static_cast<double>(m.parameters)).c_str(), bytes(m.weights).c_str(),
+                  bytes(m.masters).c_str(), bytes(m.gradients).c_str(), bytes(m.moments).c_str(),
+                  bytes(m.activations).c_str(), bytes(m.total()).c_str());
     out += line;
   }
-  return out + "  * an estimate: what backward keeps, experts in balance; libraries' own memory and temporaries come on top\n";
+  return out +
+         "  * an estimate: what backward keeps, experts in balance; libraries' own memory and temporaries come on "
+         "top\n";
 }
 
 std::string list(const std::string& title, const std::vector<std::string>& lines) {
@@ -89,15 +95,14 @@ std::string list(const std::string& title, const std::vector<std::string>& lines
 
 std::string to_text(const Plan& plan) {
   const auto tokens = static_cast<double>(plan.run.train.global_batch * plan.run.train.sequence);
-  std::string out = text(plan.run.run.name, ": ", describe_model(plan.target.architecture), "\n",
-      "  parameters   ", billions(plan.parameters.total), " total, ", billions(plan.parameters.active), " active\n",
-      "  source       ", plan.source, "\n",
-      "  step 0       ", describe_start(plan), "\n",
-      "  compute      ", with_prefix(plan.flops_per_token), "FLOP per token, ", with_prefix(plan.flops_per_token * tokens),
-      "FLOP per step of ", with_prefix(tokens), "tokens\n",
-      "  checkpoints  ", bytes(static_cast<int64_t>(plan.checkpoint.step_zero)), " step 0, ",
-      bytes(static_cast<int64_t>(plan.checkpoint.full)), " each later one\n",
-      "  ranks        ", describe_grid(plan), "\n");
+  std::string out = text(plan.run.run.name, ": ", describe_model(plan.target.architecture), "\n", "  parameters   ",
+                         billions(plan.parameters.total), " total, ", billions(plan.parameters.active), " active\n",
+                         "  source       ", plan.source, "\n", "  step 0       ", describe_start(plan), "\n",
+                         "  compute      ", with_prefix(plan.flops_per_token), "FLOP per token, ",
+                         with_prefix(plan.flops_per_token * tokens), "FLOP per step of ", with_prefix(tokens),
+                         "tokens\n", "  checkpoints  ", bytes(static_cast<int64_t>(plan.checkpoint.step_zero)),
+                         " step 0, ", bytes(static_cast<int64_t>(plan.checkpoint.full)), " each later one\n",
+                         "  ranks        ", describe_grid(plan), "\n");
   if (!plan.memory.empty()) out += memory_table(plan);
   out += list("What does not divide", plan.problems);
   out += list("What train can't do yet", plan.not_built);
@@ -108,13 +113,21 @@ ordered_json to_json(const Plan& plan) {
   const RankMemory* largest = nullptr;
   ordered_json memory = ordered_json::array();
   for (const RankMemory& m : plan.memory) {
-    memory.push_back({{"stage", m.stage}, {"rank", m.rank}, {"parameters", m.parameters}, {"weights", m.weights}, {"masters", m.masters},
-                      {"gradients", m.gradients}, {"moments", m.moments}, {"activations_estimate", m.activations}, {"total", m.total()}});
+    memory.push_back({{"stage", m.stage},
+                      {"rank", m.rank},
+                      {"parameters", m.parameters},
+                      {"weights", m.weights},
+                      {"masters", m.masters},
+                      {"gradients", m.gradients},
+                      {"moments", m.moments},
+                      {"activations_estimate", m.activations},
+                      {"total", m.total()}});
     if (!largest || m.total() > largest->total()) largest = &m;
   }
   ordered_json grid;
   if (plan.grid) {
-    for (const Axis axis : {Axis::tensor, Axis::context, Axis::data, Axis::pipeline, Axis::expert_tensor, Axis::expert, Axis::expert_data}) {
+    for (const Axis axis : {Axis::tensor, Axis::context, Axis::data, Axis::pipeline, Axis::expert_tensor, Axis::expert,
+                            Axis::expert_data}) {
       grid[name(axis)] = plan.grid->size(axis);
     }
   }

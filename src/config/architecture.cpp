@@ -34,7 +34,8 @@ class Config {
   bool has(const std::string& key) const { return !at(key).is_null(); }
 
   int64_t integer(const std::string& key, int64_t least) const {
-    constexpr int64_t kMost = int64_t{1} << 24;  // beyond any model, and products of three stay far from overflow in practice
+    constexpr int64_t kMost =
+        int64_t{1} << 24;  // beyond any model, and products of three stay far from overflow in practice
     const json& value = at(key);
     if (value.is_null()) refuse(key, " is missing");
     const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= uint64_t{kMost} : value.is_number_integer();
@@ -102,7 +103,8 @@ void refuse_other_functions(const Config& config, bool moe, int64_t layers) {
   if (config.has("quantization_config")) {
     config.refuse("quantization_config", " is set: quantised weights are not read; use the bf16 model");
   }
-  if (config.flag("attention_bias", false)) config.refuse("attention_bias", " = true: attention without biases is expected");
+  if (config.flag("attention_bias", false))
+    config.refuse("attention_bias", " = true: attention without biases is expected");
   if (const auto act = config.text("hidden_act"); act && *act != "silu") {
     config.refuse("hidden_act", " = \"", *act, "\": only silu is computed");
   }
@@ -115,12 +117,14 @@ void refuse_other_functions(const Config& config, bool moe, int64_t layers) {
     const json& types = config.at("layer_types");
     if (!types.is_array()) config.refuse("layer_types", " = ", types.dump(), ": a list is expected");
     for (const json& type : types) {
-      if (type != "full_attention") config.refuse("layer_types", " has ", type.dump(), ": only full_attention is computed");
+      if (type != "full_attention")
+        config.refuse("layer_types", " has ", type.dump(), ": only full_attention is computed");
     }
   }
 }
 
-/// From rope_theta (the hub's form) or rope_parameters (transformers 5); scaled variants (YaRN, linear, ...) are refused.
+/// From rope_theta (the hub's form) or rope_parameters (transformers 5); scaled variants (YaRN, linear, ...) are
+/// refused.
 double rope_theta(const Config& config, const std::string& where) {
   std::optional<double> theta;
   if (config.has("rope_theta")) theta = config.positive(config.at("rope_theta"), "rope_theta");
@@ -138,7 +142,8 @@ double rope_theta(const Config& config, const std::string& where) {
     }
     if (!rope.has("rope_theta")) continue;
     const double inner = config.positive(rope.at("rope_theta"), key + ".rope_theta");
-    if (theta.value_or(inner) != inner) config.refuse(key, ".rope_theta = ", inner, " contradicts rope_theta = ", *theta);
+    if (theta.value_or(inner) != inner)
+      config.refuse(key, ".rope_theta = ", inner, " contradicts rope_theta = ", *theta);
     theta = inner;
   }
   if (!theta) config.refuse("rope_theta", " is missing (and there is no rope_parameters.rope_theta)");
@@ -178,9 +183,10 @@ void read_experts(const Config& config, Architecture& a) {
 json drop_foreign_keys(const json& extra) {
   json config = extra.is_object() ? extra : json::object();
   // Keys of other forms of the same facts: left in place they would contradict what is written.
-  for (const char* key : {"num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-                          "decoder_sparse_step", "mlp_only_layers", "rope_parameters", "dtype", "layer_types",
-                          "transformers_version", "_name_or_path", "output_router_logits", "router_aux_loss_coef"}) {
+  for (const char* key :
+       {"num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+        "decoder_sparse_step", "mlp_only_layers", "rope_parameters", "dtype", "layer_types", "transformers_version",
+        "_name_or_path", "output_router_logits", "router_aux_loss_coef"}) {
     config.erase(key);
   }
   return config;
@@ -202,7 +208,8 @@ Architecture architecture_from_hf(const json& object, const std::string& where) 
   a.layers = config.integer("num_hidden_layers", 1);
   a.heads = config.integer("num_attention_heads", 1);
   a.kv_heads = config.integer("num_key_value_heads", 1);
-  // Without head_dim, transformers takes 128 for Qwen3 and hidden/heads for Qwen3-MoE: a guess here would be a wrong model.
+  // Without head_dim, transformers takes 128 for Qwen3 and hidden/heads for Qwen3-MoE: a guess here would be a wrong
+  // model.
   a.head_dim = config.integer("head_dim", 2);
   a.ffn = config.integer("intermediate_size", 1);
   a.vocab = config.integer("vocab_size", 1);
@@ -211,7 +218,8 @@ Architecture architecture_from_hf(const json& object, const std::string& where) 
   if (config.has("rms_norm_eps")) a.rms_eps = config.positive(config.at("rms_norm_eps"), "rms_norm_eps");
   a.tied = config.flag("tie_word_embeddings", false);
   for (const std::string key : {"torch_dtype", "dtype"}) {
-    if (const auto name = config.text(key)) a.dtype = while_doing(where + ": " + key, [&] { return dtype_from_name(*name); });
+    if (const auto name = config.text(key))
+      a.dtype = while_doing(where + ": " + key, [&] { return dtype_from_name(*name); });
   }
   if (a.heads % a.kv_heads != 0) {
     config.refuse("num_attention_heads", " = ", a.heads, " is not a multiple of num_key_value_heads = ", a.kv_heads);
@@ -280,7 +288,8 @@ std::vector<std::string> differences(const Architecture& here, const Architectur
   keys.update(theirs);
   for (const auto& [key, unused] : keys.items()) {
     if (key == "torch_dtype" || key == "architectures" || key == "max_window_layers") continue;
-    const std::string a = ours.contains(key) ? ours[key].dump() : "absent", b = theirs.contains(key) ? theirs[key].dump() : "absent";
+    const std::string a = ours.contains(key) ? ours[key].dump() : "absent",
+                      b = theirs.contains(key) ? theirs[key].dump() : "absent";
     if (a != b) lines.push_back(key + ": " + a + " here, " + b + " there");
   }
   return lines;

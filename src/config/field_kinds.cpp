@@ -4,22 +4,27 @@
 #include <cmath>
 #include <set>
 
-
 namespace upcycle {
 using nlohmann::json;
 
 std::string shown(const json& value) {
   switch (value.type()) {
-    case json::value_t::boolean: return "the boolean " + value.dump();
-    case json::value_t::string: return "the string " + value.dump();
-    case json::value_t::array: return "a list";
-    case json::value_t::object: return "a table";
-    case json::value_t::null: return "a date or time";
+    case json::value_t::boolean:
+      return "the boolean " + value.dump();
+    case json::value_t::string:
+      return "the string " + value.dump();
+    case json::value_t::array:
+      return "a list";
+    case json::value_t::object:
+      return "a table";
+    case json::value_t::null:
+      return "a date or time";
     case json::value_t::number_float: {
       const double number = value;
       return "the float " + (std::isfinite(number) ? value.dump() : text(number));
     }
-    default: return "the integer " + value.dump();
+    default:
+      return "the integer " + value.dump();
   }
 }
 
@@ -121,8 +126,10 @@ std::string blend_problem(const json& value, std::vector<Blend>& blend) {
   std::vector<Blend> read;
   for (const json& entry : value) {
     const std::string where = text("entry ", read.size() + 1, ": ");
-    if (!entry.is_array() || entry.size() != 2 || !entry[1].is_string()) return text(where, "[weight, \"prefix\"] is expected");
-    if (const std::string found = number_problem(entry[0], kPositive); !found.empty()) return text(where, "weight: ", found);
+    if (!entry.is_array() || entry.size() != 2 || !entry[1].is_string())
+      return text(where, "[weight, \"prefix\"] is expected");
+    if (const std::string found = number_problem(entry[0], kPositive); !found.empty())
+      return text(where, "weight: ", found);
     if (entry[1] == "") return where + "the prefix is empty";
     read.push_back({entry[0].get<double>(), entry[1].get<std::string>()});
   }
@@ -149,7 +156,8 @@ std::string layers_problem(const json& value, std::string& layers) {
   if (value.is_array()) {
     std::set<int64_t> seen;
     for (const json& layer : value) {
-      if (const std::string found = integer_problem(layer, 0, kAny); !found.empty()) return text("entry ", seen.size() + 1, ": ", found);
+      if (const std::string found = integer_problem(layer, 0, kAny); !found.empty())
+        return text("entry ", seen.size() + 1, ": ", found);
       if (!seen.insert(layer.get<int64_t>()).second) return text("layer ", layer.dump(), " is listed twice");
     }
     if (seen.empty()) return "the list is empty: leave [moe] out for a dense model";
@@ -183,7 +191,8 @@ Field layers(std::string key, std::string& place) {
 namespace {
 
 std::string name_problem(const std::string& name) {
-  const bool plain = name.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == std::string::npos;
+  const bool plain =
+      name.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == std::string::npos;
   if (name.empty() || name.starts_with('.') || !plain) {
     return json(name).dump() + ": letters, digits, '.', '_' and '-' make a name, and it does not begin with '.'";
   }

@@ -9,7 +9,8 @@
 #include "config/fields.hpp"
 #include "config/suggest.hpp"
 
-/// The kinds of keys that a run file has: how each is read, judged by itself and written. `place` is where the value lives.
+/// The kinds of keys that a run file has: how each is read, judged by itself and written. `place` is where the value
+/// lives.
 namespace upcycle {
 
 inline constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
@@ -85,11 +86,13 @@ Field fixed_list(std::string key, std::array<T, Count>& place, Problem problem) 
   return {std::move(key),
           [&place, problem](const nlohmann::json& value) {
             if (!value.is_array() || value.size() != Count) {
-              return text("a list of ", Count, " numbers is expected, not ", value.is_array() ? value.dump() : shown(value));
+              return text("a list of ", Count, " numbers is expected, not ",
+                          value.is_array() ? value.dump() : shown(value));
             }
             std::array<T, Count> read{};
             for (size_t i = 0; i < Count; ++i) {
-              if (const std::string found = problem(value[i]); !found.empty()) return text("entry ", i + 1, ": ", found);
+              if (const std::string found = problem(value[i]); !found.empty())
+                return text("entry ", i + 1, ": ", found);
               read[i] = value[i].template get<T>();
             }
             place = read;

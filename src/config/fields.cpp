@@ -62,11 +62,13 @@ std::vector<Field> describe(RunConfig& c) {
       fixed_list("optimizer.betas", c.optimizer.betas, decay),
       number("optimizer.eps", c.optimizer.eps, kPositive),
       number("optimizer.clip", c.optimizer.clip, kNotNegative),
-      number("optimizer.router_lr_scale", c.optimizer.router_lr_scale, kNotNegative, [&c] { return c.router_lr_scale(); }),
+      number("optimizer.router_lr_scale", c.optimizer.router_lr_scale, kNotNegative,
+             [&c] { return c.router_lr_scale(); }),
 
       number("balance.aux", c.balance.aux, kNotNegative),
-      choice<BalanceScope>("balance.scope", c.balance.scope,
-                           {{"batch", BalanceScope::batch}, {"sequence", BalanceScope::sequence}, {"global", BalanceScope::global}}),
+      choice<BalanceScope>(
+          "balance.scope", c.balance.scope,
+          {{"batch", BalanceScope::batch}, {"sequence", BalanceScope::sequence}, {"global", BalanceScope::global}}),
       number("balance.z", c.balance.z, kNotNegative),
       number("balance.bias_rate", c.balance.bias_rate, kNotNegative),
       number("balance.capacity_factor", c.balance.capacity_factor, kNotNegative),

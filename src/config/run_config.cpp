@@ -36,18 +36,22 @@ double RunConfig::timeout_seconds() const { return seconds_from(run.timeout); }
 
 std::vector<Problem> check_together(const RunConfig& c) {
   std::vector<Problem> problems;
-  const auto add = [&](const std::string& key, const auto&... parts) { problems.push_back({key, text(key, parts...)}); };
+  const auto add = [&](const std::string& key, const auto&... parts) {
+    problems.push_back({key, text(key, parts...)});
+  };
   if (c.source.model.empty() && c.source.architecture.empty()) {
     add("source.model", ": give source.model (a directory with weights), source.architecture (a config.json), or both");
   }
   if (c.train.global_batch % c.train.micro_batch != 0) {
-    add("train.micro_batch", " = ", c.train.micro_batch, " does not divide train.global_batch = ", c.train.global_batch);
+    add("train.micro_batch", " = ", c.train.micro_batch,
+        " does not divide train.global_batch = ", c.train.global_batch);
   }
   if (c.optimizer.min_lr > c.optimizer.lr) {
     add("optimizer.min_lr", " = ", c.optimizer.min_lr, " is more than optimizer.lr = ", c.optimizer.lr);
   }
   if (c.optimizer.schedule == Schedule::wsd) {
-    if (c.optimizer.decay < 1) add("optimizer.decay", " = ", c.optimizer.decay, ": schedule \"wsd\" needs at least 1 step of descent");
+    if (c.optimizer.decay < 1)
+      add("optimizer.decay", " = ", c.optimizer.decay, ": schedule \"wsd\" needs at least 1 step of descent");
   } else if (c.optimizer.decay != 0) {
     add("optimizer.decay", " = ", c.optimizer.decay, ": only schedule \"wsd\" has a descent of its own");
   }
@@ -57,7 +61,8 @@ std::vector<Problem> check_together(const RunConfig& c) {
     add("optimizer.decay", " = ", c.optimizer.decay, " is more than the ", c.train.steps - c.optimizer.warmup,
         " steps that train.steps and optimizer.warmup leave");
   }
-  if (c.data.split == std::array<int64_t, 3>{0, 0, 0}) add("data.split", " = [0, 0, 0]: at least one share must be positive");
+  if (c.data.split == std::array<int64_t, 3>{0, 0, 0})
+    add("data.split", " = [0, 0, 0]: at least one share must be positive");
   if (c.moe_given && c.moe.experts > 0 && c.moe.top_k > c.moe.experts) {
     add("moe.top_k", " = ", c.moe.top_k, " is more than moe.experts = ", c.moe.experts);
   }
@@ -101,8 +106,10 @@ std::vector<std::string> not_built(const RunConfig& c) {
   unless(c.parallel.virtual_stages == 1, "parallel.virtual_stages", c.parallel.virtual_stages);
   unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
   unless(c.parallel.zero == 0, "parallel.zero", c.parallel.zero);
-  unless(c.train.recompute == Recompute::none, "train.recompute", c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
-  unless(c.balance.scope == BalanceScope::batch, "balance.scope", c.balance.scope == BalanceScope::global ? "\"global\"" : "\"sequence\"");
+  unless(c.train.recompute == Recompute::none, "train.recompute",
+         c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
+  unless(c.balance.scope == BalanceScope::batch, "balance.scope",
+         c.balance.scope == BalanceScope::global ? "\"global\"" : "\"sequence\"");
   unless(c.balance.bias_rate == 0.0, "balance.bias_rate", c.balance.bias_rate);
   unless(c.balance.capacity_factor == 0.0, "balance.capacity_factor", c.balance.capacity_factor);
   unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");

@@ -1,15 +1,16 @@
+#include <toml++/toml.h>
+
 #include <filesystem>
 #include <fstream>
 #include <sstream>
-#include <toml++/toml.h>
 
 #include "base/error.hpp"
 #include "config/fields.hpp"
 #include "config/run_checks.hpp"
 #include "config/suggest.hpp"
 
-// A run file becomes a RunConfig in four passes: TOML, the file's keys, the --set keys, checks of fields against each other.
-// Problems are collected, so that the user meets all of them at once.
+// A run file becomes a RunConfig in four passes: TOML, the file's keys, the --set keys, checks of fields against each
+// other. Problems are collected, so that the user meets all of them at once.
 namespace upcycle {
 namespace {
 
@@ -95,7 +96,9 @@ class Reading {
     return text(file_, ":", source.begin.line, ":", source.begin.column);
   }
 
-  bool is_section(const std::string& name) const { return std::find(sections_.begin(), sections_.end(), name) != sections_.end(); }
+  bool is_section(const std::string& name) const {
+    return std::find(sections_.begin(), sections_.end(), name) != sections_.end();
+  }
 
   const Field* find(const std::string& key) const {
     for (const Field& field : fields_) {
@@ -122,11 +125,13 @@ class Reading {
       if (field.section() == section) near.push_back(field.name());
       if (field.name() == name) elsewhere = text("; did you mean '", field.key, "'?");
     }
-    if (const std::string best = closest(name, near); !best.empty()) return text("; did you mean '", section, ".", best, "'?");
+    if (const std::string best = closest(name, near); !best.empty())
+      return text("; did you mean '", section, ".", best, "'?");
     return elsewhere.empty() ? did_you_mean(key, all) : elsewhere;
   }
 
-  void read_entry(const std::string& section, const std::string& name, const std::string& key_place, const toml::node& node) {
+  void read_entry(const std::string& section, const std::string& name, const std::string& key_place,
+                  const toml::node& node) {
     const std::string key = section + "." + name;
     const Field* field = find(key);
     if (field == nullptr) return add(key_place, "unknown key '", key, "'", hint_for_key(key));
@@ -154,7 +159,7 @@ class Reading {
   std::string file_;
   std::vector<Field> fields_;
   std::vector<std::string> sections_;
-  std::map<std::string, std::string> places_;   // where each given value stands, for checks of fields against each other
+  std::map<std::string, std::string> places_;  // where each given value stands, for checks of fields against each other
   std::vector<std::string> problems_;
 };
 

@@ -51,7 +51,9 @@ TEST(Record, FreesItsCaptures) {
       const Unrecorded guard;
       raw = x * 2;
     }
-    return record(raw, {x}, [raw, held](const std::vector<Tensor>& dy) -> Gradients { return {dy[0] * raw}; });  // keeps its own output
+    return record(raw, {x}, [raw, held](const std::vector<Tensor>& dy) -> Gradients {
+      return {dy[0] * raw};
+    });  // keeps its own output
   };
   {
     const Tensor y = recorded(token).sum();
@@ -96,7 +98,9 @@ TEST(Record, OutputsNobodyUsedHaveUndefinedGradients) {
 
 TEST(Record, AnInputMayGetNoGradient) {
   const Tensor x = leaf(), z = leaf();
-  run_backward({record(at::ones({3}), {x, z}, [](const std::vector<Tensor>& dy) -> Gradients { return {Tensor(), dy[0]}; }).sum()});
+  run_backward({record(at::ones({3}), {x, z}, [](const std::vector<Tensor>& dy) -> Gradients {
+                  return {Tensor(), dy[0]};
+                }).sum()});
   EXPECT_FALSE(x.grad().defined());
   EXPECT_TRUE(z.grad().defined());
 }
@@ -114,7 +118,8 @@ TEST(Record, RunsThoughNoInputIsDifferentiable) {
 }
 
 TEST(Record, ErrorsOfBackwardComeOutAsTheyAre) {
-  const Tensor y = record(at::ones({3}), {leaf()}, [](const std::vector<Tensor>&) -> Gradients { throw std::domain_error("mine"); });
+  const Tensor y =
+      record(at::ones({3}), {leaf()}, [](const std::vector<Tensor>&) -> Gradients { throw std::domain_error("mine"); });
   EXPECT_THROW(run_backward({y.sum()}), std::domain_error);
 }
 

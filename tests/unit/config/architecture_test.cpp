@@ -12,7 +12,8 @@ namespace {
 using nlohmann::json;
 
 json dense_config() {
-  return json::parse(R"({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 4,
+  return json::parse(
+      R"({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 96, "vocab_size": 512,
     "max_position_embeddings": 1024, "rope_theta": 1000000, "rms_norm_eps": 1e-06, "tie_word_embeddings": true,
     "torch_dtype": "float32", "hidden_act": "silu", "attention_bias": false, "sliding_window": null, "rope_scaling": null,
@@ -37,7 +38,8 @@ std::string problem(const json& config) {
 
 void expect_problem(json config, const json& change, const std::string& part) {
   config.update(change);
-  EXPECT_NE(problem(config).find("dir/config.json: " + part), std::string::npos) << problem(config) << "\nexpected " << part;
+  EXPECT_NE(problem(config).find("dir/config.json: " + part), std::string::npos)
+      << problem(config) << "\nexpected " << part;
 }
 
 TEST(Architecture, ReadsADenseModel) {
@@ -68,7 +70,8 @@ TEST(Architecture, ReadsAMoeModelWithItsLayerPolicy) {
 
 TEST(Architecture, ReadsTheFormOfTransformers5) {
   json config = moe_config();
-  for (const char* key : {"num_experts", "rope_theta", "rope_scaling", "torch_dtype", "sliding_window"}) config.erase(key);
+  for (const char* key : {"num_experts", "rope_theta", "rope_scaling", "torch_dtype", "sliding_window"})
+    config.erase(key);
   config["num_local_experts"] = 8;
   config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 1e6}};
   config["dtype"] = "float32";
@@ -79,36 +82,51 @@ TEST(Architecture, ReadsTheFormOfTransformers5) {
 TEST(Architecture, RefusesOtherFunctionsByName) {
   const json d = dense_config();
   expect_problem(d, {{"model_type", "llama"}}, "model_type = \"llama\": only Qwen3ForCausalLM");
-  expect_problem(d, {{"architectures", {"LlamaForCausalLM"}}}, "architectures = [\"LlamaForCausalLM\"]: only Qwen3ForCausalLM");
-  expect_problem(d, {{"architectures", {"Qwen3MoeForCausalLM"}}}, "architectures = [\"Qwen3MoeForCausalLM\"] contradicts model_type = \"qwen3\"");
+  expect_problem(d, {{"architectures", {"LlamaForCausalLM"}}},
+                 "architectures = [\"LlamaForCausalLM\"]: only Qwen3ForCausalLM");
+  expect_problem(d, {{"architectures", {"Qwen3MoeForCausalLM"}}},
+                 "architectures = [\"Qwen3MoeForCausalLM\"] contradicts model_type = \"qwen3\"");
   expect_problem(d, {{"model_type", nullptr}, {"architectures", nullptr}}, "model_type is missing");
   expect_problem(d, {{"attention_bias", true}}, "attention_bias = true");
   expect_problem(d, {{"hidden_act", "gelu"}}, "hidden_act = \"gelu\": only silu");
   expect_problem(d, {{"quantization_config", {{"quant_method", "fp8"}}}}, "quantization_config is set");
-  expect_problem(d, {{"use_sliding_window", true}, {"sliding_window", 32}, {"max_window_layers", 2}}, "use_sliding_window = true: sliding windows are in use");
-  EXPECT_EQ(problem([&] { json c = d; c.update({{"use_sliding_window", true}, {"sliding_window", 32}}); return c; }()), "no problem")
+  expect_problem(d, {{"use_sliding_window", true}, {"sliding_window", 32}, {"max_window_layers", 2}},
+                 "use_sliding_window = true: sliding windows are in use");
+  EXPECT_EQ(problem([&] {
+              json c = d;
+              c.update({{"use_sliding_window", true}, {"sliding_window", 32}});
+              return c;
+            }()),
+            "no problem")
       << "windows from layer 4 on, of 4 layers: none";
   expect_problem(moe_config(), {{"use_sliding_window", true}, {"sliding_window", 32}}, "use_sliding_window = true");
-  expect_problem(d, {{"layer_types", {"full_attention", "sliding_attention"}}}, "layer_types has \"sliding_attention\"");
+  expect_problem(d, {{"layer_types", {"full_attention", "sliding_attention"}}},
+                 "layer_types has \"sliding_attention\"");
   expect_problem(d, {{"layer_types", "full_attention"}}, "layer_types = \"full_attention\": a list is expected");
-  expect_problem(d, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}}}, "rope_scaling.rope_type = \"yarn\": rope scaling");
+  expect_problem(d, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}}},
+                 "rope_scaling.rope_type = \"yarn\": rope scaling");
   expect_problem(d, {{"rope_scaling", {{"type", "linear"}, {"factor", 4.0}}}}, "rope_scaling.type = \"linear\"");
   expect_problem(d, {{"rope_scaling", {{"factor", 4.0}}}}, "rope_scaling.factor is set");
-  expect_problem(d, {{"rope_parameters", {{"rope_theta", 1e6}, {"partial_rotary_factor", 0.5}}}}, "rope_parameters.partial_rotary_factor = 0.5");
+  expect_problem(d, {{"rope_parameters", {{"rope_theta", 1e6}, {"partial_rotary_factor", 0.5}}}},
+                 "rope_parameters.partial_rotary_factor = 0.5");
 }
 
 TEST(Architecture, NumbersAreReadStrictly) {
   const json d = dense_config();
-  for (const json& wrong : {json("64"), json(-64), json(0), json(64.0), json(1e30), json(uint64_t{1} << 63), json(true), json::array()}) {
-    expect_problem(d, {{"hidden_size", wrong}}, "hidden_size = " + wrong.dump() + ": an integer from 1 to 16777216 is expected");
+  for (const json& wrong :
+       {json("64"), json(-64), json(0), json(64.0), json(1e30), json(uint64_t{1} << 63), json(true), json::array()}) {
+    expect_problem(d, {{"hidden_size", wrong}},
+                   "hidden_size = " + wrong.dump() + ": an integer from 1 to 16777216 is expected");
   }
   expect_problem(d, {{"hidden_size", nullptr}}, "hidden_size is missing");
   expect_problem(d, {{"head_dim", nullptr}}, "head_dim is missing");
   expect_problem(d, {{"head_dim", 63}}, "head_dim = 63: RoPE turns pairs");
-  expect_problem(d, {{"num_key_value_heads", 3}}, "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3");
+  expect_problem(d, {{"num_key_value_heads", 3}},
+                 "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3");
   expect_problem(d, {{"rope_theta", nullptr}}, "rope_theta is missing");
   expect_problem(d, {{"rope_theta", "1e6"}}, "rope_theta = \"1e6\": a positive number is expected");
-  expect_problem(d, {{"rope_parameters", {{"rope_theta", 5e6}}}}, "rope_parameters.rope_theta = 5e+06 contradicts rope_theta = 1e+06");
+  expect_problem(d, {{"rope_parameters", {{"rope_theta", 5e6}}}},
+                 "rope_parameters.rope_theta = 5e+06 contradicts rope_theta = 1e+06");
   expect_problem(d, {{"rope_parameters", 3}}, "rope_parameters: a JSON object is expected");
   expect_problem(d, {{"rms_norm_eps", 0}}, "rms_norm_eps = 0: a positive number");
   expect_problem(d, {{"tie_word_embeddings", 1}}, "tie_word_embeddings = 1: true or false");
@@ -127,11 +145,15 @@ TEST(Architecture, WritesTheHubsFormAndReadsItBack) {
   for (const json& config : {dense_config(), moe_config()}) {
     const Architecture a = architecture_from_hf(config, "c");
     json extra = config;
-    extra.update({{"num_local_experts", 4}, {"rope_parameters", {{"rope_theta", 5.0}}}, {"dtype", "float16"}, {"layer_types", {"x"}}});
+    extra.update({{"num_local_experts", 4},
+                  {"rope_parameters", {{"rope_theta", 5.0}}},
+                  {"dtype", "float16"},
+                  {"layer_types", {"x"}}});
     const json written = to_hf(a, extra);
     EXPECT_EQ(architecture_from_hf(written, "written"), a);
     EXPECT_EQ(written.at("eos_token_id"), 2) << "what does not describe the function is carried over";
-    for (const char* key : {"num_local_experts", "rope_parameters", "dtype", "layer_types"}) EXPECT_FALSE(written.contains(key)) << key;
+    for (const char* key : {"num_local_experts", "rope_parameters", "dtype", "layer_types"})
+      EXPECT_FALSE(written.contains(key)) << key;
     EXPECT_EQ(written.at("torch_dtype"), "float32");
     EXPECT_EQ(written.contains("num_experts"), a.is_moe());
     EXPECT_EQ(architecture_from_hf(to_hf(a, nullptr), "bare"), a);
@@ -146,7 +168,8 @@ TEST(Architecture, DifferencesAreOneLineEach) {
   EXPECT_TRUE(differences(dense, other).empty()) << "dtype is left out";
   other.hidden = 128;
   other.rope_theta = 1e4;
-  EXPECT_EQ(differences(dense, other), (std::vector<std::string>{"hidden_size: 64 here, 128 there", "rope_theta: 1000000.0 here, 10000.0 there"}));
+  EXPECT_EQ(differences(dense, other),
+            (std::vector<std::string>{"hidden_size: 64 here, 128 there", "rope_theta: 1000000.0 here, 10000.0 there"}));
   const auto moe = differences(dense, architecture_from_hf(moe_config(), "c"));
   EXPECT_NE(std::find(moe.begin(), moe.end(), "num_experts: absent here, 8 there"), moe.end());
 }
@@ -171,7 +194,8 @@ TEST(Architecture, NamesUnreadableFiles) {
     return std::string();
   };
   EXPECT_EQ(reading("/nowhere/config.json"), "/nowhere/config.json: cannot be opened");
-  EXPECT_NE(reading(UPCYCLE_SOURCE_DIR "/CMakeLists.txt").find("CMakeLists.txt: not valid JSON at byte 1"), std::string::npos);
+  EXPECT_NE(reading(UPCYCLE_SOURCE_DIR "/CMakeLists.txt").find("CMakeLists.txt: not valid JSON at byte 1"),
+            std::string::npos);
 }
 
 }  // namespace

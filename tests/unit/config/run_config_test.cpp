@@ -85,7 +85,8 @@ TEST(RunFile, RouterLearningRateFollowsTheGranularity) {
 }
 
 TEST(RunFile, WrongKindsAreNamedWithTheirPlace) {
-  expect_problem(kSource + "[train]\nsteps = true\n", "run.toml:4:9: train.steps: an integer is expected, not the boolean true");
+  expect_problem(kSource + "[train]\nsteps = true\n",
+                 "run.toml:4:9: train.steps: an integer is expected, not the boolean true");
   expect_problem(kSource + "[train]\nsteps = 1e3\n", "an integer is expected, not the float 1000.0: write 1000");
   expect_problem(kSource + "[train]\nsteps = 1.5\n", "not the float 1.5");
   expect_problem(kSource + "[train]\nsteps = \"10\"\n", "not the string \"10\"");
@@ -98,8 +99,9 @@ TEST(RunFile, WrongKindsAreNamedWithTheirPlace) {
   expect_problem(kSource + "[upcycle]\ncertify = 1\n", "true or false is expected, not the integer 1");
   expect_problem(kSource + "[run]\nname = 5\n", "a string is expected, not the integer 5");
   expect_problem("[source]\nmodel = 2024-01-01\n", "a string is expected, not a date or time");
-  expect_problem(kSource + "[train]\nprecision = \"bf17\"\n",
-                 "run.toml:4:13: train.precision: choose \"bf16\" or \"fp32\", not the string \"bf17\"; did you mean 'bf16'?");
+  expect_problem(
+      kSource + "[train]\nprecision = \"bf17\"\n",
+      "run.toml:4:13: train.precision: choose \"bf16\" or \"fp32\", not the string \"bf17\"; did you mean 'bf16'?");
   expect_problem(kSource + "[optimizer]\nbetas = [0.9]\n", "a list of 2 numbers is expected, not [0.9]");
   expect_problem(kSource + "[optimizer]\nbetas = 0.9\n", "a list of 2 numbers is expected, not the float 0.9");
   expect_problem(kSource + "[data]\nsplit = [1, 2, 0.5]\n", "entry 3: an integer is expected");
@@ -113,7 +115,8 @@ TEST(RunFile, RangesAreHeld) {
   expect_problem(kSource + "[upcycle]\ndrop = 1.5\n", "upcycle.drop: 1.5 is more than 1");
   expect_problem(kSource + "[optimizer]\nbetas = [0.9, 1]\n", "optimizer.betas: entry 2: 1 must be less than 1");
   for (const std::string wrong : {"10", "min", "-1s", "0s", "1 h", "1e999h", "10minutes"}) {
-    expect_problem(kSource + "[run]\ntimeout = \"" + wrong + "\"\n", "run.timeout: \"" + wrong + "\": a duration is a positive number");
+    expect_problem(kSource + "[run]\ntimeout = \"" + wrong + "\"\n",
+                   "run.timeout: \"" + wrong + "\": a duration is a positive number");
   }
   for (const std::string wrong : {"", "a/b", ".hidden", "two words"}) {
     expect_problem(kSource + "[run]\nname = \"" + wrong + "\"\n", "run.name: \"" + wrong + "\": letters, digits");
@@ -125,20 +128,23 @@ TEST(RunFile, LayerPoliciesAndBlends) {
     EXPECT_EQ(problem(kSource + "[moe]\nlayers = " + good + "\n"), "no problem");
   }
   for (const std::string wrong : {"\"some\"", "\"every:0\"", "\"every:\"", "\"every:2x\"", "\"first-dense:-1\"", "3"}) {
-    expect_problem(kSource + "[moe]\nlayers = " + wrong + "\n", "moe.layers: \"all\", \"every:2\", \"first-dense:1\" or a list");
+    expect_problem(kSource + "[moe]\nlayers = " + wrong + "\n",
+                   "moe.layers: \"all\", \"every:2\", \"first-dense:1\" or a list");
   }
   expect_problem(kSource + "[moe]\nlayers = [1, 1]\n", "layer 1 is listed twice");
   expect_problem(kSource + "[moe]\nlayers = [0, -1]\n", "entry 2: -1 is less than 0");
   expect_problem(kSource + "[moe]\nlayers = []\n", "the list is empty");
   expect_problem(kSource + "[data]\ntrain = \"text\"\n", "for one data set write [[1.0, \"text\"]]");
   expect_problem(kSource + "[data]\ntrain = 3\n", "\"mock\" or a list such as");
-  expect_problem(kSource + "[data]\ntrain = [[1.0, \"a\"], [\"b\", 1.0]]\n", "entry 2: [weight, \"prefix\"] is expected");
+  expect_problem(kSource + "[data]\ntrain = [[1.0, \"a\"], [\"b\", 1.0]]\n",
+                 "entry 2: [weight, \"prefix\"] is expected");
   expect_problem(kSource + "[data]\ntrain = [[0, \"a\"]]\n", "entry 1: weight: 0 must be more than 0");
   expect_problem(kSource + "[data]\ntrain = [[1, \"\"]]\n", "entry 1: the prefix is empty");
 }
 
 TEST(RunFile, UnknownKeysAreErrorsWithASuggestion) {
-  expect_problem(kSource + "[train]\n  stesp = 3\n", "run.toml:4:3: unknown key 'train.stesp'; did you mean 'train.steps'?");
+  expect_problem(kSource + "[train]\n  stesp = 3\n",
+                 "run.toml:4:3: unknown key 'train.stesp'; did you mean 'train.steps'?");
   expect_problem(kSource + "[train]\nmicro-batch = 3\n", "did you mean 'train.micro_batch'?");
   expect_problem(kSource + "[train]\nlr = 3\n", "unknown key 'train.lr'; did you mean 'optimizer.lr'?");
   expect_problem(kSource + "[trian]\nsteps = 3\n", "run.toml:3:2: unknown section [trian]; did you mean 'train'?");
@@ -149,11 +155,13 @@ TEST(RunFile, UnknownKeysAreErrorsWithASuggestion) {
 }
 
 TEST(RunFile, AllProblemsAreReportedAtOnce) {
-  const std::string found = problem("[train]\nsteps = true\nmicro_bach = 2\n[optimizer]\nlr = -1\n", {"train.sequence=zero"});
+  const std::string found =
+      problem("[train]\nsteps = true\nmicro_bach = 2\n[optimizer]\nlr = -1\n", {"train.sequence=zero"});
   EXPECT_NE(found.find("run.toml: 5 problems"), std::string::npos) << found;
-  for (const std::string part : {"run.toml:2:9: train.steps", "run.toml:3:1: unknown key 'train.micro_bach'", "run.toml:5:6: optimizer.lr",
-                                 "--set train.sequence=zero: train.sequence: an integer is expected, not the string \"zero\"",
-                                 "run.toml: source.model: give source.model"}) {
+  for (const std::string part :
+       {"run.toml:2:9: train.steps", "run.toml:3:1: unknown key 'train.micro_bach'", "run.toml:5:6: optimizer.lr",
+        "--set train.sequence=zero: train.sequence: an integer is expected, not the string \"zero\"",
+        "run.toml: source.model: give source.model"}) {
     EXPECT_NE(found.find(part), std::string::npos) << part << " in\n" << found;
   }
 }
@@ -164,25 +172,31 @@ TEST(RunFile, SyntaxErrorsHaveAPlace) {
 }
 
 TEST(RunFile, FieldsAreHeldAgainstEachOther) {
-  expect_problem("[train]\nsteps = 3\n", "run.toml: source.model: give source.model (a directory with weights), source.architecture");
+  expect_problem("[train]\nsteps = 3\n",
+                 "run.toml: source.model: give source.model (a directory with weights), source.architecture");
   expect_problem(kSource + "[train]\nglobal_batch = 8\nmicro_batch = 3\n",
                  "run.toml:5:15: train.micro_batch = 3 does not divide train.global_batch = 8");
   expect_problem(kSource + "[optimizer]\nmin_lr = 1.0\n", "optimizer.min_lr = 1 is more than optimizer.lr = 0.0001");
-  expect_problem(kSource + "[optimizer]\nwarmup = 2000\n", "run.toml:4:10: optimizer.warmup = 2000 is more than train.steps = 1000");
+  expect_problem(kSource + "[optimizer]\nwarmup = 2000\n",
+                 "run.toml:4:10: optimizer.warmup = 2000 is more than train.steps = 1000");
   expect_problem(kSource, "--set optimizer.warmup=20: optimizer.warmup = 20 is more than train.steps = 10",
                  {"train.steps=10", "optimizer.warmup=20"});
-  expect_problem(kSource + "[optimizer]\nschedule = \"wsd\"\n", "optimizer.decay = 0: schedule \"wsd\" needs at least 1 step");
+  expect_problem(kSource + "[optimizer]\nschedule = \"wsd\"\n",
+                 "optimizer.decay = 0: schedule \"wsd\" needs at least 1 step");
   expect_problem(kSource + "[optimizer]\ndecay = 5\n", "optimizer.decay = 5: only schedule \"wsd\" has a descent");
-  expect_problem(kSource + "[optimizer]\nschedule = \"wsd\"\nwarmup = 600\ndecay = 500\n", "optimizer.decay = 500 is more than the 400 steps");
+  expect_problem(kSource + "[optimizer]\nschedule = \"wsd\"\nwarmup = 600\ndecay = 500\n",
+                 "optimizer.decay = 500 is more than the 400 steps");
   expect_problem(kSource + "[data]\nsplit = [0, 0, 0]\n", "data.split = [0, 0, 0]: at least one share");
   expect_problem(kSource + "[moe]\nexperts = 4\ntop_k = 8\n", "moe.top_k = 8 is more than moe.experts = 4");
-  expect_problem(kSource + "[parallel]\nvirtual_stages = 2\n", "parallel.virtual_stages = 2 needs parallel.pipeline > 1");
+  expect_problem(kSource + "[parallel]\nvirtual_stages = 2\n",
+                 "parallel.virtual_stages = 2 needs parallel.pipeline > 1");
 }
 
 TEST(Overrides, ReplaceTheFileAndSaySo) {
-  const RunConfig run = parse_run(kSource + "[train]\nsteps = 5\n", "run.toml",
-                                  {"train.steps=10", "run.name=2024", "optimizer.lr=1e-3", "data.train=mock", "moe.layers=every:2",
-                                   "source.model='a b'", "upcycle.certify=false", "data.validation=[[1, \"x=y\"]]"});
+  const RunConfig run =
+      parse_run(kSource + "[train]\nsteps = 5\n", "run.toml",
+                {"train.steps=10", "run.name=2024", "optimizer.lr=1e-3", "data.train=mock", "moe.layers=every:2",
+                 "source.model='a b'", "upcycle.certify=false", "data.validation=[[1, \"x=y\"]]"});
   EXPECT_EQ(run.train.steps, 10);
   EXPECT_EQ(run.run.name, "2024");
   EXPECT_EQ(run.run.directory, "runs/2024");
@@ -197,11 +211,14 @@ TEST(Overrides, ReplaceTheFileAndSaySo) {
 }
 
 TEST(Overrides, ProblemsNameTheOverride) {
-  expect_problem(kSource, "--set train.stesp=3: unknown key 'train.stesp'; did you mean 'train.steps'?", {"train.stesp=3"});
+  expect_problem(kSource, "--set train.stesp=3: unknown key 'train.stesp'; did you mean 'train.steps'?",
+                 {"train.stesp=3"});
   expect_problem(kSource, "--set train.steps: section.key=value is expected", {"train.steps"});
   expect_problem(kSource, "--set steps=3: section.key=value is expected", {"steps=3"});
-  expect_problem(kSource, "--set trian.steps=3: unknown key 'trian.steps'; did you mean 'train.steps'?", {"trian.steps=3"});
-  expect_problem(kSource, "--set train.steps=true: train.steps: an integer is expected, not the boolean true", {"train.steps=true"});
+  expect_problem(kSource, "--set trian.steps=3: unknown key 'trian.steps'; did you mean 'train.steps'?",
+                 {"trian.steps=3"});
+  expect_problem(kSource, "--set train.steps=true: train.steps: an integer is expected, not the boolean true",
+                 {"train.steps=true"});
   expect_problem(kSource, "train.steps: an integer is expected, not the string", {"train.steps=1\nvalue2 = 2"});
 }
 

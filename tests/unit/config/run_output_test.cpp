@@ -42,8 +42,9 @@ router_lr_scale = 0.7
 }
 
 TEST(Output, TomlReadsBackToTheSameRun) {
-  for (const RunConfig& run : {unusual_run(), parse_run("source = {model = \"m\"}", "plain.toml"),
-                               parse_run("source = {model = \"m\"}\nmoe = {experts = 8, granularity = 8}", "moe.toml")}) {
+  for (const RunConfig& run :
+       {unusual_run(), parse_run("source = {model = \"m\"}", "plain.toml"),
+        parse_run("source = {model = \"m\"}\nmoe = {experts = 8, granularity = 8}", "moe.toml")}) {
     const RunConfig again = parse_run(to_toml(run), "again.toml");
     EXPECT_EQ(to_json(again), to_json(run)) << to_toml(run);
     EXPECT_EQ(again.moe_given, run.moe_given);
@@ -74,10 +75,18 @@ TEST(Output, TomlSaysWhereEachValueCameFrom) {
 }
 
 TEST(NotBuilt, NamesEachKeyWithItsValue) {
-  const std::vector<std::string> expected = {
-      "parallel.tensor = 2",          "parallel.context = 3",       "parallel.pipeline = 4",          "parallel.virtual_stages = 2",
-      "parallel.expert_tensor = 2",   "parallel.zero = 1",          "train.recompute = \"full\"",     "balance.scope = \"global\"",
-      "balance.bias_rate = 0.001",    "balance.capacity_factor = 1.25", "checkpoint.asynchronous = true", "log.tensorboard = true"};
+  const std::vector<std::string> expected = {"parallel.tensor = 2",
+                                             "parallel.context = 3",
+                                             "parallel.pipeline = 4",
+                                             "parallel.virtual_stages = 2",
+                                             "parallel.expert_tensor = 2",
+                                             "parallel.zero = 1",
+                                             "train.recompute = \"full\"",
+                                             "balance.scope = \"global\"",
+                                             "balance.bias_rate = 0.001",
+                                             "balance.capacity_factor = 1.25",
+                                             "checkpoint.asynchronous = true",
+                                             "log.tensorboard = true"};
   const std::vector<std::string> found = not_built(unusual_run());
   ASSERT_EQ(found.size(), expected.size());
   for (size_t i = 0; i < found.size(); ++i) EXPECT_EQ(found[i], expected[i] + ": not built yet");

@@ -37,7 +37,8 @@ const std::vector<Case> kLayouts = {{{}, 1},
                                     {{.tensor = 4, .pipeline = 2, .expert = 4}, 16},
                                     {{.tensor = 2, .context = 2, .pipeline = 5, .expert = 2, .expert_tensor = 2}, 40}};
 
-// Every element of the model is in exactly as many boxes as the layout says there are holders; summed over distinct boxes it is there once.
+// Every element of the model is in exactly as many boxes as the layout says there are holders; summed over distinct
+// boxes it is there once.
 TEST(MemoryPlan, BoxesOverDistinctCoordinatesAddUpToTheModel) {
   for (const bool tied : {false, true}) {
     for (const Case& c : kLayouts) {
@@ -57,11 +58,13 @@ TEST(MemoryPlan, BoxesOverDistinctCoordinatesAddUpToTheModel) {
   }
 }
 
-// Where nothing is replicated inside a replica group, the planner's parameters over all ranks are the model times its copies.
+// Where nothing is replicated inside a replica group, the planner's parameters over all ranks are the model times its
+// copies.
 TEST(MemoryPlan, ParametersOfAllRanksAreTheModelTimesItsCopies) {
   const Architecture a = small(8);
   int64_t expert_parameters = 0;
-  for (const ParameterSpec& spec : catalogue(a)) expert_parameters += spec.role == Role::expert ? elements(spec.shape) : 0;
+  for (const ParameterSpec& spec : catalogue(a))
+    expert_parameters += spec.role == Role::expert ? elements(spec.shape) : 0;
   const int64_t other = count_parameters(a).total - expert_parameters;
   for (const Case& c : {kLayouts[0], kLayouts[1], kLayouts[2], Case{{.pipeline = 5, .expert = 2}, 20}}) {
     const Layout layout = Layout::even(Grid(c.parallel, c.world), a);
@@ -122,7 +125,9 @@ TEST(MemoryPlan, ActivationsGrowAsTheyShould) {
   const Architecture a = small(8);
   const Layout one = Layout::even(Grid({}, 1), a);
   RunConfig run = run_with({});
-  const auto activations = [&](const Layout& layout, int rank) { return rank_memory(a, run, layout, rank).activations; };
+  const auto activations = [&](const Layout& layout, int rank) {
+    return rank_memory(a, run, layout, rank).activations;
+  };
   const int64_t base = activations(one, 0);
   run.train.micro_batch = 4;
   EXPECT_EQ(activations(one, 0), 4 * base);
@@ -133,7 +138,8 @@ TEST(MemoryPlan, ActivationsGrowAsTheyShould) {
   EXPECT_LT(activations(one, 0), selective);
 
   run = run_with({.tensor = 2});
-  EXPECT_EQ(activations(Layout::even(Grid(run.parallel, 2), a), 0), base / 2) << "sequence parallelism cuts all of them";
+  EXPECT_EQ(activations(Layout::even(Grid(run.parallel, 2), a), 0), base / 2)
+      << "sequence parallelism cuts all of them";
   run = run_with({.pipeline = 2});
   const Layout piped = Layout::even(Grid(run.parallel, 2), a);
   EXPECT_GT(activations(piped, 0), 0);
@@ -147,7 +153,8 @@ TEST(LayoutCheck, SmallestWorld) {
   EXPECT_EQ(smallest_world({.pipeline = 4, .expert = 8}), 32);
   EXPECT_EQ(smallest_world({.tensor = 4, .pipeline = 2, .expert = 2}), 8) << "experts fold into the tensor axis";
   EXPECT_EQ(smallest_world({.tensor = 4, .context = 3, .expert = 8}), 24);
-  for (const ParallelSection& p : {ParallelSection{.tensor = 6, .expert = 4}, ParallelSection{.context = 2, .expert = 3, .expert_tensor = 2}}) {
+  for (const ParallelSection& p :
+       {ParallelSection{.tensor = 6, .expert = 4}, ParallelSection{.context = 2, .expert = 3, .expert_tensor = 2}}) {
     const auto world = static_cast<int>(smallest_world(p));
     EXPECT_NO_THROW(Grid(p, world));
     for (int fewer = 1; fewer < world; ++fewer) EXPECT_THROW(Grid(p, fewer), UserError) << fewer;
@@ -162,7 +169,9 @@ TEST(LayoutCheck, NamesEverythingThatDoesNotDivide) {
   const LayoutCheck check = check_layout(run, a, 6);
   ASSERT_EQ(check.problems.size(), 3u);
   EXPECT_NE(check.problems[0].find("tensor = 3 does not divide num_attention_heads = 8"), std::string::npos);
-  EXPECT_NE(check.problems[1].find("train.global_batch = 5 is not a multiple of train.micro_batch = 1 times the 2 data-parallel ranks"), std::string::npos);
+  EXPECT_NE(check.problems[1].find(
+                "train.global_batch = 5 is not a multiple of train.micro_batch = 1 times the 2 data-parallel ranks"),
+            std::string::npos);
   EXPECT_NE(check.problems[2].find("train.sequence = 32 is not a multiple of 3"), std::string::npos);
 
   run = run_with({.expert = 3});
@@ -174,7 +183,8 @@ TEST(LayoutCheck, NamesEverythingThatDoesNotDivide) {
   const LayoutCheck late = check_layout(run, a, 6);
   ASSERT_EQ(late.problems.size(), 2u);
   EXPECT_NE(late.problems[0].find("is not a multiple of 6 (tensor 1 x 2 x context 3)"), std::string::npos);
-  EXPECT_NE(late.problems[1].find("pipeline 2 x virtual_stages 2 = 4 does not divide num_hidden_layers = 5"), std::string::npos);
+  EXPECT_NE(late.problems[1].find("pipeline 2 x virtual_stages 2 = 4 does not divide num_hidden_layers = 5"),
+            std::string::npos);
   EXPECT_TRUE(check_layout(run_with({.expert = 4}), a, 4).problems.empty());
 }
 
@@ -194,11 +204,14 @@ TEST(Target, TheSourceAsItIsOrItsMixture) {
 
   EXPECT_EQ(choose_target(run, mixture, true).architecture, mixture) << "[moe] agrees";
   run.moe.top_k = 4;
-  EXPECT_NE(user_error([&] { choose_target(run, mixture, true); }).find("a mixture of 8 experts, top-2, but [moe] asks for experts = 8, top_k = 4"),
+  EXPECT_NE(user_error([&] {
+              choose_target(run, mixture, true);
+            }).find("a mixture of 8 experts, top-2, but [moe] asks for experts = 8, top_k = 4"),
             std::string::npos);
   run.moe = {};
   run.moe.max_parameters = 1000;
-  EXPECT_NE(user_error([&] { choose_target(run, dense, true); }).find("more than moe.max_parameters = 1000"), std::string::npos);
+  EXPECT_NE(user_error([&] { choose_target(run, dense, true); }).find("more than moe.max_parameters = 1000"),
+            std::string::npos);
 }
 
 }  // namespace
