@@ -24,9 +24,11 @@ std::string with_prefix(double number) {
 
 std::string bytes(int64_t number) { return with_prefix(static_cast<double>(number)) + "B"; }
 
-std::string billions(int64_t number) {
+/// Parameters as the field writes them: "89.65 B", "5.38 M".
+std::string parameter_count(int64_t number) {
   char out[32];
-  std::snprintf(out, sizeof out, "%.2f B", static_cast<double>(number) / 1e9);
+  const bool small = number < 1000000000;
+  std::snprintf(out, sizeof out, "%.2f %s", static_cast<double>(number) / (small ? 1e6 : 1e9), small ? "M" : "B");
   return out;
 }
 
@@ -96,7 +98,7 @@ std::string list(const std::string& title, const std::vector<std::string>& lines
 std::string to_text(const Plan& plan) {
   const auto tokens = static_cast<double>(plan.run.train.global_batch * plan.run.train.sequence);
   std::string out = text(plan.run.run.name, ": ", describe_model(plan.target.architecture), "\n", "  parameters   ",
-                         billions(plan.parameters.total), " total, ", billions(plan.parameters.active), " active\n",
+                         parameter_count(plan.parameters.total), " total, ", parameter_count(plan.parameters.active), " active\n",
                          "  source       ", plan.source, "\n", "  step 0       ", describe_start(plan), "\n",
                          "  compute      ", with_prefix(plan.flops_per_token), "FLOP per token, ",
                          with_prefix(plan.flops_per_token * tokens), "FLOP per step of ", with_prefix(tokens),
