@@ -8,7 +8,7 @@
 
 namespace upcycle {
 
-std::string digest(const CheckpointReader& reader) {
+std::string digest(const CheckpointReader& reader, const SeePart& also) {
   struct Free {
     void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
   };
@@ -21,6 +21,7 @@ std::string digest(const CheckpointReader& reader) {
       XXH3_128bits_update(state.get(), title.data(), title.size());
       reader.stream(file, name, [&](const Tensor& part) {
         XXH3_128bits_update(state.get(), part.const_data_ptr(), part.nbytes());
+        if (also) also(file, name, part);
       });
     }
   }

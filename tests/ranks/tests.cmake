@@ -20,3 +20,9 @@ ranks_test(snapshot RANKS 1 2 4 LINK train)
 ranks_test(checkpoint RANKS 1 2 4 LINK checkpoint)
 target_compile_definitions(ranks_checkpoint PRIVATE UPCYCLE_PYTHON="${UPCYCLE_PYTHON}")
 ranks_test(dispatcher RANKS 1 2 4 LINK moe)
+
+# The numbers of one rank are what the others are held against.
+ranks_test(layout_invariance RANKS 1 2 4 LINK train)
+target_compile_definitions(ranks_layout_invariance PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/layout_invariance")
+set_tests_properties(ranks.layout_invariance.1 PROPERTIES FIXTURES_SETUP layout_reference)
+set_tests_properties(ranks.layout_invariance.2 ranks.layout_invariance.4 PROPERTIES FIXTURES_REQUIRED layout_reference)

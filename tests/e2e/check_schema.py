@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Holds a checkpoint against checkpoints-schema/. Usage: check_schema.py CHECKPOINT; exit code 1 and a line for every problem."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import h5py
+
+SCHEMA = Path(__file__).resolve().parents[2] / "checkpoints-schema"
+KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+KEYWORDS = {"$schema", "title", "type", "required", "properties", "additionalProperties", "items", "const", "enum", "minimum", "minLength"}
+
+
+def violations(value, schema, where):
+    """The part of JSON Schema that manifest.schema.json uses; a keyword that is not understood is an error, not a pass."""
+    assert schema.keys() <= KEYWORDS, f"the schema uses {schema.keys() - KEYWORDS}, which this checker does not know"
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and (isinstance(value, bool) or not any(isinstance(value, KINDS[kind]) for kind in kinds)):
+        return [f"{where}: {value!r} is no {' or '.join(kinds)}"]
+    found = []
+    if "const" in schema and value != schema["const"]:
+        found.append(f"{where}: {value!r} is not {schema['const']!r}")
+    if "enum" in schema and value not in schema["enum"]:
+        found.append(f"{where}: {value!r} is none of {schema['enum']}")
+    if "minimum" in schema and value < schema["minimum"]:
+        found.append(f"{where}: {value} is below {schema['minimum']}")
+    if "minLength" in schema and len(value) < schema["minLength"]:
+        found.append(f"{where}: too short")
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            found += violations(item, schema.get("items", {}), f"{where}[{i}]")
+    if isinstance(value, dict):
+        found += [f"{where}: '{key}' is missing" for key in schema.get("required", []) if key not in value]
+        for key, item in value.items():
+            rest = schema.get("additionalProperties", {})
+            inner = schema.get("properties", {}).get(key, rest)
+            found += [f"{where}: '{key}' is unknown"] if inner is False else violations(item, inner, f"{where}.{key}")
+    return found
+
+
+def dtype_of(dataset, dtypes):
+    kind = dataset.id.get_type()
+    if not isinstance(kind, h5py.h5t.TypeFloatID):
+        return str(dataset.dtype)
+    form = {"size": kind.get_size(), "fields": list(kind.get_fields()), "exponent_bias": kind.get_ebias()}
+    little = kind.get_order() == h5py.h5t.ORDER_LE and kind.get_norm() == h5py.h5t.NORM_IMPLIED
+    return next((name for name, known in dtypes.items() if known == form and little), f"float {form}")
+
+
+def tensors_of(path):
+    tensors = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda place, item: tensors.update({place: item}) if isinstance(item, h5py.Dataset) else None)
+        yield from tensors.items()
+
+
+def check_file(path, rules, schema, stated):
+    problems, names, total = [], set(), 0
+    for place, dataset in tensors_of(path):
+        name, dtype = place.replace("/", "."), dtype_of(dataset, schema["dtypes"])
+        where = f"{path.name}: {name}"
+        names.add(name)
+        total += dataset.id.get_type().get_size() * dataset.size
+        allowed = ["float32"] if re.search(schema["always_float32"], name) else rules["dtypes"]
+        if dtype not in allowed:
+            problems.append(f"{where}: {dtype} is none of {allowed}")
+        if sorted(dataset.attrs) != sorted(schema["attributes"]):
+            problems.append(f"{where}: attributes {sorted(dataset.attrs)}")
+        elif (dataset.attrs["name"], dataset.attrs["dtype"]) != (name.encode(), dtype.encode()):
+            problems.append(f"{where}: attributes say {dict(dataset.attrs)}")
+        if dataset.chunks or dataset.compression or dataset.id.get_offset() is None:
+            problems.append(f"{where}: not contiguous")
+    if stated != {"count": len(names), "bytes": total}:
+        problems.append(f"{path.name}: {len(names)} tensors of {total} bytes, the manifest says {stated}")
+    return problems, names
+
+
+def check(checkpoint):
+    """All problems of a checkpoint, one line each."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    problems = violations(manifest, json.loads((SCHEMA / "manifest.schema.json").read_text()), "manifest.json")
+    schema = json.loads((SCHEMA / "tensors.json").read_text())
+    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+    del files["manifest.json"]
+    if files != manifest["files"]:
+        problems.append(f"files: {files}, the manifest says {manifest['files']}")
+    if len({name in files for name in schema["together"]}) != 1:
+        problems.append(f"only one of {schema['together']} is there")
+    names = {}
+    for file in sorted(name for name in files if name.endswith(".h5")):
+        if file not in schema["files"]:
+            problems.append(f"{file} is not in tensors.json")
+            continue
+        found, names[file] = check_file(checkpoint / file, schema["files"][file], schema, manifest["tensors"].get(file))
+        problems += found
+    for file, rules in schema["files"].items():
+        if file not in names:
+            problems += [f"{file} is missing"] if rules["required"] else []
+        elif names[file] - names["weights.h5"] or (rules["parameters"] == "all" and names[file] != names["weights.h5"]):
+            problems.append(f"{file}: not the parameters of weights.h5")
+    return problems
+
+
+if __name__ == "__main__":
+    lines = check(Path(sys.argv[1]))
+    print("\n".join(lines) if lines else f"{sys.argv[1]}: as checkpoints-schema says")
+    sys.exit(bool(lines))

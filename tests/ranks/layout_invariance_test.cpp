@@ -1,0 +1,159 @@
+// Training is the same on any layout: losses, norms and balance losses of 20 steps on 2 and 4 ranks, data and expert parallel, are
+// those of one rank. The run on one rank leaves its numbers in the build tree for the others (a CTest fixture).
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <iomanip>
+#include <limits>
+#include <numeric>
+
+#include "base/autograd.hpp"
+#include "base/error.hpp"
+#include "base/rng.hpp"
+#include "support/numbers.hpp"
+#include "train/start.hpp"
+#include "train/trainer.hpp"
+
+namespace upcycle {
+namespace {
+
+constexpr int64_t kSteps = 20;
+
+struct Case {
+  const char* name;
+  bool renormalise;
+  bool tied;
+  int64_t micro_batch;
+  uint64_t seed;   ///< one at which no router ever chooses by a hair's breadth; the test asserts it
+};
+
+Architecture tiny(const Case& c) {
+  Architecture a;
+  a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = 16, a.ffn = 48, a.vocab = 96, a.tied = c.tied;
+  a.experts = 8, a.top_k = 2, a.expert_ffn = 24, a.renormalise = c.renormalise, a.dense_layers = {1};
+  return a;
+}
+
+RunConfig run_of(const Case& c, int64_t expert) {
+  RunConfig run;
+  run.train.steps = kSteps, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = c.micro_batch;
+  run.train.precision = Precision::fp32;
+  run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.clip = 1.0;
+  run.balance.aux = 0.05, run.balance.z = 0.01;
+  run.parallel.expert = expert;
+  return run;
+}
+
+/// Matrices keep the size of what they multiply; routers are random and decided.
+Fill weights_of(const Case& c) {
+  return [c](const ParameterSpec& spec, const Box& box, Tensor target) {
+    Tensor x = normal(spec.shape, Random(c.seed, spec.name).bits(0));
+    const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
+    if (spec.role == Role::norm) {
+      x = 1 + 0.2 * x;
+    } else {
+      x = x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
+    }
+    for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
+    target.copy_(x);
+  };
+}
+
+/// The smallest distance between the last chosen and the first rejected logit over this rank's tokens of the next step. Collective.
+double smallest_gap(Stage& stage, const Mesh& mesh, const RunConfig& run, const Sampler& sampler, int64_t position) {
+  const Unrecorded guard;
+  double smallest = std::numeric_limits<double>::infinity();
+  const int64_t stride = run.train.micro_batch * mesh.grid().size(Axis::data);
+  for (int64_t first = run.train.micro_batch * mesh.here()[Axis::data]; first < run.train.global_batch; first += stride) {
+    Tensor x = stage.embed(sampler.batch(position + first, run.train.micro_batch).tokens_BS);
+    for (Block& block : stage.layers()) {
+      const Tensor attended = block.attend(x, stage.rotary(x.size(1))), h = block.feed_forward_input(attended);
+      if (MoeLayer* moe = block.moe()) {
+        const Tensor best = std::get<0>(moe->router().logits(h.reshape({-1, h.size(-1)})).sort(int64_t{1}, /*descending=*/true));
+        const int64_t top_k = stage.architecture().top_k;
+        smallest = std::min(smallest, (best.select(1, top_k - 1) - best.select(1, top_k)).min().item<double>());
+      }
+      x = attended + block.feed_forward(h, {});
+    }
+  }
+  return smallest;
+}
+
+struct Curve {
+  std::vector<StepReport> steps;
+  double gap = std::numeric_limits<double>::infinity();   ///< over all tokens of this rank, layers and steps
+};
+
+Curve train(const Case& c, int64_t expert) {
+  const RunConfig run = run_of(c, expert);
+  const Mesh mesh(Grid(run.parallel, world_size()));
+  const Architecture architecture = tiny(c);
+  Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
+  stage.weights().allocate(at::kFloat, at::kCPU);
+  fill_masters(stage.weights(), weights_of(c));
+  Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
+  const Sampler sampler({{1.0, "mock"}}, {1, 0, 0}, Split::train, run.train.sequence, architecture.vocab, c.seed);
+  Trainer trainer(run, mesh, stage, optimizer, sampler);
+  Curve curve;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    curve.gap = std::min(curve.gap, smallest_gap(stage, mesh, run, sampler, trainer.state().position));
+    curve.steps.push_back(read(trainer.step()));
+  }
+  return curve;
+}
+
+std::filesystem::path reference_of(const Case& c) { return std::filesystem::path(UPCYCLE_REFERENCE_DIR) / (std::string(c.name) + ".txt"); }
+
+void store(const Curve& curve, const std::filesystem::path& path) {
+  std::filesystem::create_directories(path.parent_path());
+  std::ofstream out(path);
+  out << std::setprecision(17);
+  for (const StepReport& step : curve.steps) {
+    out << step.loss << ' ' << step.gradient_norm << ' ' << step.aux_loss << ' ' << step.z_loss << '\n';
+  }
+}
+
+Curve load(const std::filesystem::path& path) {
+  std::ifstream in(path);
+  Curve curve;
+  for (StepReport step; in >> step.loss >> step.gradient_norm >> step.aux_loss >> step.z_loss;) curve.steps.push_back(step);
+  return curve;
+}
+
+class LayoutInvariance : public testing::TestWithParam<Case> {};
+
+TEST_P(LayoutInvariance, LossesAreThoseOfOneRank) {
+  const Case& c = GetParam();
+  if (world_size() == 1) {
+    const Curve one = train(c, 1);
+    EXPECT_LT(one.steps.back().loss, one.steps.front().loss - 0.2) << "weights that do not move prove nothing";
+    store(one, reference_of(c));
+  }
+  const Curve one = load(reference_of(c));
+  ASSERT_EQ(one.steps.size(), static_cast<size_t>(kSteps)) << "run this test on one rank first: it leaves " << reference_of(c);
+  for (int64_t expert = 1; expert <= world_size(); expert *= 2) {
+    SCOPED_TRACE(text("expert = ", expert));
+    const Curve ours = train(c, expert);
+    EXPECT_GT(ours.gap, 1e-5) << "a router chose by a hair's breadth: take another seed";
+    for (int64_t step = 0; step < kSteps; ++step) {
+      SCOPED_TRACE(text("step ", step + 1));
+      const StepReport &a = ours.steps[static_cast<size_t>(step)], &b = one.steps[static_cast<size_t>(step)];
+      const double bound = step < 5 ? 1e-6 : 1e-5;
+      EXPECT_NEAR(a.loss, b.loss, bound * b.loss);
+      EXPECT_NEAR(a.aux_loss, b.aux_loss, bound * b.aux_loss);
+      EXPECT_NEAR(a.z_loss, b.z_loss, bound * b.z_loss);
+      EXPECT_NEAR(a.gradient_norm, b.gradient_norm, 10 * bound * b.gradient_norm);
+      EXPECT_FALSE(a.skipped);
+      ASSERT_EQ(a.tokens_per_expert.size(), 2U);
+      for (const auto& layer : a.tokens_per_expert) EXPECT_EQ(std::accumulate(layer.begin(), layer.end(), int64_t{0}), 8 * 16 * 2);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, LayoutInvariance,
+                         testing::Values(Case{"renormalised", true, true, 1, 1}, Case{"plain", false, false, 2, 2}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace upcycle
