@@ -10,3 +10,11 @@ if(UPCYCLE_CUDA)
       ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
   endforeach()
 endif()
+
+# The quickstart's training on the GPU against the CPU; needs what tools/quickstart has made.
+if(UPCYCLE_CUDA AND EXISTS ${PROJECT_SOURCE_DIR}/runs/quickstart/hf-dense)
+  add_test(NAME gpu.quickstart COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/quickstart_on_gpu.py $<TARGET_FILE:upcycle>
+    WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+  set_tests_properties(gpu.quickstart PROPERTIES LABELS gpu TIMEOUT 900 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+endif()
