@@ -40,13 +40,15 @@ class DenseFeedForward {
 };
 
 // Both models side by side, layer by layer. They share all weights but the feed-forwards, so the dense one needs only those.
-FunctionLevel compare(Stage& stage, const Recipe& recipe, const ReadDense& read, const Batch& batch) {
+FunctionLevel compare(Stage& stage, const Recipe& recipe, const ReadDense& read, const Batch& batch,
+                      const std::function<void()>& alive) {
   const Tensor embedded = stage.embed(batch.tokens_BS);
   const RotaryTable& table = stage.rotary(batch.tokens_BS.size(1));
   FunctionLevel level;
   level.precision = long_name(embedded.scalar_type());
   Tensor dense = embedded, moe = embedded;
   for (Block& block : stage.layers()) {
+    alive();
     log::progress(text("certificate, ", level.precision, ": layer ", block.layer() + 1, "/", recipe.moe.layers));
     dense = block.attend(dense, table);
     moe = block.attend(moe, table);
@@ -70,10 +72,11 @@ FunctionLevel compare(Stage& stage, const Recipe& recipe, const ReadDense& read,
 }  // namespace
 
 Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const ReadDense& read, const Sampler& tokens,
-                    const RunConfig& config) {
+                    const RunConfig& config, const std::function<void()>& alive) {
   const Unrecorded guard;
   Certificate certificate(recipe);
   for (const Weight& weight : stage.weights().all()) {
+    alive();
     for (const Part& part : weight.parts) {
       certificate.weights.check(part.spec, part.box, part.of(weight.parameter.master).cpu(), recipe, read);
     }
@@ -89,9 +92,9 @@ Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const 
                     all.labels_BS.narrow(1, 0, length).contiguous().to(device)};
   {
     const ComputeWithMasters fp32(stage.weights());
-    certificate.functions.push_back(compare(stage, recipe, read, batch));
+    certificate.functions.push_back(compare(stage, recipe, read, batch, alive));
   }
-  if (config.train.precision != Precision::fp32) certificate.functions.push_back(compare(stage, recipe, read, batch));
+  if (config.train.precision != Precision::fp32) certificate.functions.push_back(compare(stage, recipe, read, batch, alive));
 
   const std::vector<std::string> evidence = mesh.world().all_gather(certificate.pack());
   for (int rank = 0; rank < mesh.world().size(); ++rank) {

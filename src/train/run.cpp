@@ -30,10 +30,12 @@ class Stopwatch {
 // One run, from its first to its last step. Members in the order in which they come about.
 class Run {
  public:
-  Run(const RunConfig& config, Mesh& mesh, Setup& setup, at::Device device)
+  Run(const RunConfig& config, Mesh& mesh, Setup& setup, Watchdog& watchdog, const RunLock* lock, at::Device device)
       : config_(config),
         mesh_(mesh),
         setup_(setup),
+        watchdog_(watchdog),
+        lock_(lock),
         checkpoints_(setup.directory / "checkpoints"),
         stage_(setup.target.architecture, Layout::even(mesh.grid(), setup.target.architecture), mesh) {
     stage_.weights().allocate(compute_dtype(config.train.precision), device);
@@ -46,9 +48,11 @@ class Run {
     const auto read = [&](const std::string& name, const Box& box) { return setup_.source->read(name, box); };
     fill_masters(stage_.weights(), setup_.target.recipe   ? grown(*setup_.target.recipe, read)
                                    : setup_.source ? as_they_are(read)
-                                                   : random(setup_.target.architecture, static_cast<uint64_t>(config_.run.seed)));
+                                                   : random(setup_.target.architecture, static_cast<uint64_t>(config_.run.seed)),
+                 [&] { alive(0, "filling weights"); });
     if (setup_.target.recipe && config_.upcycle.certify) {
-      const Certificate certificate = certify(stage_, mesh_, *setup_.target.recipe, read, *setup_.train, config_);
+      const Certificate certificate = certify(stage_, mesh_, *setup_.target.recipe, read, *setup_.train, config_,
+                                              [&] { alive(0, "certifying"); });
       log::info(certificate.table());
       setup_.record.texts["certificate.json"] = certificate.to_json().dump(2) + "\n";
       setup_.record.provenance["certificate"] = certificate.passed() ? "passed" : "failed";
@@ -65,7 +69,7 @@ class Run {
     return restore_checkpoint(*setup_.resume, stage_.weights(), &optimizer);
   }
 
-  int train(RunLock* lock, Watchdog& watchdog) {
+  int train() {
     Optimizer optimizer(stage_.weights(), config_.optimizer, config_.router_lr_scale());
     Trainer trainer(config_, mesh_, stage_, optimizer, *setup_.train);
     TrainingState& state = trainer.state();
@@ -103,8 +107,7 @@ class Run {
       PendingReport launched = trainer.step();
       launch_seconds = launch.seconds();
       settle(std::move(launched));
-      watchdog.beat(state.step);
-      if (lock) lock->touch();
+      alive(state.step, "training");
       const bool last = state.step == config_.train.steps;
       const bool validates = setup_.validation && (state.step % config_.validate.every == 0 || last);
       const bool saves = state.step % config_.checkpoint.every == 0 || last;
@@ -114,7 +117,7 @@ class Run {
         metrics.validation(state.step, state.position, trainer.validate(*setup_.validation, config_.validate.batches));
       }
       if (saves) save(&optimizer, state), saved = state.step;
-      watchdog.beat(state.step);
+      alive(state.step, "training");
     }
     settle({});
     if (state.step < config_.train.steps) {
@@ -130,8 +133,15 @@ class Run {
   }
 
  private:
+  // Tells the watchdog, and other jobs that want this directory, that this one is at work.
+  void alive(int64_t step, const char* doing) {
+    watchdog_.beat(step, doing);
+    if (lock_) lock_->touch();
+  }
+
   void save(Optimizer* optimizer, const TrainingState& state) {
-    const auto folder = save_checkpoint(checkpoints_, mesh_, stage_.weights(), optimizer, state, setup_.record);
+    const auto folder = save_checkpoint(checkpoints_, mesh_, stage_.weights(), optimizer, state, setup_.record,
+                                        [&] { alive(state.step, "writing a checkpoint"); });
     log::info("saved " + folder.string());
     if (mesh_.world().rank() == 0) remove_old(checkpoints_, config_.checkpoint.keep, config_.checkpoint.keep_every);
   }
@@ -139,6 +149,8 @@ class Run {
   const RunConfig& config_;
   Mesh& mesh_;
   Setup& setup_;
+  Watchdog& watchdog_;
+  const RunLock* lock_;   ///< of rank 0; null on the others
   std::filesystem::path checkpoints_;
   Stage stage_;
 };
@@ -171,9 +183,9 @@ int run_training(const RunConfig& config, Mesh& mesh) {
                  mesh.grid().size(Axis::data), ", expert ", mesh.grid().size(Axis::expert), ") on ", device::name(device), ", tensors by ",
                  mesh.transport()));
   Watchdog watchdog(setup->directory, world.rank(), world.size(), config.timeout_seconds());
-  Run run(config, mesh, *setup, device);
+  Run run(config, mesh, *setup, watchdog, lock ? &*lock : nullptr, device);
   if (!setup->resume) run.begin();                                       // 4. grow, certify, store step 0
-  return run.train(lock ? &*lock : nullptr, watchdog);                   // 5. train
+  return run.train();                  // 5. train
 }
 
 }  // namespace upcycle

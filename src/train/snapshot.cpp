@@ -3,7 +3,6 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
 
-#include <functional>
 
 #include "base/autograd.hpp"
 #include "base/dtype.hpp"
@@ -67,7 +66,8 @@ nlohmann::json layout_record(const Grid& grid) {
 }  // namespace
 
 std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh& mesh, Weights& weights,
-                                      Optimizer* optimizer, const TrainingState& state, const RunRecord& record) {
+                                      Optimizer* optimizer, const TrainingState& state, const RunRecord& record,
+                                      const std::function<void()>& alive) {
   const Unrecorded guard;
   const Communicator& world = mesh.world();
   const std::filesystem::path folder = checkpoints / step_directory(state.step);
@@ -77,13 +77,17 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
   const auto master = [&](size_t index) { return weights.all()[index].parameter.master; };
 
   CheckpointWriter writer(folder, world);
-  writer.add(kWeightsFile, pieces(weights, value, mine));
+  const auto add = [&](const char* file, const std::vector<Piece>& pieces) {
+    writer.add(file, pieces);
+    alive();
+  };
+  add(kWeightsFile, pieces(weights, value, mine));
   if (!keep_master.empty()) {
-    writer.add(kMastersFile, pieces(weights, master, [&](const Part& p) { return mine(p) && keep_master.contains(p.spec.name); }));
+    add(kMastersFile, pieces(weights, master, [&](const Part& p) { return mine(p) && keep_master.contains(p.spec.name); }));
   }
   if (optimizer) {
-    writer.add(kFirstMomentsFile, pieces(weights, [&](size_t index) { return optimizer->exp_avg(index); }, mine));
-    writer.add(kSecondMomentsFile, pieces(weights, [&](size_t index) { return optimizer->exp_avg_sq(index); }, mine));
+    add(kFirstMomentsFile, pieces(weights, [&](size_t index) { return optimizer->exp_avg(index); }, mine));
+    add(kSecondMomentsFile, pieces(weights, [&](size_t index) { return optimizer->exp_avg_sq(index); }, mine));
   }
   for (const auto& [name, content] : record.texts) writer.add_text(name, content);
 

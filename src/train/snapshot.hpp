@@ -1,5 +1,6 @@
 #pragma once
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -23,9 +24,9 @@ struct RunRecord {
 
 /// **Collective.** Writes <checkpoints>/step-NNNNNNNN: weights in the compute dtype, masters of those that rounding changed, and,
 /// with an optimizer, its moments. Each slice is written by one of the ranks that hold it, spread over them.
-/// Returns the folder. Throws UserError on all ranks when the disk is full; earlier checkpoints stay as they are.
+/// Returns the folder; calls `alive` after each file. Throws UserError on all ranks when the disk is full; earlier checkpoints stay as they are.
 std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh&, Weights&, Optimizer* optimizer,
-                                      const TrainingState&, const RunRecord&);
+                                      const TrainingState&, const RunRecord&, const std::function<void()>& alive = [] {});
 
 /// Bytes of a checkpoint over all ranks.
 struct CheckpointBytes {

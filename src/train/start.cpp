@@ -7,7 +7,7 @@
 
 namespace upcycle {
 
-void fill_masters(Weights& weights, const Fill& fill) {
+void fill_masters(Weights& weights, const Fill& fill, const std::function<void()>& alive) {
   const Unrecorded guard;
   size_t done = 0;
   for (Weight& weight : weights.all()) {
@@ -22,6 +22,7 @@ void fill_masters(Weights& weights, const Fill& fill) {
       }
     }
     ++done;
+    alive();
     log::progress("filling weights " + std::to_string(done) + "/" + std::to_string(weights.all().size()));
   }
   weights.publish();

@@ -12,8 +12,9 @@ namespace upcycle {
 /// Fills `target` (CPU, fp32, box.size) with `box` of parameter `spec`.
 using Fill = std::function<void(const ParameterSpec& spec, const Box& box, Tensor target)>;
 
-/// Calls `fill` for every part of every master of this rank, then publishes masters into values.
-void fill_masters(Weights&, const Fill& fill);
+/// Calls `fill` for every part of every master of this rank, then publishes masters into values. `alive` is called after each
+/// weight: a large model takes longer than a watchdog waits.
+void fill_masters(Weights&, const Fill& fill, const std::function<void()>& alive = [] {});
 
 /// The three ways: grown out of a dense model, taken as they are, random.
 Fill grown(const Recipe&, const ReadDense& read);
