@@ -55,7 +55,9 @@ int explain_mistake(const std::exception& error) {
 }
 
 int explain_fault(const std::exception& error) {
-  std::cerr << text("upcycle: rank ", own_rank(), ": ", error.what(), "\n") << std::flush;
+  std::string what = error.what();
+  what = what.substr(0, what.find("\nException raised from"));   // LibTorch appends its call stack, which helps no user
+  std::cerr << text("upcycle: rank ", own_rank(), ": ", what, "\n") << std::flush;
   if (world_size() > 1) abort_all_ranks(kExitFault);
   return kExitFault;
 }
