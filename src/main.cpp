@@ -1,3 +1,4 @@
+#include <csignal>
 #include <optional>
 
 #include "base/error.hpp"
@@ -7,6 +8,7 @@
 
 int main(int argc, char** argv) {
   using namespace upcycle;
+  std::signal(SIGXFSZ, SIG_IGN);   // a write beyond `ulimit -f` then fails like one on a full disk, and is explained
   std::optional<MpiSession> mpi;
   try {
     const Arguments arguments = parse_arguments(argc, argv);

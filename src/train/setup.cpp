@@ -100,6 +100,48 @@ void make_record(const RunConfig& config, Setup& setup) {
   for (const std::filesystem::path& file : files) record.texts["tokenizer/" + file.filename().string()] = content_of(file);
 }
 
+// Another program's checkpoint is not damage: going on behind it would leave its steps aside without a word.
+void refuse_other_schemas(const std::filesystem::path& directory) {
+  std::error_code none;
+  for (const auto& entry : std::filesystem::directory_iterator(directory / "checkpoints", none)) {
+    if (!step_of(entry.path().filename().string()) || !std::filesystem::exists(entry.path() / kManifestFile)) continue;
+    const auto manifest = nlohmann::json::parse(content_of(entry.path() / kManifestFile), nullptr, false);
+    if (manifest.is_object() && manifest.contains("schema_version") && manifest["schema_version"] != kSchemaVersion) {
+      read_manifest(entry.path());   // says which version, and what to do
+    }
+  }
+}
+
+// The newest valid checkpoint of the run directory; nothing in a new one. A run whose checkpoints are all damaged does not start
+// again from its source behind the user's back.
+std::optional<std::filesystem::path> find_resume(const RunConfig& config) {
+  const std::filesystem::path directory = config.run.directory;
+  refuse_other_schemas(directory);
+  std::vector<std::string> refused;
+  const auto newest = newest_checkpoint(directory, &refused);
+  if (newest) {
+    for (const std::string& line : refused) log::warning(line);
+    return newest;
+  }
+  if (refused.empty()) return std::nullopt;
+  std::string lines;
+  for (const std::string& line : refused) lines += "\n  " + line;
+  fail("run.directory = ", directory.string(), " has checkpoints, but none is valid:", lines,
+       "\nRepair one, or move them away to start again from the source");
+}
+
+// A resumed run trains what its checkpoint holds. A dense one cannot grow experts any more: growing is what comes before step 0.
+void refuse_other_model(const RunConfig& config, const CheckpointReader& resume, const Architecture& stored) {
+  const std::string where = resume.folder().string();
+  while_doing("resuming from " + where, [&] {
+    if (config.moe.experts > 0 && !stored.is_moe()) {
+      fail("it is a dense model, but [moe] asks for ", config.moe.experts, " experts. Give the mixture a run.directory of its own (",
+           "source.model = \"", where, "\" works, too), or leave [moe] out to train the dense model on");
+    }
+    choose_target(config, stored, true);   // refuses a mixture that [moe] contradicts
+  });
+}
+
 }  // namespace
 
 at::ScalarType compute_dtype(Precision precision) { return precision == Precision::bf16 ? at::kBFloat16 : at::kFloat; }
@@ -108,11 +150,10 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
   Setup setup;
   setup.directory = config.run.directory;
   check_run_directory(setup.directory, config);
-  std::vector<std::string> refused;
-  if (const auto newest = newest_checkpoint(setup.directory, &refused)) setup.resume.emplace(*newest);
-  for (const std::string& line : refused) log::warning(line);
+  if (const auto newest = find_resume(config)) setup.resume.emplace(*newest);
   if (setup.resume) {
     setup.target.architecture = architecture_from_hf(setup.resume->manifest().architecture, setup.resume->folder().string());
+    refuse_other_model(config, *setup.resume, setup.target.architecture);
   } else {
     if (!config.source.model.empty()) {
       setup.source.emplace(config.source.model);
