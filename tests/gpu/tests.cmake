@@ -18,3 +18,12 @@ if(UPCYCLE_CUDA AND EXISTS ${PROJECT_SOURCE_DIR}/runs/quickstart/hf-dense)
   set_tests_properties(gpu.quickstart PROPERTIES LABELS gpu TIMEOUT 900 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
+
+# Every op against the CPU.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_ops SOURCES gpu/ops_test.cpp LINK upcycle_moe upcycle::torch_cuda GTest::gtest)
+  add_dependencies(gpu_tests gpu_ops)
+  add_test(NAME gpu.ops COMMAND gpu_ops)
+  set_tests_properties(gpu.ops PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+endif()
