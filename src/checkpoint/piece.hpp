@@ -8,13 +8,6 @@
 
 namespace upcycle {
 
-/// [begin, end) of a box's elements in row-major order.
-struct Range {
-  int64_t begin = 0;
-  int64_t end = 0;
-  bool operator==(const Range&) const = default;
-};
-
 /// A rank's part of one global tensor. Checkpoints know names, shapes and boxes, nothing about models.
 struct Piece {
   std::string name;  ///< of the global tensor; its HDF5 path is the name with '.' as group separators

@@ -40,19 +40,20 @@ void refuse_what_does_not_divide(const RunConfig& config, const Mesh& mesh, cons
   fail("the run does not divide on ", mesh.grid().world(), " ranks:", lines);
 }
 
-void open_data(const RunConfig& config, Setup& setup) {
+// `checks`: one rank reads the tokens for all.
+void open_data(const RunConfig& config, Setup& setup, bool checks) {
   const int64_t vocab = setup.target.architecture.vocab, sequence = config.train.sequence;
   const auto seed = static_cast<uint64_t>(config.run.seed);
   if (config.data.train.empty()) fail("data.train is missing: name the data, or say data.train = \"mock\"");
   setup.train.emplace(config.data.train, config.data.split, Split::train, sequence, vocab, seed);
-  setup.train->check(vocab);
+  if (checks) setup.train->check(vocab);
   if (config.validate.every == 0) return;
   if (config.data.validation.empty()) {
     setup.validation.emplace(config.data.train, config.data.split, Split::validation, sequence, vocab, seed);
   } else {
     setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{0, 1, 0}, Split::validation, sequence, vocab, seed);
   }
-  setup.validation->check(vocab);
+  if (checks) setup.validation->check(vocab);
 }
 
 std::string new_run_id(const std::string& name) {
@@ -163,7 +164,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
     setup.target = choose_target(config, source, setup.source.has_value());
   }
   refuse_what_does_not_divide(config, mesh, setup.target.architecture);
-  open_data(config, setup);
+  open_data(config, setup, mesh.world().rank() == 0);
   const CheckpointBytes bytes = checkpoint_bytes(setup.target.architecture, compute_dtype(config.train.precision));
   check_free_space(setup.directory, setup.resume ? bytes.full : bytes.step_zero + bytes.full,
                    setup.resume ? "one checkpoint" : "step 0 and one checkpoint");

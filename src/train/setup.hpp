@@ -23,8 +23,8 @@ struct Setup {
   RunRecord record;
 };
 
-/// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space. Each rank by itself;
-/// throws UserError.
+/// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space. Each rank by itself,
+/// but for the token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError.
 Setup prepare_run(const RunConfig&, const Mesh&);
 
 /// The compute dtype of a precision.
