@@ -76,6 +76,7 @@ double Metrics::tokens_per_second() const {
 void Metrics::step(const StepReport& report, double seconds) {
   last_loss_ = report.loss;
   trained_seconds_ += seconds;
+  recent_seconds_ = trained_steps_ == 0 ? seconds : 0.9 * recent_seconds_ + 0.1 * seconds;
   ++trained_steps_;
   if (!speaks_) return;
   const double rate = static_cast<double>(config_.train.global_batch * config_.train.sequence) / seconds;
@@ -108,7 +109,7 @@ void Metrics::print(const StepReport& report, double rate) {
   line += format(flops >= 1e12 ? "  %.1f TFLOP/s" : "  %.4f TFLOP/s", flops / 1e12);
   if (scale_.peak_flops > 0) line += format("  MFU %.1f%%", 100.0 * flops / scale_.peak_flops);
   if (!report.tokens_per_expert.empty()) line += format("  load %.2f", report.load_max_over_mean);
-  line += "  ETA " + duration(trained_seconds_ / static_cast<double>(trained_steps_) * static_cast<double>(steps - report.step));
+  line += "  ETA " + duration(recent_seconds_ * static_cast<double>(steps - report.step));
   if (report.step % config_.log.every == 0 || report.step == steps) {
     log::info(line);
   } else {

@@ -35,6 +35,7 @@ class Metrics {
   bool speaks_;
   std::ofstream file_;
   double last_loss_ = 0.0, trained_seconds_ = 0.0;
+  double recent_seconds_ = 0.0;   ///< a step's seconds, averaged over the last ten or so: what the ETA believes
   int64_t trained_steps_ = 0;
 };
 
