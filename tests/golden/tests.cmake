@@ -17,3 +17,10 @@ endfunction()
 
 golden_test(golden NEEDS_REFERENCES)
 golden_test(exactness)
+
+# Exported directories in transformers against our own logits.
+upcycle_gtest(golden_logits SOURCES golden/logits.cpp LINK upcycle_train)
+add_test(NAME golden.exported COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/exported.py
+  $<TARGET_FILE:upcycle> $<TARGET_FILE:golden_logits> ${golden})
+set_tests_properties(golden.exported PROPERTIES LABELS golden TIMEOUT 600 FIXTURES_REQUIRED golden
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};HF_HUB_OFFLINE=1")
