@@ -1,0 +1,119 @@
+#include "model/weights.hpp"
+
+#include <gtest/gtest.h>
+
+#include "support/numbers.hpp"
+
+namespace upcycle {
+namespace {
+
+Architecture small() {
+  Architecture a;
+  a.hidden = 24, a.layers = 2, a.heads = 4, a.kv_heads = 2, a.head_dim = 6, a.ffn = 48, a.vocab = 101;
+  a.experts = 8, a.top_k = 2, a.expert_ffn = 10, a.dense_layers = {0};
+  return a;
+}
+
+const std::string kLayer = "model.layers.1.";
+
+/// q, k, v side by side, a router, gate and up of the experts along their rows, a norm; as rank `rank` of `world` holds them.
+struct Held {
+  Layout layout;
+  Weights weights;
+  Parameter &qkv, &router, &gate_up, &norm;
+  Held(int world, int rank, int64_t expert)
+      : layout(Layout::even(Grid(parallel(expert), world), small())),
+        weights(small(), layout, layout.grid.at(rank)),
+        qkv(weights.add({kLayer + "self_attn.q_proj.weight", kLayer + "self_attn.k_proj.weight", kLayer + "self_attn.v_proj.weight"})),
+        router(weights.add({kLayer + "mlp.gate.weight"})),
+        gate_up(weights.add({kLayer + "mlp.experts.gate_proj.weight", kLayer + "mlp.experts.up_proj.weight"}, 1)),
+        norm(weights.add({"model.norm.weight"})) {}
+  static ParallelSection parallel(int64_t expert) {
+    ParallelSection section;
+    section.expert = expert;
+    return section;
+  }
+};
+
+TEST(Weights, PartsLieSideBySide) {
+  Held held(4, 2, 4);  // the third quarter of the experts
+  held.weights.allocate(at::kBFloat16, at::kCPU);
+  EXPECT_EQ(held.qkv.value.sizes(), (Shape{24 + 12 + 12, 24}));
+  EXPECT_EQ(held.gate_up.value.sizes(), (Shape{2, 20, 24}));
+  const std::vector<Part>& parts = held.weights.all()[2].parts;
+  ASSERT_EQ(parts.size(), 2U);
+  EXPECT_EQ(parts[1].box, (Box{{4, 0, 0}, {2, 10, 24}}));
+  parts[0].of(held.gate_up.master).fill_(1.0);
+  parts[1].of(held.gate_up.master).fill_(2.0);
+  EXPECT_EQ(held.gate_up.master[1][9][0].item<float>(), 1.0F);
+  EXPECT_EQ(held.gate_up.master[1][10][0].item<float>(), 2.0F);
+}
+
+TEST(Weights, PrecisionsAndSharing) {
+  for (const at::ScalarType compute : {at::kFloat, at::kBFloat16}) {
+    Held held(1, 0, 1);
+    held.weights.allocate(compute, at::kCPU);
+    for (Weight& weight : held.weights.all()) {
+      const Parameter& p = weight.parameter;
+      const bool fp32 = compute == at::kFloat || &p == &held.router;
+      EXPECT_EQ(p.value.scalar_type(), fp32 ? at::kFloat : at::kBFloat16);
+      EXPECT_EQ(p.master.scalar_type(), at::kFloat);
+      EXPECT_EQ(p.main_grad.scalar_type(), at::kFloat);
+      EXPECT_EQ(p.value.is_alias_of(p.master), fp32);
+      EXPECT_EQ(p.main_grad.sizes(), p.value.sizes());
+      EXPECT_EQ(p.main_grad.abs().sum().item<float>(), 0.0F);
+    }
+  }
+}
+
+TEST(Weights, GradientsSummedOverTheSameRanksAreOneBuffer) {
+  Held held(4, 1, 2);
+  held.weights.allocate(at::kFloat, at::kCPU);
+  auto& buffers = held.weights.gradients();
+  ASSERT_EQ(buffers.size(), 2U);
+  EXPECT_EQ(buffers[0].axis, Axis::replica);
+  EXPECT_EQ(buffers[0].flat.numel(), held.qkv.value.numel() + held.router.value.numel() + held.norm.value.numel());
+  EXPECT_EQ(buffers[1].axis, Axis::expert_data);
+  EXPECT_EQ(buffers[1].flat.numel(), held.gate_up.value.numel());
+  buffers[0].flat.fill_(1.0), buffers[1].flat.fill_(2.0);
+  EXPECT_EQ(held.norm.main_grad.sum().item<float>(), 24.0F);
+  EXPECT_EQ(held.gate_up.main_grad.min().item<float>(), 2.0F);
+}
+
+TEST(Weights, PublishRoundsAndMastersCanStandIn) {
+  Held held(1, 0, 1);
+  held.weights.allocate(at::kBFloat16, at::kCPU);
+  for (Weight& weight : held.weights.all()) weight.parameter.master.copy_(normal(weight.shape, 3));
+  held.weights.publish();
+  EXPECT_TRUE(held.qkv.value.equal(held.qkv.master.to(at::kBFloat16)));
+  EXPECT_TRUE(held.router.value.equal(held.router.master));
+  const Tensor before = held.qkv.value;
+  {
+    const ComputeWithMasters guard(held.weights);
+    EXPECT_TRUE(held.qkv.value.is_same(held.qkv.master));
+    EXPECT_TRUE(held.router.value.is_same(held.router.master));
+  }
+  EXPECT_TRUE(held.qkv.value.is_same(before));
+}
+
+// So that the sum over all ranks of share / copies counts every slice once.
+TEST(Weights, CopiesAreTheRanksThatHoldTheSameSlice) {
+  for (const int64_t expert : {1, 2, 4}) {
+    Held held(4, 3, expert);
+    EXPECT_EQ(held.weights.copies(held.weights.all()[0].spec()), 4);
+    EXPECT_EQ(held.weights.copies(held.weights.all()[2].spec()), 4 / expert);
+  }
+}
+
+TEST(Weights, NamesOutsideTheModelAreFaults) {
+  Held held(1, 0, 1);
+  EXPECT_THROW(held.weights.add({"model.layers.7.mlp.gate.weight"}), std::out_of_range);
+  ParallelSection two_stages;
+  two_stages.pipeline = 2;
+  const Layout layout = Layout::even(Grid(two_stages, 2), small());
+  Weights last(small(), layout, layout.grid.at(1));
+  EXPECT_THROW(last.add({"model.layers.0.input_layernorm.weight"}), std::logic_error);
+}
+
+}  // namespace
+}  // namespace upcycle
