@@ -110,6 +110,16 @@ void make_groups(const Hdf5Id& file, const std::string& path, const Hdf5Id& prop
   }
 }
 
+/// Takes the space of a file at once, where the file system can.
+void reserve(const fs::path& path, uint64_t bytes) {
+  const FileDescriptor descriptor(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
+  if (!descriptor) fail_with_errno("opening", path);
+  if (::fallocate(descriptor.get(), 0, 0, static_cast<off_t>(bytes)) != 0 &&
+      (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
+    fail_with_errno(text("reserving ", bytes, " bytes for"), path);
+  }
+}
+
 /// Adds the tensors below `group` (a path) to `out`, depth first.
 void collect(const Hdf5Id& file, const std::string& group, const std::string& where, std::vector<std::string>& out) {
   const Hdf5Id id = own(H5Gopen2(file.get(), group.c_str(), H5P_DEFAULT), where);
@@ -187,6 +197,9 @@ void TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
   for (const TensorSpec& spec : specs)
     bytes += static_cast<uint64_t>(elements(spec.shape)) * c10::elementSize(spec.dtype);
   check_free_space(path, bytes, path.filename().string());
+  // Data and more than enough for metadata. HDF5 must not be the one who finds out: it can't close a file that it can't
+  // extend, and crashes on it when the process ends.
+  reserve(path, bytes + 8192 * specs.size() + (4 << 20));
   const Hdf5Id access = access_properties();
   // Big datasets on page borders; metadata in blocks of its own instead of strewn between the data.
   check(H5Pset_alignment(access.get(), 64 << 10, 4096), doing);
@@ -210,12 +223,7 @@ void TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
     }
     file.close();
   }
-  const FileDescriptor descriptor(::open(path.c_str(), O_RDWR | O_CLOEXEC));
-  if (!descriptor) fail_with_errno("opening", path);
-  const auto size = static_cast<off_t>(fs::file_size(path));
-  if (::fallocate(descriptor.get(), 0, 0, size) != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
-    fail_with_errno(text("reserving ", size, " bytes for"), path);
-  }
+  reserve(path, fs::file_size(path));
   make_durable(path);
 }
 

@@ -1,7 +1,6 @@
 """What the tests of `upcycle train` share: a tiny dense Qwen3 on disk, token files, and a case that drives the executable."""
 import json
 import os
-import signal
 import struct
 import subprocess
 import tempfile
