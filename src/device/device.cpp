@@ -2,6 +2,8 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #ifdef UPCYCLE_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
@@ -65,6 +67,23 @@ void set_tf32(bool on) {
 
 Tensor host_buffer(int64_t bytes) {
   return at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(count() > 0));
+}
+
+Tensor send(const Tensor& x, c10::Device device) {
+  return device.is_cpu() ? x : x.pin_memory().to(x.options().device(device), /*non_blocking=*/true);
+}
+
+HostCopy::HostCopy(const Tensor& x) : host_(x) {
+  if (x.is_cpu()) return;
+  host_ = at::empty(x.sizes(), x.options().device(c10::kCPU).pinned_memory(true));
+  host_.copy_(x, /*non_blocking=*/true);
+  done_ = std::make_shared<c10::Event>(x.device().type());
+  done_->record(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()));
+}
+
+const Tensor& HostCopy::wait() const {
+  if (done_) done_->synchronize();
+  return host_;
 }
 
 #ifdef UPCYCLE_CUDA

@@ -2,9 +2,14 @@
 #include <c10/core/Device.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "base/tensor.hpp"
+
+namespace c10 {
+struct Event;
+}
 
 /// The machine's devices. One code path for CPU and CUDA: a build without CUDA has zero GPUs.
 namespace upcycle::device {
@@ -29,6 +34,23 @@ void set_tf32(bool on);
 
 /// Uninitialised host memory [bytes], uint8; page-locked when there is a GPU, so that copies to and from it are asynchronous.
 Tensor host_buffer(int64_t bytes);
+
+/// `x`, which lies in host memory, on the device; through page-locked memory, so that the host waits for nothing.
+Tensor send(const Tensor& x, c10::Device);
+
+/// A tensor's way to the host. Asynchronous on the current stream; `wait` is for this copy alone, whatever was asked of the device
+/// since. Of a CPU tensor it is that tensor itself.
+class HostCopy {
+ public:
+  HostCopy() = default;
+  explicit HostCopy(const Tensor&);
+  bool defined() const noexcept { return host_.defined(); }
+  const Tensor& wait() const;
+
+ private:
+  Tensor host_;
+  std::shared_ptr<c10::Event> done_;  ///< null for a CPU tensor
+};
 
 struct Memory {
   int64_t used = 0;   ///< bytes in tensors now (GPU), resident now (CPU)

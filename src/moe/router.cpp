@@ -1,13 +1,14 @@
 #include "moe/router.hpp"
 
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bincount.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include "base/autograd.hpp"
 #include "ops/linear.hpp"
@@ -57,7 +58,8 @@ Routing Router::forward(const Tensor& x_TD, const BalanceLoss& balance) {
   const Tensor probability_TE = at::softmax(logits_TE, -1);
   Tensor weight_TK = settings_.renormalise ? at::softmax(logits_TE.gather(1, expert_TK), -1)
                                            : probability_TE.gather(1, expert_TK);
-  const Tensor count_E = at::bincount(expert_TK.reshape({-1}), {}, experts);
+  const Tensor choice_R = expert_TK.reshape({-1});
+  const Tensor count_E = at::zeros({experts}, choice_R.options()).scatter_add_(0, choice_R, at::ones_like(choice_R));  // bincount would wait for a GPU
   if (recording()) {
     const Tensor share_E = count_E.to(at::kFloat) / static_cast<double>(tokens * settings_.top_k);
     const Tensor aux = (share_E * probability_TE.mean(0)).sum() * static_cast<double>(experts);

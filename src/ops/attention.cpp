@@ -55,7 +55,8 @@ Attended flash_cuda(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 Attended attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   if (!q.is_cuda()) return flash_cpu(q, k, v);
-  return q.scalar_type() == at::kFloat ? attention_written_out(q, k, v) : flash_cuda(q, k, v);
+  const bool kernel = q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0 && q.size(-1) <= 256;
+  return kernel ? flash_cuda(q, k, v) : attention_written_out(q, k, v);
 }
 
 Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v) {

@@ -10,7 +10,7 @@ struct Attended {
 };
 
 /// Causal grouped-query attention, softmax(q k^T / sqrt(D)) v. q [B, S, H, D], k and v [B, S, G, D], one dtype.
-/// CPU: ATen's flash kernel. CUDA: its flash kernel for bf16 and fp16; the written-out form for fp32.
+/// CPU: ATen's flash kernel. CUDA: its flash kernel for bf16 and fp16 where D is a multiple of 8 up to 256; else written out.
 Attended attention(const Tensor& q, const Tensor& k, const Tensor& v);
 
 /// The same, written out: every score in memory, in fp32. What `attention` is tested against.

@@ -23,10 +23,11 @@ Tensor turn(const Tensor& x, const RotaryTable& table, double direction) {
 
 RotaryTable rotary_table(int64_t positions, int64_t head_dim, double theta, at::Device device) {
   const Unrecorded guard;
-  const auto fp32 = at::TensorOptions(at::kFloat).device(device);
-  // In fp32 and in this order, like transformers, so that long positions agree to the last bit.
+  const auto fp32 = at::TensorOptions(at::kFloat);
+  // In fp32 and in this order, like transformers, so that long positions agree to the last bit; and on the CPU, for a GPU's pow
+  // rounds otherwise, and position 4096 makes an angle of it.
   const Tensor frequency = at::pow(theta, at::arange(0, head_dim, 2, fp32) / static_cast<double>(head_dim)).reciprocal();
-  const Tensor angle = at::outer(at::arange(positions, fp32), frequency);
+  const Tensor angle = at::outer(at::arange(positions, fp32), frequency).to(device);
   const Tensor both = at::cat({angle, angle}, -1);
   return {both.cos(), both.sin()};
 }

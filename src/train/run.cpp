@@ -165,6 +165,7 @@ int run_training(const RunConfig& config, Mesh& mesh) {
   at::Device device = at::kCPU;
   world.together([&] {                                                   // 1. read and check everything
     device = device::choose(config.run.device, host_rank());
+    device::set_tf32(false);   // fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
     setup.emplace(prepare_run(config, mesh));
   });
   world.together([&] {                                                   // 2. the run directory is ours

@@ -44,17 +44,19 @@ PendingReport Trainer::step() {
     router->reset_statistics();
   }
   const Tensor stop = at::full({}, shutdown::requested() ? 1.0 : 0.0, loss.options());
-  report.numbers = at::stack({optimizer_.squared_norm_share(), loss, balance_losses[0], balance_losses[1], stop});
-  mesh_.world().all_reduce(report.numbers);                                // 3. the whole model's norm; the wish to stop rides along
+  Tensor numbers = at::stack({optimizer_.squared_norm_share(), loss, balance_losses[0], balance_losses[1], stop});
+  mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; the wish to stop rides along
   if (!counts.empty()) {
-    report.count_LE = at::stack(counts);
-    mesh_.along(Axis::replica).all_reduce(report.count_LE);
+    Tensor count_LE = at::stack(counts);
+    mesh_.along(Axis::replica).all_reduce(count_LE);
+    report.count_LE = device::HostCopy(count_LE);
     const double layers = static_cast<double>(counts.size());
-    report.numbers.narrow(0, kAux, 2).div_(layers * static_cast<double>(config_.train.global_batch / config_.train.micro_batch));
+    numbers.narrow(0, kAux, 2).div_(layers * static_cast<double>(config_.train.global_batch / config_.train.micro_batch));
   }
 
+  report.numbers = device::HostCopy(numbers);
   report.lr = learning_rate(config_.optimizer, config_.train.steps, report.step);
-  optimizer_.step(report.lr, report.numbers[kSquaredNorm]);                // 4. clip by that norm, then move
+  optimizer_.step(report.lr, numbers[kSquaredNorm]);                       // 4. clip by that norm, then move
   return report;
 }
 
@@ -95,7 +97,7 @@ double Trainer::validate(const Sampler& sampler, int64_t batches) {
 Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
   const Batch batch = sampler.batch(first_sample, config_.train.micro_batch);
   const at::Device device = stage_.weights().all().front().parameter.value.device();
-  return {batch.tokens_BS.to(device), batch.labels_BS.to(device)};
+  return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device)};
 }
 
 void reduce_gradients(Weights& weights, const Mesh& mesh) {
@@ -103,7 +105,7 @@ void reduce_gradients(Weights& weights, const Mesh& mesh) {
 }
 
 StepReport read(const PendingReport& pending) {
-  const Tensor numbers = pending.numbers.cpu();
+  const Tensor numbers = pending.numbers.wait();
   const double* n = numbers.const_data_ptr<double>();
   StepReport report;
   report.step = pending.step;
@@ -116,7 +118,7 @@ StepReport read(const PendingReport& pending) {
   report.skipped = !std::isfinite(report.gradient_norm);
   report.stop_requested = n[kStop] > 0;
   if (!pending.count_LE.defined()) return report;
-  const Tensor counts = pending.count_LE.cpu();
+  const Tensor counts = pending.count_LE.wait();
   for (int64_t layer = 0; layer < counts.size(0); ++layer) {
     const int64_t* first = counts[layer].const_data_ptr<int64_t>();
     const std::vector<int64_t>& row = report.tokens_per_expert.emplace_back(first, first + counts.size(1));

@@ -5,6 +5,7 @@
 
 #include "config/run_config.hpp"
 #include "data/sampler.hpp"
+#include "device/device.hpp"
 #include "model/stage.hpp"
 #include "parallel/mesh.hpp"
 #include "train/optimizer.hpp"
@@ -19,13 +20,13 @@ struct TrainingState {
   int64_t skipped = 0;     ///< steps whose gradient was not finite
 };
 
-/// A step's numbers as the device has them. Reading them waits for the device, so the trainer's loop does that one step late.
+/// A step's numbers on their way from the device. Reading them waits for that step, so the trainer's loop does it one step late.
 struct PendingReport {
   int64_t step = 0;
   int64_t position = 0;    ///< samples consumed after this step
   double lr = 0.0;
-  Tensor numbers;          ///< fp64, see Numbers in trainer.cpp
-  Tensor count_LE;         ///< int64, choices per expert in each MoE layer of this stage, over all data; undefined when dense
+  device::HostCopy numbers;    ///< fp64, see Numbers in trainer.cpp
+  device::HostCopy count_LE;   ///< int64, choices per expert in each MoE layer of this stage, over all data; undefined when dense
 };
 
 /// One step, for people and for metrics.jsonl. The same on all ranks of a stage.

@@ -19,11 +19,14 @@ if(UPCYCLE_CUDA AND EXISTS ${PROJECT_SOURCE_DIR}/runs/quickstart/hf-dense)
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
 
-# Every op against the CPU.
+# Every op against the CPU; a step that never makes the host wait.
 if(UPCYCLE_CUDA)
   upcycle_gtest(gpu_ops SOURCES gpu/ops_test.cpp LINK upcycle_moe upcycle::torch_cuda GTest::gtest)
-  add_dependencies(gpu_tests gpu_ops)
-  add_test(NAME gpu.ops COMMAND gpu_ops)
-  set_tests_properties(gpu.ops PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  upcycle_gtest(gpu_step SOURCES gpu/step_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
+  foreach(name ops step)
+    add_dependencies(gpu_tests gpu_${name})
+    add_test(NAME gpu.${name} COMMAND gpu_${name})
+    set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endforeach()
 endif()

@@ -66,6 +66,13 @@ TEST(Device, MemoryOfThisProcess) {
   EXPECT_GE(after.peak, after.used);
 }
 
+TEST(Device, ACpuTensorsWayToTheHostIsNone) {
+  const Tensor x = device::host_buffer(3).fill_(7);
+  EXPECT_TRUE(device::HostCopy(x).wait().is_same(x));
+  EXPECT_TRUE(device::send(x, c10::Device(c10::kCPU)).is_same(x));
+  EXPECT_FALSE(device::HostCopy().defined());
+}
+
 TEST(Device, Tf32IsAChoice) {
   device::set_tf32(true);
   EXPECT_TRUE(at::globalContext().allowTF32CuBLAS());

@@ -1,0 +1,125 @@
+// A training step on a GPU: in bf16 nothing in it makes the host wait, in fp32 it is the CPU's step.
+#include <ATen/Context.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/Event.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+
+#include "base/error.hpp"
+#include "base/rng.hpp"
+#include "support/numbers.hpp"
+#include "train/start.hpp"
+#include "train/trainer.hpp"
+
+namespace upcycle {
+namespace {
+
+using c10::cuda::SyncDebugMode;
+
+/// While one lives, ATen throws where it would wait for the GPU.
+class NoWaiting {
+ public:
+  NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(SyncDebugMode::L_ERROR); }
+  ~NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(SyncDebugMode::L_DISABLED); }
+};
+
+/// A model on one device with all that a step needs. Layer 1 is dense when there are experts.
+struct Training {
+  Architecture architecture;
+  RunConfig run;
+  Mesh mesh{Grid(ParallelSection{}, 1)};
+  std::optional<Stage> stage;
+  std::optional<Optimizer> optimizer;
+  std::optional<Sampler> sampler;
+  std::optional<Trainer> trainer;
+
+  Training(int64_t experts, Precision precision, at::Device device, int64_t head_dim = 16) {
+    Architecture& a = architecture;
+    a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = head_dim, a.ffn = 48, a.vocab = 96, a.tied = true;
+    if (experts > 0) a.experts = experts, a.top_k = 2, a.expert_ffn = 24, a.dense_layers = {1};
+    run.train.steps = 20, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = 4;
+    run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
+    run.balance.aux = 0.05, run.balance.z = 0.01;
+    stage.emplace(a, Layout::even(mesh.grid(), a), mesh);
+    stage->weights().allocate(precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device);
+    fill_masters(stage->weights(), [](const ParameterSpec& spec, const Box&, Tensor target) {
+      const Tensor x = normal(spec.shape, Random(5, spec.name).bits(0));
+      target.copy_(spec.role == Role::norm ? 1 + 0.2 * x : x * (2 / std::sqrt(static_cast<double>(spec.shape.back()))));
+    });
+    optimizer.emplace(stage->weights(), run.optimizer, /*router_lr_scale=*/1.0);
+    sampler.emplace(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train, run.train.sequence, a.vocab, 5);
+    trainer.emplace(run, mesh, *stage, *optimizer, *sampler);
+  }
+};
+
+const at::Device kGpu(at::kCUDA, 0);
+
+TEST(StepOnGpu, NeverMakesTheHostWait) {
+  for (const int64_t experts : {0, 8}) {
+    SCOPED_TRACE(text(experts, " experts"));
+    Training training(experts, Precision::bf16, kGpu);
+    read(training.trainer->step());   // the table of rotations travels once
+    PendingReport pending;
+    {
+      const NoWaiting guard;
+      for (int step = 0; step < 3; ++step) pending = training.trainer->step();
+    }
+    EXPECT_LT(read(pending).loss, 20.0);
+  }
+}
+
+// fp32 experts go one by one: the host must know their rows. This shows that NoWaiting sees what it should.
+TEST(StepOnGpu, Fp32ExpertsDoMakeItWait) {
+  Training training(8, Precision::fp32, kGpu);
+  const NoWaiting guard;
+  EXPECT_ANY_THROW(training.trainer->step());
+}
+
+TEST(StepOnGpu, IsTheCpusInFp32AndNearItInBf16) {
+  for (const auto& [experts, head_dim] : {std::pair{0, 16}, {8, 16}, {8, 10}}) {   // no flash kernel takes heads of 10
+    SCOPED_TRACE(text(experts, " experts, heads of ", head_dim));
+    Training cpu(experts, Precision::fp32, at::kCPU, head_dim), gpu(experts, Precision::fp32, kGpu, head_dim);
+    Training half(experts, Precision::bf16, kGpu, head_dim);
+    for (int step = 0; step < 5; ++step) {
+      const StepReport a = read(cpu.trainer->step()), b = read(gpu.trainer->step()), c = read(half.trainer->step());
+      EXPECT_LE(std::abs(b.loss / a.loss - 1), 1e-6);
+      EXPECT_LE(std::abs(b.gradient_norm / a.gradient_norm - 1), 1e-5);
+      EXPECT_EQ(b.tokens_per_expert, a.tokens_per_expert);
+      EXPECT_LE(std::abs(c.loss / a.loss - 1), 1e-2);
+    }
+  }
+}
+
+TEST(StepOnGpu, AHostCopyWaitsForItselfAlone) {
+  const Tensor x = normal({1000}, 1), there = device::send(x, kGpu);
+  const Tensor big = at::full({8192, 8192}, 1e-4, there.options());
+  Tensor out = at::empty_like(big);
+  at::mm_out(out, big, big);
+  device::synchronize(kGpu);
+  const device::HostCopy copy(there * 2);
+  for (int i = 0; i < 20; ++i) at::mm_out(out, big, big);   // 20 TFLOP in fp32: tenths of a second
+  c10::Event after(at::kCUDA);
+  after.record(c10::cuda::getCurrentCUDAStream(0));
+  EXPECT_TRUE(copy.wait().equal(x * 2));
+  EXPECT_FALSE(after.query()) << "it waited for what came behind it, too";
+  device::synchronize(kGpu);
+}
+
+}  // namespace
+}  // namespace upcycle
+
+// Without a device the tests are skipped, and CTest says so.
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  if (!at::hasCUDA()) {
+    std::puts("no CUDA device here: skipped");
+    return 77;
+  }
+  return RUN_ALL_TESTS();
+}
