@@ -59,7 +59,8 @@ Routing Router::forward(const Tensor& x_TD, const BalanceLoss& balance) {
   Tensor weight_TK = settings_.renormalise ? at::softmax(logits_TE.gather(1, expert_TK), -1)
                                            : probability_TE.gather(1, expert_TK);
   const Tensor choice_R = expert_TK.reshape({-1});
-  const Tensor count_E = at::zeros({experts}, choice_R.options()).scatter_add_(0, choice_R, at::ones_like(choice_R));  // bincount would wait for a GPU
+  Tensor count_E = at::zeros({experts}, choice_R.options());   // by hand, for bincount makes the host wait for a GPU
+  count_E.scatter_add_(0, choice_R, at::ones_like(choice_R));
   if (recording()) {
     const Tensor share_E = count_E.to(at::kFloat) / static_cast<double>(tokens * settings_.top_k);
     const Tensor aux = (share_E * probability_TE.mean(0)).sum() * static_cast<double>(experts);
