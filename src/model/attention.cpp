@@ -21,17 +21,17 @@ Attention::Attention(Weights& weights, const Mesh& mesh, const std::string& pref
   kv_width_ = parts[1].box.size[0];
 }
 
-Tensor Attention::forward(const Tensor& x_BSW, const RotaryTable& table) {
-  const int64_t batch = x_BSW.size(0), length = x_BSW.size(1);
-  const Tensor qkv = linear(copy_into(tensor_, x_BSW), qkv_);
+Tensor Attention::forward(const Tensor& x_TW, const Positions& positions) {
+  const Tensor qkv = linear(gather_along(tensor_, x_TW, 0), qkv_);   // all rows, this rank's heads
+  const int64_t batch = positions.sequences, length = qkv.size(0) / batch;
   const auto heads = [&](int64_t begin, int64_t width) {
     return qkv.narrow(-1, begin, width).view({batch, length, width / head_dim_, head_dim_});
   };
-  const Tensor q_BSHD = rotate(rms_norm(heads(0, q_width_), q_norm_, eps_), table);
-  const Tensor k_BSGD = rotate(rms_norm(heads(q_width_, kv_width_), k_norm_, eps_), table);
+  const Tensor q_BSHD = rotate(rms_norm(heads(0, q_width_), q_norm_, eps_), positions.rotary);
+  const Tensor k_BSGD = rotate(rms_norm(heads(q_width_, kv_width_), k_norm_, eps_), positions.rotary);
   const Tensor v_BSGD = heads(q_width_ + kv_width_, kv_width_);
   const Tensor out_BSHD = attention(q_BSHD, k_BSGD, v_BSGD).out_BSHD;
-  return reduce_from(tensor_, linear(out_BSHD.reshape({batch, length, q_width_}), out_));
+  return reduce_scatter_along(tensor_, linear(out_BSHD.reshape({batch * length, q_width_}), out_), 0);
 }
 
 }  // namespace upcycle

@@ -1,18 +1,20 @@
 #pragma once
 #include "config/architecture.hpp"
 #include "model/weights.hpp"
-#include "ops/rope.hpp"
+#include "model/positions.hpp"
 #include "parallel/mesh.hpp"
 
-// Shapes: B sequences, S positions, H query heads and G key/value heads of this rank, D head width, W width of the model.
+// Shapes: T token rows of this rank, B sequences, S positions, H query heads and G key/value heads of this rank, D head width,
+// W width of the model.
 namespace upcycle {
 
-/// Qwen3's attention: grouped queries, an RMS norm on each head of q and k, rotary positions. Heads are cut over `tensor`.
+/// Qwen3's attention: grouped queries, an RMS norm on each head of q and k, rotary positions. Heads are cut over `tensor`; with
+/// fewer key/value heads than tensor ranks, neighbours hold the same one.
 class Attention {
  public:
   Attention(Weights&, const Mesh&, const std::string& prefix);
-  /// x [B, S, W] -> [B, S, W].
-  Tensor forward(const Tensor& x_BSW, const RotaryTable& table);
+  /// **Collective** over the tensor group. x [T, W] -> [T, W].
+  Tensor forward(const Tensor& x_TW, const Positions& positions);
 
  private:
   const Communicator& tensor_;

@@ -26,9 +26,9 @@ FeedForward::FeedForward(Weights& weights, const Mesh& mesh, const std::string& 
       gate_up_(weights.add({prefix + "gate_proj.weight", prefix + "up_proj.weight"})),
       down_(weights.add({prefix + "down_proj.weight"})) {}
 
-Tensor FeedForward::forward(const Tensor& x) {
-  const Tensor gate_up = linear(copy_into(tensor_, x), gate_up_);
-  return reduce_from(tensor_, linear(swiglu(gate_up), down_));
+Tensor FeedForward::forward(const Tensor& x_TW) {
+  const Tensor gate_up = linear(gather_along(tensor_, x_TW, 0), gate_up_);
+  return reduce_scatter_along(tensor_, linear(swiglu(gate_up), down_), 0);
 }
 
 Block::Block(Weights& weights, const Mesh& mesh, int64_t layer)
@@ -45,20 +45,19 @@ Block::Block(Weights& weights, const Mesh& mesh, int64_t layer)
   }
 }
 
-Tensor Block::forward(const Tensor& x_BSW, const RotaryTable& table, const BalanceLoss& balance) {
-  const Tensor attended = attend(x_BSW, table);
+Tensor Block::forward(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance) {
+  const Tensor attended = attend(x_TW, positions);
   return attended + feed_forward(feed_forward_input(attended), balance);
 }
 
-Tensor Block::attend(const Tensor& x_BSW, const RotaryTable& table) {
-  return x_BSW + attention_.forward(rms_norm(x_BSW, attention_norm_, eps_), table);
+Tensor Block::attend(const Tensor& x_TW, const Positions& positions) {
+  return x_TW + attention_.forward(rms_norm(x_TW, attention_norm_, eps_), positions);
 }
 
-Tensor Block::feed_forward_input(const Tensor& x_BSW) { return rms_norm(x_BSW, feed_forward_norm_, eps_); }
+Tensor Block::feed_forward_input(const Tensor& x_TW) { return rms_norm(x_TW, feed_forward_norm_, eps_); }
 
-Tensor Block::feed_forward(const Tensor& h_BSW, const BalanceLoss& balance) {
-  if (dense_) return dense_->forward(h_BSW);
-  return moe_->forward(h_BSW.reshape({-1, h_BSW.size(-1)}), balance).view(h_BSW.sizes());
+Tensor Block::feed_forward(const Tensor& h_TW, const BalanceLoss& balance) {
+  return dense_ ? dense_->forward(h_TW) : moe_->forward(h_TW, balance);
 }
 
 }  // namespace upcycle

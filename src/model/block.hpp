@@ -4,14 +4,15 @@
 #include "model/attention.hpp"
 #include "moe/moe_layer.hpp"
 
-// Shapes: B sequences, S positions, T = B*S tokens, W width of the model.
+// Shapes: T token rows of this rank, W width of the model.
 namespace upcycle {
 
-/// The dense feed-forward, down(silu(gate x) * up x); its width is cut over `tensor`.
+/// The dense feed-forward, down(silu(gate x) * up x); its width is cut over `tensor`, its rows are gathered and scattered again.
 class FeedForward {
  public:
   FeedForward(Weights&, const Mesh&, const std::string& prefix);
-  Tensor forward(const Tensor& x);
+  /// **Collective** over the tensor group. x [T, W] -> [T, W].
+  Tensor forward(const Tensor& x_TW);
 
  private:
   const Communicator& tensor_;
@@ -24,13 +25,13 @@ class Block {
  public:
   Block(Weights&, const Mesh&, int64_t layer);
 
-  /// **Collective** over the expert and tensor groups. x [B, S, W] -> [B, S, W].
-  Tensor forward(const Tensor& x_BSW, const RotaryTable& table, const BalanceLoss& balance);
+  /// **Collective** over the expert and tensor groups. x [T, W] -> [T, W].
+  Tensor forward(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance);
 
   /// The two halves, for whoever wants to look between them (the certificate).
-  Tensor attend(const Tensor& x_BSW, const RotaryTable& table);
-  Tensor feed_forward_input(const Tensor& x_BSW);
-  Tensor feed_forward(const Tensor& h_BSW, const BalanceLoss& balance);
+  Tensor attend(const Tensor& x_TW, const Positions& positions);
+  Tensor feed_forward_input(const Tensor& x_TW);
+  Tensor feed_forward(const Tensor& h_TW, const BalanceLoss& balance);
 
   int64_t layer() const noexcept { return layer_; }
   /// Null for a dense layer.

@@ -50,8 +50,8 @@ struct Interval {
 /// Part `index` of `length` rows in `parts` parts, as `cut` says.
 Interval part_of(int64_t length, const Cut& cut, int64_t parts, int64_t index) {
   if (cut.units == 0) {
-    const int64_t rows = (length + parts - 1) / parts, begin = std::min(index * rows, length);
-    return {begin, std::min(rows, length - begin)};
+    const int64_t begin = index * length / parts;
+    return {begin, (index + 1) * length / parts - begin};
   }
   const int64_t unit = length / cut.units;
   if (cut.units >= parts) {
@@ -117,6 +117,7 @@ void check_divides(const Architecture& a, const Grid& grid) {
   } else if (ep > 1 || etp > 1) {
     fail("expert = ", ep, ", expert_tensor = ", etp, ": a dense model has no experts to spread; leave both at 1");
   }
+  if (tp > a.vocab) fail("tensor = ", tp, " ranks for vocab_size = ", a.vocab, ": each needs at least one row");
   if (pp > a.layers) fail("pipeline = ", pp, " stages for num_hidden_layers = ", a.layers, ": a stage needs at least one layer");
 }
 

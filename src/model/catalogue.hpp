@@ -13,7 +13,7 @@ namespace upcycle {
 struct Cut {
   Axis axis;
   int64_t dim;
-  /// Whole things that lie along `dim` (heads, experts) and are not cut through; 0: single rows, the last parts may be shorter.
+  /// Whole things that lie along `dim` (heads, experts) and are not cut through; 0: single rows, parts differ by one where they do not divide.
   /// Fewer units than ranks: each unit is held by several neighbouring ranks.
   int64_t units = 0;
 };

@@ -1,50 +1,57 @@
 #include "model/stage.hpp"
 
-#include "ops/cross_entropy.hpp"
-#include "ops/embedding.hpp"
+#include "model/vocabulary.hpp"
 #include "ops/linear.hpp"
 #include "ops/rms_norm.hpp"
+#include "parallel/regions.hpp"
 
 namespace upcycle {
 
 Stage::Stage(const Architecture& architecture, const Layout& layout, const Mesh& mesh)
-    : weights_(architecture, layout, mesh.here()) {
+    : tensor_(mesh.along(Axis::tensor)), weights_(architecture, layout, mesh.here()) {
   const int here = mesh.here()[Axis::pipeline], last = layout.grid.size(Axis::pipeline) - 1;
-  if (here == 0 || (here == last && architecture.tied)) embedding_ = &weights_.add({"model.embed_tokens.weight"});
+  if (here == 0 || (here == last && architecture.tied)) embedding_ = vocabulary("model.embed_tokens.weight");
   for (int64_t layer = 0; layer < architecture.layers; ++layer) {
     if (layout.stage_of_layer[layer] == here) blocks_.emplace_back(weights_, mesh, layer);
   }
   if (here == last) {
     final_norm_ = &weights_.add({"model.norm.weight"});
-    head_ = architecture.tied ? embedding_ : &weights_.add({"lm_head.weight"});
+    head_ = architecture.tied ? embedding_ : vocabulary("lm_head.weight");
   }
 }
 
-Tensor Stage::embed(const Tensor& tokens_BS) { return embedding(tokens_BS, *embedding_); }
+Parameter* Stage::vocabulary(const std::string& name) {
+  Parameter* parameter = &weights_.add({name});
+  first_token_ = weights_.all().back().parts.front().box.begin[0];
+  return parameter;
+}
 
-Tensor Stage::blocks(const Tensor& x_BSW, const BalanceLoss& balance) {
-  const RotaryTable& table = rotary(x_BSW.size(1));
-  Tensor x = x_BSW;
-  for (Block& block : blocks_) x = block.forward(x, table, balance);
+Positions Stage::positions(int64_t sequences, int64_t length) {
+  const at::Device device = weights_.all().front().parameter.value.device();
+  if (!rotary_.cos_SD.defined() || rotary_.cos_SD.size(0) != length || rotary_.cos_SD.device() != device) {
+    rotary_ = rotary_table(length, architecture().head_dim, architecture().rope_theta, device);
+  }
+  return {sequences, rotary_};
+}
+
+Tensor Stage::embed(const Tensor& tokens_BS) { return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_); }
+
+Tensor Stage::blocks(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance) {
+  Tensor x = x_TW;
+  for (Block& block : blocks_) x = block.forward(x, positions, balance);
   return x;
 }
 
-Tensor Stage::logits(const Tensor& x_BSW) {
-  const Tensor normed = rms_norm(x_BSW, *final_norm_, architecture().rms_eps);
-  return linear(normed.reshape({-1, normed.size(-1)}), *head_);
+Tensor Stage::own_logits(const Tensor& x_TW) {
+  const Tensor normed_TW = rms_norm(x_TW, *final_norm_, architecture().rms_eps);
+  return linear(gather_along(tensor_, normed_TW, 0), *head_);
 }
 
-Tensor Stage::token_losses(const Tensor& x_BSW, const Tensor& labels_BS) {
-  return cross_entropy(logits(x_BSW), labels_BS.reshape({-1}));
+Tensor Stage::token_losses(const Tensor& x_TW, const Tensor& labels_BS) {
+  return vocabulary_cross_entropy(tensor_, own_logits(x_TW), labels_BS.reshape({-1}), first_token_);
 }
 
-const RotaryTable& Stage::rotary(int64_t positions) {
-  const at::Device device = weights_.all().front().parameter.value.device();
-  if (!rotary_.cos_SD.defined() || rotary_.cos_SD.size(0) != positions || rotary_.cos_SD.device() != device) {
-    rotary_ = rotary_table(positions, architecture().head_dim, architecture().rope_theta, device);
-  }
-  return rotary_;
-}
+Tensor Stage::logits(const Tensor& x_TW) { return whole_logits(tensor_, own_logits(x_TW), first_token_, architecture().vocab); }
 
 std::vector<Router*> Stage::routers() {
   std::vector<Router*> routers;

@@ -3,7 +3,7 @@
 
 #include "model/block.hpp"
 
-// Shapes: B sequences, S positions, T = B*S tokens, W width of the model, V vocabulary.
+// Shapes: B sequences, S positions, N = B*S token rows, T of them on this rank of the tensor group, W width of the model, V vocabulary.
 namespace upcycle {
 
 /// The part of the model that one pipeline stage holds: its layers, and at the ends the embedding and the head.
@@ -12,28 +12,34 @@ class Stage {
   /// Nothing is allocated until weights().allocate(). `mesh` must outlive the stage.
   Stage(const Architecture&, const Layout&, const Mesh& mesh);
 
-  /// int64 ids [B, S] -> [B, S, W], in the compute dtype.
+  /// Where the rows of `sequences` sequences of `length` positions stand.
+  Positions positions(int64_t sequences, int64_t length);
+  /// **Collective** over the tensor group, as all that follow. int64 ids [B, S] -> [T, W], in the compute dtype.
   Tensor embed(const Tensor& tokens_BS);
   /// Through this stage's layers.
-  Tensor blocks(const Tensor& x_BSW, const BalanceLoss& balance);
-  /// The final norm and the head: [T, V], in the compute dtype.
-  Tensor logits(const Tensor& x_BSW);
-  /// Cross entropy of every token, fp32 [T].
-  Tensor token_losses(const Tensor& x_BSW, const Tensor& labels_BS);
+  Tensor blocks(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance);
+  /// Cross entropy of every token, fp32 [N], the same on all tensor ranks.
+  Tensor token_losses(const Tensor& x_TW, const Tensor& labels_BS);
+  /// The final norm and the head, in the compute dtype: [N, V], whole on every rank. For looking at, not for training.
+  Tensor logits(const Tensor& x_TW);
 
   std::deque<Block>& layers() noexcept { return blocks_; }
   Weights& weights() noexcept { return weights_; }
   const Architecture& architecture() const noexcept { return weights_.architecture(); }
-  const RotaryTable& rotary(int64_t positions);
   /// Statistics of the stage's routers, by layer; empty for a dense model.
   std::vector<Router*> routers();
 
  private:
+  Tensor own_logits(const Tensor& x_TW);   ///< [N, V of this rank]
+  Parameter* vocabulary(const std::string& name);
+
+  const Communicator& tensor_;
   Weights weights_;
   Parameter* embedding_ = nullptr;
   std::deque<Block> blocks_;
   Parameter* final_norm_ = nullptr;
   Parameter* head_ = nullptr;     ///< the embedding itself where the model is tied
+  int64_t first_token_ = 0;       ///< embedding and head hold the rows of this token and the following
   RotaryTable rotary_;
 };
 

@@ -5,8 +5,8 @@
 namespace upcycle {
 namespace {
 
-constexpr std::array<const char*, kAxes> kNames = {"tensor",        "context", "data",        "pipeline",
-                                                   "expert_tensor", "expert",  "expert_data", "replica"};
+constexpr std::array<const char*, kAxes> kNames = {"tensor", "context",     "data",    "pipeline", "expert_tensor",
+                                                   "expert", "expert_data", "replica", "sequence"};
 
 int positive(const char* key, int64_t degree, int world) {
   if (degree < 1) fail("parallel.", key, " = ", degree, ": a degree is at least 1");
@@ -52,6 +52,7 @@ Grid::Grid(const ParallelSection& degrees, int world_size) : world_(world_size) 
   set(Axis::expert, expert, expert_tensor);
   set(Axis::expert_data, stage / (expert_tensor * expert), expert_tensor * expert);
   set(Axis::replica, context * data, tensor);  // context and data lie side by side, so together they are one axis
+  set(Axis::sequence, tensor * context, 1);    // tensor and context likewise
 }
 
 Coordinates Grid::at(int rank) const noexcept {

@@ -11,9 +11,10 @@ namespace upcycle {
 ///   dense:  rank = tensor + TP * (context + CP * (data + DP * pipeline))
 ///   expert: rank = expert_tensor + ETP * (expert + EP * (expert_data + EDP * pipeline))
 /// so that experts may span the tensor, context and data axes ("parallel folding", Megatron-Core).
-/// `replica` is all ranks that hold the same dense slice: context x data, in that order.
-enum class Axis { tensor, context, data, pipeline, expert_tensor, expert, expert_data, replica };
-inline constexpr int kAxes = 8;
+/// `replica` is all ranks that hold the same dense slice: context x data, in that order; `sequence` all that share a micro-batch:
+/// tensor x context.
+enum class Axis { tensor, context, data, pipeline, expert_tensor, expert, expert_data, replica, sequence };
+inline constexpr int kAxes = 9;
 const char* name(Axis) noexcept;
 
 /// Where a rank stands on every axis.

@@ -11,7 +11,7 @@
 #include "ops/linear.hpp"
 #include "ops/swiglu.hpp"
 
-// Shapes: B sequences, S positions, T = B*S tokens, W width of the model, V vocabulary, N experts, K of each token, F dense width.
+// Shapes: T token rows of this rank, W width of the model, N experts, F dense width.
 namespace upcycle {
 namespace {
 
@@ -30,8 +30,8 @@ class DenseFeedForward {
     up_ = load("up_proj", {width, hidden});
     down_ = load("down_proj", {hidden, width});
   }
-  Tensor forward(const Tensor& x_BSW) {
-    const Tensor gate_up = at::cat({linear(x_BSW, gate_), linear(x_BSW, up_)}, -1);
+  Tensor forward(const Tensor& x_TW) {
+    const Tensor gate_up = at::cat({linear(x_TW, gate_), linear(x_TW, up_)}, -1);
     return linear(swiglu(gate_up), down_);
   }
 
@@ -39,33 +39,35 @@ class DenseFeedForward {
   Parameter gate_, up_, down_;
 };
 
-// Both models side by side, layer by layer. They share all weights but the feed-forwards, so the dense one needs only those.
-FunctionLevel compare(Stage& stage, const Recipe& recipe, const ReadDense& read, const Batch& batch,
+// Both models side by side, layer by layer. They share all weights but the feed-forwards, so the dense one needs only those. Each
+// rank of a tensor group judges its own rows; the logits, which all of them get whole, count on one (`counts_logits`).
+FunctionLevel compare(Stage& stage, bool counts_logits, const Recipe& recipe, const ReadDense& read, const Batch& batch,
                       const std::function<void()>& alive) {
   const Tensor embedded = stage.embed(batch.tokens_BS);
-  const RotaryTable& table = stage.rotary(batch.tokens_BS.size(1));
+  const Positions positions = stage.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
   FunctionLevel level;
   level.precision = long_name(embedded.scalar_type());
   Tensor dense = embedded, moe = embedded;
   for (Block& block : stage.layers()) {
     alive();
     log::progress(text("certificate, ", level.precision, ": layer ", block.layer() + 1, "/", recipe.moe.layers));
-    dense = block.attend(dense, table);
-    moe = block.attend(moe, table);
+    dense = block.attend(dense, positions);
+    moe = block.attend(moe, positions);
     const Tensor dense_input = block.feed_forward_input(dense), moe_input = block.feed_forward_input(moe);
     if (MoeLayer* layer = block.moe()) {
       DenseFeedForward feed_forward(recipe, read, block.layer(), embedded);
       const Tensor expected = feed_forward.forward(dense_input);
       level.layers[block.layer()].add(expected, block.feed_forward(dense_input, {}));
       dense = dense + expected;
-      const Tensor logits_TN = layer->router().logits(moe_input.reshape({-1, moe_input.size(-1)}));
+      const Tensor logits_TN = layer->router().logits(moe_input);
       level.routing.add(logits_TN, choose_experts(logits_TN, recipe.moe.top_k), recipe.granularity);
     } else {
       dense = dense + block.feed_forward(dense_input, {});
     }
     moe = moe + block.feed_forward(moe_input, {});
   }
-  level.add_logits(stage.logits(dense), stage.logits(moe), batch.labels_BS.reshape({-1}));
+  const Tensor dense_logits = stage.logits(dense), moe_logits = stage.logits(moe);
+  if (counts_logits) level.add_logits(dense_logits, moe_logits, batch.labels_BS.reshape({-1}));
   return level;
 }
 
@@ -84,17 +86,21 @@ Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const 
 
   // Every data rank looks at sequences of its own; all ranks of an expert group take part in each exchange.
   const at::Device device = stage.weights().all().front().parameter.value.device();
-  const int64_t length = std::min(config.train.sequence, config.upcycle.certify_tokens);
+  const int64_t tensor = mesh.grid().size(Axis::tensor);
+  const int64_t length = std::min(config.train.sequence, (config.upcycle.certify_tokens + tensor - 1) / tensor * tensor);
   const int64_t data = mesh.grid().size(Axis::data);
   const int64_t sequences = std::max<int64_t>(1, config.upcycle.certify_tokens / (length * data));
   const Batch all = tokens.batch(mesh.here()[Axis::data] * sequences, sequences);
   const Batch batch{all.tokens_BS.narrow(1, 0, length).contiguous().to(device),
                     all.labels_BS.narrow(1, 0, length).contiguous().to(device)};
+  const bool counts_logits = mesh.here()[Axis::tensor] == 0;
   {
     const ComputeWithMasters fp32(stage.weights());
-    certificate.functions.push_back(compare(stage, recipe, read, batch, alive));
+    certificate.functions.push_back(compare(stage, counts_logits, recipe, read, batch, alive));
   }
-  if (config.train.precision != Precision::fp32) certificate.functions.push_back(compare(stage, recipe, read, batch, alive));
+  if (config.train.precision != Precision::fp32) {
+    certificate.functions.push_back(compare(stage, counts_logits, recipe, read, batch, alive));
+  }
 
   const std::vector<std::string> evidence = mesh.world().all_gather(certificate.pack());
   for (int rank = 0; rank < mesh.world().size(); ++rank) {

@@ -3,6 +3,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
@@ -68,14 +69,15 @@ Tensor Trainer::accumulate_gradients() {
     // Micro-batch j of the step is the same sequences on any number of ranks; rank r takes every size-th of them.
     const int64_t j = number * data_size + data_rank;
     const Batch batch = micro_batch(sampler_, state_.position + j * config_.train.micro_batch);
-    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), balance_);
+    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, balance_);
     // Divided by the step's tokens once, here; from now on every reduction is a plain sum.
     const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum() / tokens;
     torch::autograd::backward({loss}, {});
     const Tensor detached = loss.detach().to(at::kDouble);
     total = total.defined() ? total + detached : detached;
   }
-  return total;
+  return mesh_.here()[Axis::tensor] == 0 ? total : at::zeros_like(total);   // all tensor ranks know it; it counts once
 }
 
 double Trainer::validate(const Sampler& sampler, int64_t batches) {
@@ -85,7 +87,8 @@ double Trainer::validate(const Sampler& sampler, int64_t batches) {
   Tensor total;
   for (int64_t first = data_rank * config_.train.micro_batch; first < sequences; first += data_size * config_.train.micro_batch) {
     const Batch batch = micro_batch(sampler, first);
-    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), {});
+    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, {});
     const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum(at::kDouble);
     total = total.defined() ? total + loss : loss;
   }

@@ -18,19 +18,22 @@ class Model {
   /// [T, V] of ids [B, S]; nothing is recorded.
   Tensor logits(const Tensor& ids_BS) {
     const Unrecorded guard;
-    return stage_.logits(stage_.blocks(stage_.embed(ids_BS), {}));
+    return stage_.logits(hidden(ids_BS));
   }
 
   /// Mean cross entropy of ids [B, S+1], each predicting the next.
   Tensor loss(const Tensor& ids) {
     const int64_t length = ids.size(1) - 1;
-    const Tensor hidden = stage_.blocks(stage_.embed(ids.narrow(1, 0, length)), {});
-    return stage_.token_losses(hidden, ids.narrow(1, 1, length)).sum() / static_cast<double>(ids.size(0) * length);
+    return stage_.token_losses(hidden(ids.narrow(1, 0, length)), ids.narrow(1, 1, length)).sum() / static_cast<double>(ids.size(0) * length);
   }
 
   Weights& weights() { return stage_.weights(); }
 
  private:
+  Tensor hidden(const Tensor& ids_BS) {
+    return stage_.blocks(stage_.embed(ids_BS), stage_.positions(ids_BS.size(0), ids_BS.size(1)), {});
+  }
+
   Mesh mesh_;
   Stage stage_;
 };

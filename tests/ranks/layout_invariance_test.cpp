@@ -66,11 +66,12 @@ double smallest_gap(Stage& stage, const Mesh& mesh, const RunConfig& run, const 
   double smallest = std::numeric_limits<double>::infinity();
   const int64_t stride = run.train.micro_batch * mesh.grid().size(Axis::data);
   for (int64_t first = run.train.micro_batch * mesh.here()[Axis::data]; first < run.train.global_batch; first += stride) {
+    const Positions positions = stage.positions(run.train.micro_batch, run.train.sequence);
     Tensor x = stage.embed(sampler.batch(position + first, run.train.micro_batch).tokens_BS);
     for (Block& block : stage.layers()) {
-      const Tensor attended = block.attend(x, stage.rotary(x.size(1))), h = block.feed_forward_input(attended);
+      const Tensor attended = block.attend(x, positions), h = block.feed_forward_input(attended);
       if (MoeLayer* moe = block.moe()) {
-        const Tensor best = std::get<0>(moe->router().logits(h.reshape({-1, h.size(-1)})).sort(int64_t{1}, /*descending=*/true));
+        const Tensor best = std::get<0>(moe->router().logits(h).sort(int64_t{1}, /*descending=*/true));
         const int64_t top_k = stage.architecture().top_k;
         smallest = std::min(smallest, (best.select(1, top_k - 1) - best.select(1, top_k)).min().item<double>());
       }

@@ -186,8 +186,9 @@ TEST(LocalBox, FewerKvHeadsThanTensorRanksAreReplicated) {
     EXPECT_EQ(local_box(find(specs, "model.layers.0.self_attn.k_proj.weight"), layout, here), (Box{{rank / 4 * 4, 0}, {4, 24}}));
     EXPECT_EQ(local_box(find(specs, "model.layers.0.self_attn.q_proj.weight"), layout, here), (Box{{rank * 4, 0}, {4, 24}}));
     EXPECT_EQ(local_box(find(specs, "model.layers.0.self_attn.o_proj.weight"), layout, here), (Box{{0, rank * 4}, {24, 4}}));
-    // 101 rows on 8 ranks: 13 each, the last has 10.
-    EXPECT_EQ(local_box(specs.front(), layout, here), (Box{{rank * 13, 0}, {rank < 7 ? 13 : 10, 24}}));
+    // 101 rows on 8 ranks: 12 or 13 each.
+    constexpr int64_t begin[] = {0, 12, 25, 37, 50, 63, 75, 88, 101};
+    EXPECT_EQ(local_box(specs.front(), layout, here), (Box{{begin[rank], 0}, {begin[rank + 1] - begin[rank], 24}}));
   }
 }
 
