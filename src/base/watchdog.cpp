@@ -1,15 +1,13 @@
 #include "base/watchdog.hpp"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
-#include <cstdio>
-#include <fstream>
-#include <iomanip>
-#include <map>
+#include <chrono>
+#include <numeric>
 
 #include "base/error.hpp"
 
@@ -17,95 +15,27 @@ namespace upcycle {
 namespace {
 
 namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+using Seconds = std::chrono::duration<double>;
 
-double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
-
-std::string host_name() {
-  std::array<char, 256> name{};
-  return gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "?";
-}
-
-fs::path file_of(const fs::path& folder, int rank) {
-  std::ostringstream name;
-  name << "rank_" << std::setw(5) << std::setfill('0') << rank;
-  return folder / name.str();
-}
-
-std::string who(const Heartbeat& beat, double now) {
-  if (!beat.found) return text("rank ", beat.rank, " (no heartbeat)");
-  std::ostringstream out;
-  out << "rank " << beat.rank << " (" << beat.host << ", pid " << beat.pid << ", step " << beat.step << ", "
-      << beat.doing << ", last progress " << std::fixed << std::setprecision(1) << now - beat.progress << " s ago)";
-  return out.str();
-}
-
-std::string list(const std::vector<const Heartbeat*>& beats, double now) {
-  constexpr size_t kShown = 8;
-  std::string names;
-  for (size_t i = 0; i < std::min(beats.size(), kShown); ++i) names += (i ? ", " : "") + who(*beats[i], now);
-  if (beats.size() > kShown) names += text(" and ", beats.size() - kShown, " more");
-  return names;
-}
+// A whole job's last file: the first rank to make it speaks for all. Named after the job, for an earlier one's may lie about.
+std::string verdict_name(const Process& first) { return text("verdict-", first.pid, "-", first.started); }
 
 }  // namespace
 
-Heartbeat read_heartbeat(const fs::path& folder, int rank) {
-  Heartbeat beat;
-  beat.rank = rank;
-  std::ifstream file(file_of(folder, rank));
-  std::map<std::string, std::string> fields;
-  for (std::string line; std::getline(file, line);) {
-    const size_t blank = line.find(' ');
-    if (blank != std::string::npos) fields[line.substr(0, blank)] = line.substr(blank + 1);
-  }
-  try {
-    beat.host = fields.at("host");
-    beat.pid = std::stoll(fields.at("pid"));
-    beat.step = std::stoll(fields.at("step"));
-    beat.doing = fields.at("doing");
-    beat.progress = std::stod(fields.at("progress"));
-    beat.alive = std::stod(fields.at("alive"));
-    beat.found = true;
-  } catch (const std::exception&) {
-  }
-  return beat;
-}
-
-std::string accuse(const std::vector<Heartbeat>& beats, double now, double quiet_seconds) {
-  std::vector<const Heartbeat*> gone, behind;
-  for (const Heartbeat& beat : beats) {
-    if (!beat.found || now - beat.alive > quiet_seconds) gone.push_back(&beat);
-  }
-  if (!gone.empty()) return text("its process is gone, stopped, or cut off from the run directory: ", list(gone, now));
-  int64_t lowest = beats.front().step, highest = lowest;
-  for (const Heartbeat& beat : beats) {
-    lowest = std::min(lowest, beat.step);
-    highest = std::max(highest, beat.step);
-  }
-  if (lowest < highest) {
-    for (const Heartbeat& beat : beats) {
-      if (beat.step == lowest) behind.push_back(&beat);
-    }
-    return text("behind the others, which are at step ", highest, ": ", list(behind, now));
-  }
-  const auto earlier = [](const Heartbeat& a, const Heartbeat& b) { return a.progress < b.progress; };
-  return text("all ranks are at step ", lowest, "; the oldest heartbeat is that of ",
-              who(*std::min_element(beats.begin(), beats.end(), earlier), now));
-}
-
-Watchdog::Watchdog(const fs::path& directory, int rank, int world, double timeout_seconds)
-    : folder_(directory / "heartbeat"),
-      rank_(rank),
-      world_(world),
+Watchdog::Watchdog(int rank, std::vector<Process> job, double timeout_seconds, std::function<void()> last_act)
+    : rank_(rank),
+      job_(std::move(job)),
       timeout_(timeout_seconds),
       period_(std::clamp(timeout_seconds / 10, 0.02, 5.0)),
-      progress_(now()) {
-  std::error_code error;
-  fs::create_directories(folder_, error);
-  if (rank == 0) fs::remove(folder_ / "timed_out", error);  // an earlier run's
-  write();
-  if (!read_heartbeat(folder_, rank).found)
-    fail(folder_.string(), ": can't write heartbeat files here; check the rights and the space");
+      last_act_(std::move(last_act)),
+      everyone_(job_.size()) {
+  std::iota(everyone_.begin(), everyone_.end(), 0);
+  for (const int other : everyone_) {
+    const Life life = other == rank_ ? Life::unknown : life_of(job_[static_cast<size_t>(other)]);
+    if (life == Life::running || life == Life::stopped) locals_.push_back(other);
+  }
+  tick_ = std::min(period_, std::max(0.25, 0.02 * static_cast<double>(locals_.size())));
   thread_ = std::thread([this] { look_on(); });
 }
 
@@ -116,54 +46,155 @@ Watchdog::~Watchdog() {
   }
   wake_.notify_all();
   thread_.join();
-  doing_ = "finished";
+  doing_ = std::uncaught_exceptions() > 0 ? "failed" : "finished";
+  if (!folder_.empty()) write();
+}
+
+void Watchdog::watch(const fs::path& directory) {
+  const std::lock_guard lock(mutex_);
+  const fs::path folder = directory / "heartbeat";
+  std::error_code error;
+  fs::create_directories(folder, error);
+  verdict_ = folder / verdict_name(job_.front());
+  if (rank_ == 0) {
+    for (const auto& entry : fs::directory_iterator(folder, error)) {
+      const std::string name = entry.path().filename().string();
+      if (name.starts_with("verdict-") && name != verdict_.filename()) fs::remove(entry.path(), error);
+    }
+  }
+  folder_ = folder;
+  beat(step_, doing_);
   write();
+  if (read_heartbeat(folder_, rank_).count != count_)
+    fail(folder_.string(), ": can't write heartbeat files here; check the rights and the space");
+}
+
+bool Watchdog::sees(int rank, double seconds) const {
+  const Process& process = job_[static_cast<size_t>(rank)];
+  const auto latest = Clock::now() + Seconds(seconds);
+  for (;; std::this_thread::sleep_for(Seconds(0.1))) {
+    const Process writer = read_heartbeat(folder_, rank).process;
+    if (writer.pid == process.pid && writer.started == process.started) return true;
+    if (Clock::now() > latest) return false;
+  }
 }
 
 void Watchdog::beat(int64_t step, const char* doing) noexcept {
   step_ = step;
   doing_ = doing;
-  progress_ = now();
+  ++beats_;
 }
 
 void Watchdog::look_on() {
   std::unique_lock lock(mutex_);
-  while (!wake_.wait_for(lock, std::chrono::duration<double>(period_), [this] { return stop_; })) {
-    write();
-    if (now() - progress_ > timeout_) leave();
+  Clock::time_point before = Clock::now();
+  uint64_t seen = 0;
+  double unwritten = 0;
+  while (!wake_.wait_for(lock, Seconds(tick_), [this] { return stop_; })) {
+    // What this process has slept through, with a suspended job, is nobody's silence: hence the bound.
+    const double passed = std::min(Seconds(Clock::now() - before).count(), 1 + 4 * tick_);
+    before = Clock::now();
+    quiet_ = seen == beats_ ? quiet_ + passed : 0;
+    if (quiet_ == 0) halfway_.clear();
+    seen = beats_;
+    if (const std::vector<int> dead = gone(); !dead.empty()) {
+      speak("", dead);
+      leave();
+    }
+    if (folder_.empty()) continue;
+    if ((unwritten += passed) >= period_) {
+      unwritten = 0;
+      write();
+      std::error_code error;
+      if (fs::exists(verdict_, error)) leave();
+    }
+    if (quiet_ > timeout_ / 2 && halfway_.empty()) {
+      halfway_ = look_at(everyone_);
+      halfway_quiet_ = quiet_;
+    }
+    if (quiet_ > timeout_) {
+      speak(text(" after ", timeout_, " s without progress (step ", step_, ", ", doing_, ")"), everyone_);
+      leave();
+    }
   }
 }
 
-void Watchdog::write() const {
-  // Renamed into place, so that nobody reads half of it. A full disk must not end a run that still computes: no error
-  // is raised.
-  const fs::path target = file_of(folder_, rank_), fresh = target.string() + ".new";
-  {
-    std::ofstream file(fresh, std::ios::trunc);
-    file << "rank " << rank_ << "\nhost " << host_name() << "\npid " << getpid() << "\nstep " << step_ << "\ndoing "
-         << doing_ << std::fixed << std::setprecision(3) << "\nprogress " << progress_ << "\nalive " << now() << '\n';
-    if (!file.flush()) return;
+void Watchdog::write() {
+  write_heartbeat(folder_, {rank_, true, job_[static_cast<size_t>(rank_)], step_, doing_.load(), quiet_, ++count_});
+}
+
+/// The local ranks whose process is gone although they had not finished.
+std::vector<int> Watchdog::gone() const {
+  std::vector<int> dead;
+  for (const int rank : locals_) {
+    const Process& process = job_[static_cast<size_t>(rank)];
+    if (life_of(process) != Life::gone) continue;
+    if (!folder_.empty()) {
+      const Heartbeat last = read_heartbeat(folder_, rank);
+      if (last.process.pid == process.pid && last.doing == "finished") continue;
+    }
+    dead.push_back(rank);
   }
-  std::error_code error;
-  fs::rename(fresh, target, error);
+  return dead;
+}
+
+std::vector<Sighting> Watchdog::look_at(const std::vector<int>& ranks) const {
+  std::vector<Sighting> out;
+  for (const int rank : ranks) {
+    const Process& process = job_[static_cast<size_t>(rank)];
+    Sighting sighting{folder_.empty() ? Heartbeat{} : read_heartbeat(folder_, rank), Life::unknown};
+    // An earlier job's heartbeat is none.
+    if (sighting.beat.process.pid != process.pid || sighting.beat.process.started != process.started) sighting.beat = {};
+    sighting.beat.rank = rank;
+    sighting.beat.process = process;
+    if (rank == rank_) sighting.life = Life::running;
+    if (std::binary_search(locals_.begin(), locals_.end(), rank)) sighting.life = life_of(process);
+    if (!halfway_.empty() && halfway_[static_cast<size_t>(rank)].beat.count == sighting.beat.count)
+      sighting.unchanged = quiet_ - halfway_quiet_;
+    out.push_back(sighting);
+  }
+  return out;
+}
+
+void Watchdog::speak(const std::string& words, const std::vector<int>& of_whom) const {
+  int file = -1;
+  bool mine = true;
+  if (!folder_.empty()) {
+    file = open(verdict_.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0644);
+    mine = file >= 0 || errno != EEXIST;
+  } else {   // the lowest that lives
+    for (const int rank : locals_) mine = mine && (rank > rank_ || life_of(job_[static_cast<size_t>(rank)]) != Life::running);
+  }
+  if (mine) {
+    const std::string message = text("watchdog: rank ", rank_, " ends the job", words, ": ", accuse(look_at(of_whom)), "\n");
+    // The main thread may hold any lock; so no logger and no stdio.
+    [[maybe_unused]] const ssize_t told = ::write(STDERR_FILENO, message.data(), message.size());
+    if (file >= 0) [[maybe_unused]]
+      const ssize_t kept = ::write(file, message.data(), message.size());
+    end_heedless_launcher();
+  }
+  // The launcher kills whoever is left when the first process leaves, and before watch() the others must not take that one for
+  // the culprit. So nobody leaves before it has been said.
+  const auto said = [&] {
+    std::error_code error;
+    return !folder_.empty() && (mine || fs::file_size(verdict_, error) > 0);
+  };
+  const auto latest = Clock::now() + Seconds(folder_.empty() ? 1 + 2 * tick_ : std::clamp(timeout_, 0.5, 10.0));
+  while (!said() && Clock::now() < latest) std::this_thread::sleep_for(Seconds(0.05));
 }
 
 void Watchdog::leave() const {
-  // All ranks come here at about the same time: the first to make the file speaks, the others give it time to be heard.
-  const int file = open((folder_ / "timed_out").c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0644);
-  if (file < 0 && errno == EEXIST) {
-    std::this_thread::sleep_for(std::chrono::duration<double>(std::clamp(timeout_, 0.5, 10.0)));
-    _exit(1);
+  for (const int rank : locals_) {
+    const Process& process = job_[static_cast<size_t>(rank)];
+    if (life_of(process) == Life::stopped) kill(static_cast<pid_t>(process.pid), SIGKILL);
   }
-  std::vector<Heartbeat> beats;
-  for (int rank = 0; rank < world_; ++rank) beats.push_back(read_heartbeat(folder_, rank));
-  const std::string message =
-      text("watchdog: rank ", rank_, " made no progress for ", timeout_, " s (step ", step_.load(), ", ", doing_.load(),
-           "). ", accuse(beats, now(), 4 * period_ + 1), '\n');
-  // The main thread may hold any lock; so no logger and no stdio.
-  [[maybe_unused]] const ssize_t told = ::write(STDERR_FILENO, message.data(), message.size());
-  if (file >= 0) [[maybe_unused]]
-    const ssize_t kept = ::write(file, message.data(), message.size());
+  std::atomic<bool> done = !last_act_;
+  try {
+    if (last_act_) std::thread([&] { last_act_(), done = true; }).detach();
+  } catch (const std::exception&) {
+    done = true;
+  }
+  for (int i = 0; i < 100 && !done; ++i) std::this_thread::sleep_for(Seconds(0.05));
   _exit(1);
 }
 

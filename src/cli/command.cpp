@@ -5,8 +5,9 @@
 #include <iostream>
 #include <thread>
 
-#include "base/error.hpp"
+#include "base/fault.hpp"
 #include "parallel/mesh.hpp"
+#include "train/agreement.hpp"
 
 namespace upcycle {
 namespace {
@@ -33,6 +34,7 @@ int run_command(const Arguments& arguments) {
     return kExitDone;
   }
   if (arguments.command == "plan") return own_rank() == 0 ? run_plan(arguments) : kExitDone;
+  agree_on_program(Communicator::everyone(), arguments.command);
   if (arguments.command == "convert") return run_convert(arguments);
   if (arguments.command == "train") return run_train(arguments);
   if (arguments.command == "export") return run_export(arguments);
@@ -42,6 +44,11 @@ int run_command(const Arguments& arguments) {
 }
 
 int explain_mistake(const std::exception& error) {
+  if (dynamic_cast<const LonelyMistake*>(&error)) {
+    std::cerr << text("upcycle: rank ", own_rank(), ": ", error.what(), "\n") << std::flush;
+    if (world_size() > 1) abort_all_ranks(kExitMistake);
+    return kExitMistake;
+  }
   if (own_rank() == 0) std::cerr << "upcycle: " << error.what() << std::endl;
   if (world_size() > 1) {
     // A mistake is met by all ranks alike. Should one be alone with it, the others would wait for it for ever.
@@ -57,7 +64,13 @@ int explain_mistake(const std::exception& error) {
 int explain_fault(const std::exception& error) {
   std::string what = error.what();
   what = what.substr(0, what.find("\nException raised from"));   // LibTorch appends its call stack, which helps no user
-  std::cerr << text("upcycle: rank ", own_rank(), ": ", what, "\n") << std::flush;
+  const auto* common = dynamic_cast<const CommonFault*>(&error);
+  if (common == nullptr) what = text("rank ", own_rank(), ": ", what);
+  if (common == nullptr || common->speaks) {
+    std::cerr << text("upcycle: ", what, "\n") << std::flush;
+  } else {
+    std::this_thread::sleep_for(std::chrono::seconds(2));   // the launcher kills the one who speaks as soon as another leaves
+  }
   if (world_size() > 1) abort_all_ranks(kExitFault);
   return kExitFault;
 }

@@ -42,8 +42,8 @@ int run_export(const Arguments&);
 int run_inspect(const Arguments&);
 int run_verify(const Arguments&);
 
-/// Says what went wrong, and returns the exit code. A user's mistake is told once, by rank 0; a fault by the rank that met it,
-/// and ends all ranks. For use in main's handlers, with MPI up or not.
+/// Says what went wrong, and returns the exit code. A user's mistake, and a fault that all ranks meet, is told once. A fault, and a
+/// mistake that one rank meets alone, ends all ranks. For use in main's handlers, with MPI up or not.
 int explain_mistake(const std::exception& error);
 int explain_fault(const std::exception& error);
 

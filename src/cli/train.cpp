@@ -1,21 +1,50 @@
-#include "base/error.hpp"
+#include "base/fault.hpp"
+#include "base/watchdog.hpp"
 #include "cli/command.hpp"
+#include "cli/version.hpp"
 #include "config/run_config.hpp"
 #include "parallel/mesh.hpp"
+#include "parallel/nccl.hpp"
+#include "train/agreement.hpp"
 #include "train/run.hpp"
 
 namespace upcycle {
+namespace {
+
+// The other ranks may wait for this one in NCCL, and this one's GPU for them: whatever still runs there is given up, or nothing would
+// ever be freed. A mistake that all ranks have met leaves NCCL in order.
+int run_or_abort(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
+  try {
+    return run_training(config, mesh, watchdog);
+  } catch (const UserError& mistake) {
+    if (dynamic_cast<const LonelyMistake*>(&mistake)) nccl::abort_all();
+    throw;
+  } catch (...) {
+    nccl::abort_all();
+    throw;
+  }
+}
+
+}  // namespace
 
 int run_train(const Arguments& arguments) {
-  const RunConfig config = read_run(arguments.positional.at(0), arguments.set);   // 1. read the run, all mistakes at once
+  const Communicator world = Communicator::everyone();
+  const RunConfig config = read_agreed_run(world, arguments.positional.at(0), arguments.set);   // 1. one run, all mistakes at once
   const std::vector<std::string> missing = not_built(config);
   if (!missing.empty()) {
     std::string lines;
     for (const std::string& line : missing) lines += "\n  " + line;
     fail(arguments.positional.at(0), " asks for what `train` can't do yet (`plan` understands it):", lines);
   }
-  Mesh mesh(Grid(config.parallel, world_size()));                                 // 2. lay out the ranks
-  return run_training(config, mesh);                                              // 3. build, restore or upcycle, train
+  std::string line = "upcycle " + version();
+  for (const std::string& transport : transports_built_in()) line += ", " + transport;
+  log::info(line);
+  Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds(), nccl::abort_all);   // 2. nobody waits for the dead
+  Mesh mesh(Grid(config.parallel, world_size()));                                                        // 3. lay out the ranks
+  const int code = run_or_abort(config, mesh, watchdog);                                 // 4. build, restore or upcycle, train
+  world.barrier();
+  end_within(60, kExitFault);   // all are here; yet one may die while MPI shuts down
+  return code;
 }
 
 }  // namespace upcycle

@@ -15,6 +15,7 @@ std::vector<Field> describe(RunConfig& c) {
       choice<Transport>("run.transport", c.run.transport,
                         {{"auto", Transport::automatic}, {"nccl", Transport::nccl}, {"mpi", Transport::mpi}}),
       choice("run.device", c.run.device, {"auto", "cpu", "cuda"}),
+      flag("run.share_gpu", c.run.share_gpu),
       choice("run.signal", c.run.signal, {"USR1", "USR2", "HUP", "INT", "ALRM", "XCPU", "TERM"}),
 
       words("source.model", c.source.model),

@@ -20,6 +20,7 @@ struct RunSection {
   std::string timeout = "10min";       ///< number with s, min or h
   Transport transport = Transport::automatic;
   std::string device = "auto";         ///< auto | cpu | cuda
+  bool share_gpu = false;              ///< several ranks on one GPU: refused unless asked for
   std::string signal = "USR2";         ///< asks for "save and leave with code 75"; TERM always does, too
 };
 

@@ -12,6 +12,7 @@
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "base/fault.hpp"
 #include "base/handle.hpp"
 #include "parallel/nccl.hpp"
 #include "parallel/point_to_point.hpp"
@@ -330,8 +331,9 @@ void Communicator::agree(std::exception_ptr error) const {
     }
   }
   message = broadcast(message, static_cast<int>(lowest));
-  if (message[0] == 'u') throw UserError(message.substr(1));
-  throw std::runtime_error(message.substr(1));
+  const std::string what = (lowest > 0 ? text("rank ", lowest, ": ") : "") + message.substr(1);
+  if (message[0] == 'u') throw UserError(what);
+  throw CommonFault(rank() == lowest, what);
 }
 
 }  // namespace upcycle

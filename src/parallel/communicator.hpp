@@ -59,7 +59,7 @@ class Communicator {
   std::vector<std::string> all_gather(const std::string& message) const;
 
   /// **Collective.** Runs `action` on every rank; when it throws on some, all throw the same error, that of the lowest such
-  /// rank, with its kind (UserError or not) kept. So nobody is left waiting in a collective.
+  /// rank (named unless it is 0), as a UserError or a CommonFault (base/fault.hpp). So nobody is left waiting in a collective.
   template <class Action>
   void together(Action&& action) const {
     std::exception_ptr error;

@@ -10,7 +10,9 @@
 
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <numeric>
+#include <set>
 #endif
 
 #include "base/error.hpp"
@@ -25,6 +27,16 @@ struct Group {
 };
 
 namespace {
+
+// All of this process's groups, for abort_all.
+std::mutex groups_mutex;
+std::set<ncclComm_t> live;
+
+/// Whoever takes a communicator out of the set ends it: destroys or aborts it, once.
+bool take(ncclComm_t comm) {
+  const std::lock_guard lock(groups_mutex);
+  return live.erase(comm) > 0;
+}
 
 void check(ncclResult_t code, const char* call, ncclComm_t comm = nullptr) {
   if (code == ncclSuccess) return;
@@ -83,8 +95,17 @@ void grouped(ncclComm_t comm, Calls&& calls) {
 }  // namespace
 
 void Leave::operator()(Group* group) const noexcept {
-  if (group->comm) ncclCommDestroy(group->comm);
+  if (group->comm && take(group->comm)) ncclCommDestroy(group->comm);
   delete group;
+}
+
+void abort_all() noexcept {
+  std::set<ncclComm_t> all;
+  {
+    const std::lock_guard lock(groups_mutex);
+    all.swap(live);
+  }
+  for (ncclComm_t comm : all) ncclCommAbort(comm);
 }
 
 bool built_in() noexcept { return true; }
@@ -106,6 +127,8 @@ Member join(const std::string& id, int rank, int size) {
   std::memcpy(name.internal, id.data(), sizeof name.internal);
   Member member(new Group{nullptr, size});
   check(ncclCommInitRank(&member->comm, size, name, rank), "ncclCommInitRank", member->comm);
+  const std::lock_guard lock(groups_mutex);
+  live.insert(member->comm);
   return member;
 }
 
@@ -190,6 +213,7 @@ namespace {
 }  // namespace
 
 void Leave::operator()(Group* group) const noexcept { delete group; }
+void abort_all() noexcept {}
 bool built_in() noexcept { return false; }
 std::string version() { return {}; }
 std::string new_id() { refuse(); }

@@ -24,6 +24,10 @@ std::string new_id();
 /// **Collective** over the group. Throws when NCCL refuses, on all ranks (two ranks on one GPU, say).
 Member join(const std::string& id, int rank, int size);
 
+/// Aborts all communicators of this process, from any thread: kernels that wait for a rank that is gone leave the GPU, and nothing
+/// waits for the peers any more. The members must not be used afterwards.
+void abort_all() noexcept;
+
 /// **Collective** each; `x` as in Communicator, on the group's GPU.
 void all_reduce(Group&, Tensor& x, Reduce);
 /// [size, x's shape]

@@ -5,7 +5,7 @@
 #include <ctime>
 #include <nlohmann/json.hpp>
 
-#include "base/error.hpp"
+#include "base/fault.hpp"
 #include "base/log.hpp"
 
 namespace upcycle {
@@ -51,9 +51,9 @@ Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory
                  const TrainingState& state)
     : config_(config), scale_(scale), speaks_(rank == 0) {
   if (!speaks_) return;
-  const std::filesystem::path path = directory / "metrics.jsonl";
-  file_.open(path, std::ios::app);
-  if (!file_) fail("can't write ", path.string(), ": check that the run directory is writable");
+  path_ = directory / "metrics.jsonl";
+  file_.open(path_, std::ios::app);
+  if (!file_) throw LonelyMistake(text("can't write ", path_.string(), ": check that the run directory is writable"));
   write(Json{{"kind", "start"},
              {"step", state.step},
              {"tokens", state.position * config.train.sequence},
@@ -65,7 +65,7 @@ Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory
 
 void Metrics::write(const std::string& line) {
   file_ << line << '\n' << std::flush;
-  if (!file_) fail("can't write metrics.jsonl in the run directory: is the disk full?");
+  if (!file_) throw LonelyMistake(text("can't write ", path_.string(), ": is the disk full?"));
 }
 
 double Metrics::tokens_per_second() const {

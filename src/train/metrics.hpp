@@ -33,6 +33,7 @@ class Metrics {
   const RunConfig& config_;
   Scale scale_;
   bool speaks_;
+  std::filesystem::path path_;
   std::ofstream file_;
   double last_loss_ = 0.0, trained_seconds_ = 0.0;
   double recent_seconds_ = 0.0;   ///< a step's seconds, averaged over the last ten or so: what the ETA believes

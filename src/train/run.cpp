@@ -2,14 +2,14 @@
 
 #include <chrono>
 
-#include "base/error.hpp"
+#include "base/fault.hpp"
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
-#include "base/watchdog.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/run_lock.hpp"
 #include "device/device.hpp"
 #include "model/flops.hpp"
+#include "train/agreement.hpp"
 #include "train/certify.hpp"
 #include "train/metrics.hpp"
 #include "train/run_directory.hpp"
@@ -58,7 +58,8 @@ class Run {
       setup_.record.provenance["certificate"] = certificate.passed() ? "passed" : "failed";
       if (!certificate.passed()) {
         if (mesh_.world().rank() == 0) write_text_durably(setup_.directory / "certificate.json", setup_.record.texts["certificate.json"]);
-        throw std::runtime_error("the certificate failed: the grown model is not what its recipe promises (certificate.json)");
+        throw CommonFault(mesh_.world().rank() == 0,
+                          "the certificate failed: the grown model is not what its recipe promises (certificate.json)");
       }
     }
     save(nullptr, {});
@@ -94,8 +95,9 @@ class Run {
         state.skipped += report.skipped;
         skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
         if (skipped_in_a_row >= (config_.train.nan_policy == NanPolicy::stop ? 1 : config_.train.nan_limit)) {
-          throw std::runtime_error(text("the gradient was not finite for ", skipped_in_a_row, " steps in a row, last at step ",
-                                        report.step, "; the newest checkpoint is of step ", saved));
+          throw CommonFault(mesh_.world().rank() == 0,
+                            text("the gradient was not finite for ", skipped_in_a_row, " steps in a row, last at step ", report.step,
+                                 "; the newest checkpoint is of step ", saved));
         }
       }
       pending = std::move(next);
@@ -157,7 +159,7 @@ class Run {
 
 }  // namespace
 
-int run_training(const RunConfig& config, Mesh& mesh) {
+int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
   const Communicator& world = mesh.world();
   shutdown::listen(config.run.signal);
   std::optional<Setup> setup;
@@ -166,8 +168,10 @@ int run_training(const RunConfig& config, Mesh& mesh) {
   world.together([&] {                                                   // 1. read and check everything
     device = device::choose(config.run.device, host_rank());
     device::set_tf32(false);   // fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
-    setup.emplace(prepare_run(config, mesh));
   });
+  mesh.check_devices(device, config.run.transport, config.run.share_gpu);
+  world.together([&] { setup.emplace(prepare_run(config, mesh)); });
+  agree(world, "the run directory", {{"the newest checkpoint", setup->resume ? setup->resume->folder().string() : "none"}});
   world.together([&] {                                                   // 2. the run directory is ours
     if (world.rank() == 0) {
       lock.emplace(setup->directory);
@@ -178,15 +182,23 @@ int run_training(const RunConfig& config, Mesh& mesh) {
       claim_run_directory(setup->directory, config);
     }
   });
-  mesh.prepare(device, config.run.transport);                            // 3. who talks to whom, by what
+  world.together([&] { watchdog.watch(setup->directory); });             // 3. from here on no wait is longer than run.timeout
+  world.together([&] {
+    constexpr double kAttributeCacheSeconds = 60;   // of NFS: a new file may be seen that late
+    if (watchdog.sees(0, kAttributeCacheSeconds)) return;
+    fail("run.directory = ", setup->directory.string(), " on host ", host_name(), " is another one than on rank 0's host: choose a ",
+         "directory of a file system that all hosts share");
+  });
+  watchdog.beat(-1, "connecting");
+  mesh.prepare(device, config.run.transport);                            // 4. who talks to whom, by what
+  watchdog.beat(-1, "starting");
   const ParameterCount count = count_parameters(setup->target.architecture);
   log::info(text(config.run.name, ": ", count.total, " parameters, ", count.active, " active per token; ", world.size(), " ranks (data ",
                  mesh.grid().size(Axis::data), ", expert ", mesh.grid().size(Axis::expert), ") on ", device::name(device), ", tensors by ",
                  mesh.transport()));
-  Watchdog watchdog(setup->directory, world.rank(), world.size(), config.timeout_seconds());
   Run run(config, mesh, *setup, watchdog, lock ? &*lock : nullptr, device);
-  if (!setup->resume) run.begin();                                       // 4. grow, certify, store step 0
-  return run.train();                  // 5. train
+  if (!setup->resume) run.begin();                                       // 5. grow, certify, store step 0
+  return run.train();                                                    // 6. train
 }
 
 }  // namespace upcycle

@@ -1,4 +1,5 @@
 #pragma once
+#include "base/watchdog.hpp"
 #include "config/run_config.hpp"
 #include "parallel/mesh.hpp"
 
@@ -10,6 +11,6 @@ inline constexpr int kRequeue = 75;   ///< stopped on request, state saved: run 
 
 /// **Collective** over the world. Does what the run file says, from its newest checkpoint or from step 0, to the end or to the
 /// request to stop. Throws UserError before anything is allocated or written when something about the run is wrong.
-int run_training(const RunConfig&, Mesh&);
+int run_training(const RunConfig&, Mesh&, Watchdog&);
 
 }  // namespace upcycle

@@ -15,7 +15,7 @@ constexpr const char* kRunFile = "run.toml";
 // Sections and keys that a resumed run may change.
 bool may_change(const std::string& section, const std::string& key) {
   static const std::set<std::string> kSections = {"parallel", "checkpoint", "validate", "log"};
-  static const std::set<std::string> kKeys = {"run.directory", "run.timeout", "run.transport", "run.device", "run.signal",
+  static const std::set<std::string> kKeys = {"run.directory", "run.timeout", "run.transport", "run.device", "run.share_gpu", "run.signal",
                                               "train.steps", "train.micro_batch", "train.recompute", "train.nan_limit",
                                               "train.nan_policy", "upcycle.certify", "upcycle.certify_tokens",
                                               "source.architecture", "source.tokenizer", "moe.max_parameters"};

@@ -27,3 +27,13 @@ foreach(script train train_errors)
   set_tests_properties(e2e.${script} PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
 endforeach()
+
+# A rank that is killed, stopped, or thrown out of its step. The library makes its allocations fail.
+add_library(fail_allocations MODULE ${CMAKE_CURRENT_LIST_DIR}/fail_allocations.c)
+target_link_libraries(fail_allocations PRIVATE ${CMAKE_DL_LIBS})
+add_test(NAME e2e.rank_failure
+  COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/rank_failure.py $<TARGET_FILE:upcycle> $<TARGET_FILE:fail_allocations>)
+# Ranks that see another run, another program, other files; and a launcher that starts jobs of one rank.
+add_test(NAME e2e.agreement COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/agreement.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.rank_failure e2e.agreement PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")

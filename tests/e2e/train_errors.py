@@ -8,6 +8,7 @@ import shutil
 import signal
 import struct
 import sys
+import time
 import unittest
 
 import numpy as np
@@ -129,6 +130,18 @@ class FullDisk(TrainCase):
         self.assertEqual({file: file.read_bytes() for file in checkpoint(run, 0).rglob("*") if file.is_file()}, stored)
         self.upcycle("train", path, "--set", "train.steps=2", ranks=2)
         self.assertTrue(checkpoint(run, 2).is_dir())
+
+    def test_of_the_metrics(self):
+        """Rank 0 alone writes them: it ends the others, at once."""
+        path, run = self.run_file("run", steps=1000000)
+        job = self.start("train", path, run=run, ranks=2, after=5)
+        resource.prlimit(self.ranks_of(job)[0], resource.RLIMIT_FSIZE, (10_000, 10_000))
+        began = time.monotonic()
+        said = self.finish(job, 2)
+        self.assertEqual(said.count("upcycle: "), 1, said)
+        self.assertIn("metrics.jsonl: is the disk full?", said)
+        self.assertLess(time.monotonic() - began, 25)
+        self.assertIn("good", self.upcycle("verify", run))
 
     def test_on_all_ranks(self):
         self.fills("run", limited=(0, 1))

@@ -114,7 +114,8 @@ def main():
                 continue
             for transport in ("host memory", "NCCL"):
                 nccl = transport == "NCCL"
-                two = [*common, *settings, "run.device=cuda", "parallel.expert=2", f"run.transport={'nccl' if nccl else 'auto'}"]
+                two = [*common, *settings, "run.device=cuda", "run.share_gpu=true", "parallel.expert=2",
+                       f"run.transport={'nccl' if nccl else 'auto'}"]
                 gpu, rate = train(upcycle, scratch, f"{model} two {transport}", two, ranks=2, nccl=nccl)
                 compare(f"{model}, GPU fp32, 2 ranks by {transport}", cpu, gpu, rate, True, failures)
             if not stop_resume_export(upcycle, scratch, [*one, *settings, "run.device=cuda"], on_gpu["fp32"]):

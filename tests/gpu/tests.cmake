@@ -30,3 +30,11 @@ if(UPCYCLE_CUDA)
       ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
   endforeach()
 endif()
+
+# A rank's failure while the other's GPU waits in NCCL.
+if(UPCYCLE_CUDA)
+  add_test(NAME gpu.rank_failure COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/rank_failure_on_gpu.py $<TARGET_FILE:upcycle>
+    $<TARGET_FILE:fail_allocations>)
+  set_tests_properties(gpu.rank_failure PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+endif()

@@ -218,18 +218,18 @@ TEST(Communicator, TogetherThrowsTheLowestRanksErrorEverywhere) {
   };
   EXPECT_EQ(caught([] {}), "nothing");
   EXPECT_EQ(caught([&] {
-              if (world.rank() >= first) fail("rank ", world.rank(), " has no file");
+              if (world.rank() >= first) fail(world.rank(), " has no file");
             }),
-            text("user: rank ", first, " has no file"));
+            first > 0 ? text("user: rank ", first, ": ", first, " has no file") : "user: 0 has no file");
   EXPECT_EQ(caught([&] {
               if (world.rank() == world.size() - 1) throw std::runtime_error("disk on fire");
             }),
-            "fault: disk on fire");
+            world.size() > 1 ? text("fault: rank ", world.size() - 1, ": disk on fire") : "fault: disk on fire");
   if (world.size() > 1) {
     EXPECT_EQ(caught([&] {
                 if (world.rank() == 1) throw 42;
               }),
-              "fault: an exception of an unknown type");
+              "fault: rank 1: an exception of an unknown type");
   }
   EXPECT_EQ(world.all_reduce(1, Reduce::sum), world.size()) << "the group works on after an error";
 }

@@ -15,7 +15,7 @@ using nlohmann::json;
 /// A run in which no key has its default.
 RunConfig unusual_run() {
   return parse_run(R"(
-run = {name = "odd", directory = "a \"quoted\" \u007f directory", seed = 1, timeout = "9s", transport = "nccl", device = "cpu", signal = "HUP"}
+run = {name = "odd", directory = "a \"quoted\" \u007f directory", seed = 1, timeout = "9s", transport = "nccl", device = "cpu", share_gpu = true, signal = "HUP"}
 source = {model = "m", architecture = "a", tokenizer = "t"}
 moe = {experts = 32, top_k = 4, granularity = 2, pre_softmax = true, layers = [1, 3], max_parameters = 1e9}
 upcycle = {scaling = "none", router_logit_std = 0.1, noise = 1e-3, drop = 0.5, drop_indices = "per-matrix", certify = false, certify_tokens = 64}
