@@ -4,10 +4,12 @@
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
+#include <thread>
 
 namespace upcycle {
 namespace {
@@ -49,6 +51,13 @@ Life life_of(const Process& process) {
     return Life::gone;
   }
   return status.state == 'T' ? Life::stopped : Life::running;
+}
+
+void end_within(int seconds, int exit_code) {
+  std::thread([=] {
+    std::this_thread::sleep_for(std::chrono::seconds(seconds));
+    _exit(exit_code);
+  }).detach();
 }
 
 void end_heedless_launcher() noexcept {

@@ -19,6 +19,9 @@ enum class Life { running, stopped, gone, unknown };
 /// that a debugger holds is running).
 Life life_of(const Process&);
 
+/// This process ends in `seconds`, whatever its threads wait for by then.
+void end_within(int seconds, int exit_code);
+
 /// Open MPI's `mpirun --enable-recovery` takes no notice of dead ranks and returns 0 whatever they return. Asks such a launcher
 /// to end (TERM), whereupon it ends what is left of the job and returns 1. Leaves every other launcher alone.
 void end_heedless_launcher() noexcept;

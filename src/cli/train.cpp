@@ -1,4 +1,5 @@
 #include "base/fault.hpp"
+#include "base/process.hpp"
 #include "base/watchdog.hpp"
 #include "cli/command.hpp"
 #include "cli/version.hpp"

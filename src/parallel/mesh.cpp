@@ -2,18 +2,13 @@
 
 #include <mpi.h>
 
-#include <unistd.h>
-
-#include <chrono>
 #include <cstdlib>
-#include <map>
 #include <stdexcept>
-#include <thread>
 
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "base/process.hpp"
-#include "device/device.hpp"
+#include "parallel/gpu_sharing.hpp"
 #include "parallel/nccl.hpp"
 #include "parallel/point_to_point.hpp"
 
@@ -32,28 +27,6 @@ bool mpi_is_up() noexcept {
 int& stored_host_rank() noexcept {
   static int rank = 0;
   return rank;
-}
-
-/// "ranks 0 and 2 of host n1 share one GPU (GPU-c6e3...)", one line for each GPU that several ranks have taken. `place`: where a
-/// rank's GPU is.
-std::vector<std::string> shared_gpus(const Communicator& world, const std::string& host, const std::string& gpu) {
-  std::map<std::string, std::vector<size_t>> owners;
-  const std::vector<std::string> places = world.all_gather(text("host ", host, " share one GPU (", gpu, ")"));
-  for (size_t rank = 0; rank < places.size(); ++rank) owners[places[rank]].push_back(rank);
-  std::vector<std::string> lines;
-  for (const auto& [place, ranks] : owners) {
-    if (ranks.size() < 2) continue;
-    std::string names;
-    for (size_t i = 0; i < ranks.size(); ++i) names += text(i == 0 ? "" : i + 1 == ranks.size() ? " and " : ", ", ranks[i]);
-    lines.push_back(text("ranks ", names, " of ", place));
-  }
-  return lines;
-}
-
-std::string uuid_of(const Communicator& world, c10::Device device) {
-  std::string uuid;
-  world.together([&] { uuid = device::uuid(device); });
-  return uuid;
 }
 
 }  // namespace
@@ -89,13 +62,6 @@ int world_size() noexcept {
 
 int host_rank() noexcept { return stored_host_rank(); }
 
-void end_within(int seconds, int exit_code) {
-  std::thread([=] {
-    std::this_thread::sleep_for(std::chrono::seconds(seconds));
-    _exit(exit_code);
-  }).detach();
-}
-
 void abort_all_ranks(int exit_code) {
   end_within(10, exit_code);
   end_heedless_launcher();
@@ -119,7 +85,7 @@ void Mesh::make_nccl(c10::Device device) {
   if (!nccl::built_in()) fail("NCCL is not built in");
   // NCCL refuses ranks on one GPU of one host, and tells hosts apart by NCCL_HOSTID where it is set.
   const char* host_id = std::getenv("NCCL_HOSTID");
-  const std::vector<std::string> shared = shared_gpus(world_, host_id ? host_id : host_name(), uuid_of(world_, device));
+  const std::vector<std::string> shared = shared_gpus(world_, host_id ? host_id : host_name(), device);
   if (!shared.empty()) fail(shared.front(), ", which NCCL refuses");
   world_.use_nccl();
   for (Communicator& group : axes_) {
@@ -128,22 +94,13 @@ void Mesh::make_nccl(c10::Device device) {
   }
 }
 
-void Mesh::check_devices(c10::Device device, Transport transport, bool share_gpu) const {
-  if (device.is_cpu() && transport == Transport::nccl) {
-    fail("run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or \"mpi\"");
-  }
-  if (device.is_cpu() || share_gpu || world_.size() == 1) return;
-  const std::vector<std::string> shared = shared_gpus(world_, host_name(), uuid_of(world_, device));
-  if (shared.empty()) return;
-  std::string lines;
-  for (const std::string& line : shared) lines += "\n  " + line;
-  fail("there are more ranks than GPUs:", lines, "\nStart as many ranks on a host as it has GPUs (or as CUDA_VISIBLE_DEVICES shows), or ",
-       "ask for it with run.share_gpu = true: slow, each rank needs its own memory, and tensors then travel through host memory");
-}
-
 void Mesh::prepare(c10::Device device, Transport transport) {
-  check_devices(device, transport, true);
   if (device.is_cpu()) {
+    if (transport == Transport::nccl) {
+      fail(
+          "run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or "
+          "\"mpi\"");
+    }
     transport_ = "MPI";
     return;
   }

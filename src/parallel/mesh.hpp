@@ -27,9 +27,7 @@ int world_rank() noexcept;
 int world_size() noexcept;
 /// Rank of this process among those on its host; decides which GPU it takes.
 int host_rank() noexcept;
-/// This process ends in `seconds`, whatever its threads and MPI wait for by then.
-void end_within(int seconds, int exit_code);
-/// Ends all ranks, also under a launcher that would let them live. For faults only.
+/// Ends all ranks. For faults only.
 [[noreturn]] void abort_all_ranks(int exit_code);
 
 /// The grid with one communicator per axis, of which this rank is a member.
@@ -37,10 +35,6 @@ class Mesh {
  public:
   /// **Collective** over MPI_COMM_WORLD, whose size is grid.world().
   explicit Mesh(Grid grid);
-
-  /// **Collective.** Throws UserError for NCCL on a CPU, and, unless `share_gpu`, for ranks on one GPU (same host, same UUID), which
-  /// it names.
-  void check_devices(c10::Device device, Transport transport, bool share_gpu) const;
 
   /// **Collective.** Chooses the transport of tensors on `device` and makes all NCCL communicators in one fixed order (making
   /// them at first use can deadlock). `automatic` falls back to MPI, with one line in the log, when NCCL is not built in or

@@ -55,7 +55,8 @@ Facts facts_of_data(const std::string& key, const std::vector<Blend>& blend) {
 
 Facts facts_of(const RunConfig& config) {
   Facts facts;
-  for (const auto& [section, keys] : nlohmann::ordered_json::parse(to_json(config)).items()) {
+  const auto settings = nlohmann::ordered_json::parse(to_json(config));
+  for (const auto& [section, keys] : settings.items()) {
     for (const auto& [key, value] : keys.items()) facts.emplace_back(section + "." + key, value.dump());
   }
   const auto add = [&](Facts more) { facts.insert(facts.end(), more.begin(), more.end()); };

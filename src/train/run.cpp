@@ -9,6 +9,7 @@
 #include "checkpoint/run_lock.hpp"
 #include "device/device.hpp"
 #include "model/flops.hpp"
+#include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
 #include "train/certify.hpp"
 #include "train/metrics.hpp"
@@ -169,7 +170,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
     device = device::choose(config.run.device, host_rank());
     device::set_tf32(false);   // fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
   });
-  mesh.check_devices(device, config.run.transport, config.run.share_gpu);
+  if (!config.run.share_gpu) refuse_shared_gpus(world, device);
   world.together([&] { setup.emplace(prepare_run(config, mesh)); });
   agree(world, "the run directory", {{"the newest checkpoint", setup->resume ? setup->resume->folder().string() : "none"}});
   world.together([&] {                                                   // 2. the run directory is ours

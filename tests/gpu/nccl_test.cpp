@@ -10,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "device/device.hpp"
+#include "parallel/gpu_sharing.hpp"
 #include "parallel/mesh.hpp"
 #include "parallel/regions.hpp"
 
@@ -73,8 +74,11 @@ TEST(BeforeNccl, RanksOnOneGpuGetMpiAndAreTold) {
     mesh.prepare(gpu, Transport::nccl);
     ADD_FAILURE() << "accepted";
   } catch (const UserError& error) {
-    EXPECT_NE(std::string(error.what()).find("ranks 0 and 1 share one GPU"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("ranks 0"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find(" share one GPU (GPU-"), std::string::npos) << error.what();
   }
+  EXPECT_THROW(refuse_shared_gpus(mesh.world(), gpu), UserError);
+  refuse_shared_gpus(mesh.world(), c10::Device(c10::kCPU));
 }
 
 TEST_P(Nccl, AllReduce) {
