@@ -62,7 +62,7 @@ uint64_t checkpoint_size(const WeightSource& source) {
   return bytes;
 }
 
-std::string content_of(const fs::path& path) {
+std::string bytes_of_file(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) fail(path.string(), ": can't be read");
   return {std::istreambuf_iterator<char>(file), {}};
@@ -120,7 +120,7 @@ fs::path convert_to_checkpoint(const RunConfig& run, const Communicator& world) 
   writer.add_text("config.json", manifest.architecture.dump(2) + "\n");
   for (const fs::path& file : companions(run, *source)) {
     std::string content;
-    world.together([&] { content = content_of(file); });
+    world.together([&] { content = bytes_of_file(file); });
     writer.add_text("tokenizer/" + file.filename().string(), content);
   }
   writer.commit(manifest);
