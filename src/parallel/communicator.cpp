@@ -267,6 +267,31 @@ void Communicator::receive(Tensor& x, int from) const {
   if (!x.is_cpu()) x.copy_(host);
 }
 
+void Communicator::send_receive(std::span<const Message> sent, std::span<const Message> received) const {
+  for (const std::span<const Message> messages : {sent, received}) {
+    for (const auto& [peer, x] : messages) {
+      want_contiguous("send_receive", x);
+      want(peer >= 0 && peer < size() && peer != rank(), "send_receive", x, "no such other rank");
+    }
+  }
+  if (sent.empty() && received.empty()) return;
+  const Unrecorded guard;
+  if (by_nccl(sent.empty() ? received[0].x : sent[0].x)) return nccl::send_receive(*state_->nccl, sent, received);
+
+  std::vector<Tensor> hosts;   // alive until all has moved
+  const auto peers = [&](std::span<const Message> messages, const auto& room) {
+    std::vector<mpi::Peer> all;
+    for (const auto& [peer, x] : messages) all.push_back({peer, block_of(hosts.emplace_back(room(x)))});
+    return all;
+  };
+  const std::vector<mpi::Peer> to = peers(sent, [](const Tensor& x) { return on_host(x); });
+  const std::vector<mpi::Peer> from = peers(received, [](const Tensor& x) { return x.is_cpu() ? x : host_room(x, x.sizes()); });
+  mpi::send_receive(state_->handle(), to, from, piece_bytes);
+  for (size_t i = 0; i < received.size(); ++i) {
+    if (!received[i].x.is_cpu()) received[i].x.copy_(hosts[sent.size() + i]);
+  }
+}
+
 void Communicator::barrier() const {
   if (size() > 1) check(MPI_Barrier(state_->comm.get()), "MPI_Barrier");
 }

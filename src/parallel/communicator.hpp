@@ -50,6 +50,14 @@ class Communicator {
   void broadcast(Tensor& x, int root) const;
   void send(const Tensor& x, int to) const;
   void receive(Tensor& x, int from) const;
+  /// A tensor on its way to or from another rank of the group.
+  struct Message {
+    int peer;
+    Tensor x;
+  };
+  /// Sends and receives that go on at the same time: two ranks may each send to the other, and nobody waits in a circle as long as all
+  /// make their calls in an order that one clock could dictate. Messages from one rank to another keep the order in which both name them.
+  void send_receive(std::span<const Message> sent, std::span<const Message> received) const;
 
   /// **Collective.** Host-side; small control messages.
   void barrier() const;

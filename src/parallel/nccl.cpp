@@ -181,6 +181,13 @@ void receive(Group& group, Tensor& x, int from) {
   check(ncclRecv(x.data_ptr(), x.nbytes(), ncclInt8, from, group.comm, gpu.stream), "ncclRecv", group.comm);
 }
 
+void send_receive(Group& group, std::span<const Communicator::Message> sent, std::span<const Communicator::Message> received) {
+  grouped(group.comm, [&] {
+    for (const auto& [peer, x] : sent) send(group, x, peer);
+    for (auto [peer, x] : received) receive(group, x, peer);
+  });
+}
+
 #else
 
 struct Group {};
@@ -201,6 +208,7 @@ Tensor all_to_all(Group&, const Tensor&, std::span<const int64_t>, std::span<con
 void broadcast(Group&, Tensor&, int) { refuse(); }
 void send(Group&, const Tensor&, int) { refuse(); }
 void receive(Group&, Tensor&, int) { refuse(); }
+void send_receive(Group&, std::span<const Communicator::Message>, std::span<const Communicator::Message>) { refuse(); }
 
 #endif
 

@@ -34,5 +34,6 @@ Tensor all_to_all(Group&, const Tensor& x, std::span<const int64_t> send_rows, s
 void broadcast(Group&, Tensor& x, int root);
 void send(Group&, const Tensor& x, int to);
 void receive(Group&, Tensor& x, int from);
+void send_receive(Group&, std::span<const Communicator::Message> sent, std::span<const Communicator::Message> received);
 
 }  // namespace upcycle::nccl

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <gtest/gtest.h>
@@ -130,6 +131,19 @@ TEST_P(Nccl, BroadcastSendReceive) {
       EXPECT_TRUE(at::equal(x.cpu(), sent));
     }
   }
+}
+
+TEST_P(Nccl, NeighboursSendToEachOtherAtOnce) {
+  if (size == 1) return;
+  const int next = (rank + 1) % size, before = (rank + size - 1) % size;
+  const Tensor x = held({257, 3}), y = held({101});
+  const std::vector<Communicator::Message> sent{{next, x}, {before, y}};
+  std::vector<std::vector<Communicator::Message>> received;
+  for (const Communicator* group : {&nccl(), static_cast<const Communicator*>(mpi)}) {
+    received.push_back({{before, at::zeros_like(x)}, {next, at::zeros_like(y)}});
+    group->send_receive(sent, received.back());
+  }
+  for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(at::equal(received[0][i].x, received[1][i].x));
 }
 
 TEST_P(Nccl, FollowsTheCurrentStream) {

@@ -135,6 +135,25 @@ TEST_P(Ranks, SendAndReceiveAroundARing) {
   EXPECT_TRUE(at::equal(x, held(before, {13, 5})));
 }
 
+TEST_P(Ranks, NeighboursSendToEachOtherAtOnce) {
+  if (size == 1) GTEST_SKIP() << "needs two ranks";
+  const int next = (rank + 1) % size, before = (rank + size - 1) % size;
+  const auto message = [](int from, int kind) { return held(from * 2 + kind, {4000 + from, 5 + kind}); };   // too long to be buffered
+  std::vector<Communicator::Message> sent{{next, message(rank, 0)}, {before, message(rank, 1)}};
+  std::vector<Communicator::Message> received{{before, at::empty({4000 + before, 5})}, {next, at::empty({4000 + next, 6})}};
+  world.send_receive(sent, received);   // on two ranks, two messages each way: they keep their order
+  EXPECT_TRUE(at::equal(received[0].x, message(before, 0)));
+  EXPECT_TRUE(at::equal(received[1].x, message(next, 1)));
+  world.send_receive({}, {});
+  if (rank == 0) {
+    world.send_receive(std::span(sent).first(1), {});
+  } else if (rank == 1) {
+    received[0].x.zero_();
+    world.send_receive({}, std::span(received).first(1));
+    EXPECT_TRUE(at::equal(received[0].x, message(0, 0)));
+  }
+}
+
 TEST_P(Ranks, TextOfAnyLength) {
   const std::string mine(static_cast<size_t>(rank * 700), static_cast<char>('a' + rank));
   const std::vector<std::string> all = world.all_gather(mine);
