@@ -103,7 +103,10 @@ struct ParallelSection {
   int64_t tensor = 1;
   int64_t context = 1;
   int64_t pipeline = 1;
-  int64_t virtual_stages = 1;
+  int64_t virtual_stages = 1;          ///< chunks of layers on each stage
+  bool count_embedding = false;        ///< the embedding counts as a layer where layers are spread over stages
+  bool count_loss = false;             ///< so does the head with the loss
+  std::vector<int64_t> layout;         ///< "3|4|4|3": layers of each chunk in the model's order; empty: spread evenly
   int64_t expert = 1;
   int64_t expert_tensor = 1;
   int64_t zero = 0;

@@ -5,7 +5,7 @@
 
 #include "base/box.hpp"
 #include "config/architecture.hpp"
-#include "parallel/grid.hpp"
+#include "model/layout.hpp"
 
 namespace upcycle {
 
@@ -42,16 +42,6 @@ std::vector<ParameterSpec> catalogue(const Architecture&);
 
 /// The spec called `name`; throws std::out_of_range.
 const ParameterSpec& find(const std::vector<ParameterSpec>&, const std::string& name);
-
-/// The grid and which pipeline stage owns which layers.
-struct Layout {
-  Grid grid;
-  std::vector<int> stage_of_layer;   ///< [layers]
-  bool tied = false;                 ///< the embedding is needed on the last stage too
-
-  /// Layers spread evenly, earlier stages taking one more where it does not divide.
-  static Layout even(const Grid&, const Architecture&);
-};
 
 /// Throws UserError naming axis, parameter and numbers when `grid` does not cut `architecture` evenly.
 void check_divides(const Architecture&, const Grid&);

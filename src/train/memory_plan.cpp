@@ -33,7 +33,7 @@ int64_t activation_bytes(const Architecture& a, const RunConfig& run, const Layo
 
   int64_t kept = 0, largest = 0;
   for (int64_t layer = 0; layer < a.layers; ++layer) {
-    if (layout.stage_of_layer[static_cast<size_t>(layer)] != stage) continue;
+    if (layout.stage_of(layer) != stage) continue;
     kept += kept_by_layer(a, layer, run.train.recompute);
     if (run.train.recompute == Recompute::full) largest = std::max(largest, kept_by_layer(a, layer, Recompute::none));
   }

@@ -37,7 +37,7 @@ class Run {
         watchdog_(watchdog),
         lock_(lock),
         checkpoints_(setup.directory / "checkpoints"),
-        stage_(setup.target.architecture, Layout::even(mesh.grid(), setup.target.architecture), mesh) {
+        stage_(setup.target.architecture, make_layout(setup.target.architecture, mesh.grid(), config.parallel), mesh) {
     stage_.weights().allocate(compute_dtype(config.train.precision), device);
   }
 

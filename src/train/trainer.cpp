@@ -4,11 +4,9 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 
-#include "base/autograd.hpp"
 #include "base/shutdown.hpp"
 #include "train/learning_rate.hpp"
 
@@ -21,7 +19,9 @@ enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy };
 }  // namespace
 
 Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
-    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), balance_(config, mesh, stage) {
+    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), balance_(config, mesh, stage),
+      pipeline_(mesh.along(Axis::pipeline), stage.weights().layout(),
+                [this] { return stage_.room(config_.train.micro_batch * config_.train.sequence / mesh_.grid().size(Axis::context)); }) {
   micro_batches_ = config.train.global_batch / config.train.micro_batch / mesh.grid().size(Axis::data);
 }
 
@@ -49,39 +49,37 @@ PendingReport Trainer::step() {
 Tensor Trainer::accumulate_gradients() {
   const double tokens = static_cast<double>(config_.train.global_batch * config_.train.sequence);
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
-  Tensor total;
-  for (int64_t number = 0; number < micro_batches_; ++number) {
+  const Tensor loss = pipeline_.train(micro_batches_, [&](int64_t number, int chunk, const Tensor& x) {
     // Micro-batch j of the step is the same sequences on any number of ranks; rank r takes every size-th of them.
     const int64_t j = number * data_size + data_rank;
     const int64_t first = state_.position + j * config_.train.micro_batch;
-    const Batch batch = micro_batch(sampler_, first);
-    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
-    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, balance_.context(first));
+    const Tensor y = forward(sampler_, first, chunk, x, balance_.context(first));
     // Divided by the step's tokens once, here; from now on every reduction is a plain sum.
-    const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum() / tokens;
-    torch::autograd::backward({loss}, {});
-    const Tensor detached = loss.detach().to(at::kDouble);
-    total = total.defined() ? total + detached : detached;
-  }
-  return mesh_.here()[Axis::tensor] == 0 ? total : at::zeros_like(total);   // all tensor ranks know it; it counts once
+    return is_last(chunk) ? y.sum() / tokens : y;
+  });
+  return mesh_.here()[Axis::tensor] == 0 ? loss : at::zeros_like(loss);   // all tensor ranks know it; it counts once
 }
 
 double Trainer::validate(const Sampler& sampler, int64_t batches) {
-  const Unrecorded guard;
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
   const int64_t sequences = batches * config_.train.global_batch;
-  Tensor total;
-  for (int64_t first = data_rank * config_.train.micro_batch; first < sequences; first += data_size * config_.train.micro_batch) {
-    const Batch batch = micro_batch(sampler, first);
-    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
-    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, {});
-    const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum(at::kDouble);
-    total = total.defined() ? total + loss : loss;
-  }
-  total = total.reshape({1});
-  mesh_.along(Axis::data).all_reduce(total);
-  return total.item<double>() / static_cast<double>(sequences * config_.train.sequence);
+  Tensor loss = pipeline_.evaluate(batches * micro_batches_, [&](int64_t number, int chunk, const Tensor& x) {
+    const Tensor y = forward(sampler, (number * data_size + data_rank) * config_.train.micro_batch, chunk, x, {});
+    return is_last(chunk) ? y.sum(at::kDouble) : y;
+  });
+  if (mesh_.here()[Axis::tensor] != 0) loss.zero_();
+  mesh_.world().all_reduce(loss);   // stages before the last have zeros
+  return loss.item<double>() / static_cast<double>(sequences * config_.train.sequence);
 }
+
+Tensor Trainer::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context) {
+  const Batch batch = micro_batch(sampler, first_sample);
+  const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+  const Tensor y_TW = stage_.blocks(chunk == 0 ? stage_.embed(batch.tokens_BS) : x_TW, positions, context, chunk);
+  return is_last(chunk) ? stage_.token_losses(y_TW, batch.labels_BS) : y_TW;
+}
+
+bool Trainer::is_last(int chunk) const { return chunk == stage_.weights().layout().chunks() - 1; }
 
 Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
   const Batch batch = sampler.batch(first_sample, config_.train.micro_batch);

@@ -10,6 +10,7 @@
 #include "parallel/mesh.hpp"
 #include "train/balance.hpp"
 #include "train/optimizer.hpp"
+#include "train/pipeline.hpp"
 
 namespace upcycle {
 
@@ -58,6 +59,9 @@ class Trainer {
 
  private:
   Tensor accumulate_gradients();
+  /// The micro-batch that begins with `first_sample` through one chunk of the model: token rows, or, after the last chunk, token losses.
+  Tensor forward(const Sampler&, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext&);
+  bool is_last(int chunk) const;
   Batch micro_batch(const Sampler&, int64_t first_sample) const;
 
   const RunConfig& config_;
@@ -67,6 +71,7 @@ class Trainer {
   const Sampler& sampler_;
   TrainingState state_;
   Balance balance_;
+  Pipeline pipeline_;
   int64_t micro_batches_;          ///< of one rank in a step
 };
 

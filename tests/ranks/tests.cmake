@@ -27,3 +27,8 @@ ranks_test(layout_invariance RANKS 1 2 4 LINK train)
 target_compile_definitions(ranks_layout_invariance PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/layout_invariance")
 set_tests_properties(ranks.layout_invariance.1 PROPERTIES FIXTURES_SETUP layout_reference)
 set_tests_properties(ranks.layout_invariance.2 ranks.layout_invariance.4 PROPERTIES FIXTURES_REQUIRED layout_reference)
+
+ranks_test(pipeline RANKS 1 2 4 LINK train)
+target_compile_definitions(ranks_pipeline PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/pipeline")
+set_tests_properties(ranks.pipeline.1 PROPERTIES FIXTURES_SETUP pipeline_reference)
+set_tests_properties(ranks.pipeline.2 ranks.pipeline.4 PROPERTIES FIXTURES_REQUIRED pipeline_reference)

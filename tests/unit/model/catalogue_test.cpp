@@ -109,7 +109,7 @@ void expect_partition(const Architecture& a, const ParallelSection& parallel, in
   const Grid grid(parallel, world);
   check_divides(a, grid);
   const Layout layout = Layout::even(grid, a);
-  ASSERT_EQ(layout.stage_of_layer.size(), static_cast<size_t>(a.layers));
+  ASSERT_EQ(layout.chunk_of_layer.size(), static_cast<size_t>(a.layers));
   int64_t total = 0;
   for (const ParameterSpec& spec : catalogue(a)) {
     std::set<std::pair<Shape, Shape>> distinct;
@@ -200,7 +200,7 @@ TEST(LocalBox, StagesOwnTheirLayersAndTheEnds) {
     a.tied = tied;
     const Grid grid(parallel, 2);
     const Layout layout = Layout::even(grid, a);
-    EXPECT_EQ(layout.stage_of_layer, (std::vector<int>{0, 0, 0, 1, 1}));
+    EXPECT_EQ(layout.chunk_of_layer, (std::vector<int>{0, 0, 0, 1, 1}));
     const auto specs = catalogue(a);
     const auto on = [&](const std::string& name, int stage) { return local_box(find(specs, name), layout, grid.at(stage)).has_value(); };
     EXPECT_TRUE(on("model.embed_tokens.weight", 0));
@@ -243,9 +243,6 @@ TEST(CheckDivides, NamesAxisKeyAndNumbers) {
   p = {};
   p.expert = 2;
   expect_complaint(k06B, p, 2, {"expert = 2", "dense"});
-  p = {};
-  p.pipeline = 6;
-  expect_complaint(small(), p, 6, {"pipeline = 6", "num_hidden_layers = 5"});
 }
 
 }  // namespace
