@@ -111,7 +111,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
   unless(c.parallel.tensor == 1, "parallel.tensor", c.parallel.tensor);
   unless(c.parallel.context == 1, "parallel.context", c.parallel.context);
   unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
-  unless(c.parallel.zero == 0, "parallel.zero", c.parallel.zero);
   unless(c.train.recompute == Recompute::none, "train.recompute",
          c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
   unless(c.balance.capacity_factor == 0.0, "balance.capacity_factor", c.balance.capacity_factor);

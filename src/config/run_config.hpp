@@ -109,7 +109,7 @@ struct ParallelSection {
   std::vector<int64_t> layout;         ///< "3|4|4|3": layers of each chunk in the model's order; empty: spread evenly
   int64_t expert = 1;
   int64_t expert_tensor = 1;
-  int64_t zero = 0;
+  int64_t zero = 1;
 };
 
 struct CheckpointSection {

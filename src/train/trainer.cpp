@@ -19,7 +19,7 @@ enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy };
 }  // namespace
 
 Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
-    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), balance_(config, mesh, stage),
+    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), replicas_(stage.weights(), mesh), balance_(config, mesh, stage),
       pipeline_(mesh.along(Axis::pipeline), stage.weights().layout(),
                 [this] { return stage_.room(config_.train.micro_batch * config_.train.sequence / mesh_.grid().size(Axis::context)); }) {
   micro_batches_ = config.train.global_batch / config.train.micro_batch / mesh.grid().size(Axis::data);
@@ -28,7 +28,7 @@ Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimi
 PendingReport Trainer::step() {
   optimizer_.zero_gradients();
   const Tensor loss = accumulate_gradients();                              // 1. forward and backward of every micro-batch
-  reduce_gradients(stage_.weights(), mesh_);                               // 2. sum each gradient over who holds the same slice
+  replicas_.sum_gradients();                                               // 2. sum each gradient over who holds the same slice
 
   PendingReport report;
   report.step = ++state_.step;
@@ -42,6 +42,7 @@ PendingReport Trainer::step() {
   report.numbers = device::HostCopy(numbers);
   report.lr = learning_rate(config_.optimizer, config_.train.steps, report.step);
   optimizer_.step(report.lr, numbers[kSquaredNorm]);                       // 4. clip by that norm, then move
+  replicas_.share_values();
   balance_.update(count_LX, numbers[kSquaredNorm].isfinite());             // 5. move the routers' biases towards balance
   return report;
 }
@@ -85,10 +86,6 @@ Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
   const Batch batch = sampler.batch(first_sample, config_.train.micro_batch);
   const at::Device device = stage_.weights().all().front().parameter.value.device();
   return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device)};
-}
-
-void reduce_gradients(Weights& weights, const Mesh& mesh) {
-  for (Weights::GradientBuffer& buffer : weights.gradients()) mesh.along(buffer.axis).all_reduce(buffer.flat);
 }
 
 StepReport read(const PendingReport& pending) {

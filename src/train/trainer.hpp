@@ -11,6 +11,7 @@
 #include "train/balance.hpp"
 #include "train/optimizer.hpp"
 #include "train/pipeline.hpp"
+#include "train/replicas.hpp"
 
 namespace upcycle {
 
@@ -46,7 +47,7 @@ StepReport read(const PendingReport&);
 /// The training step: the page everyone reads.
 class Trainer {
  public:
-  /// The referenced objects outlive the trainer.
+  /// **Collective.** The referenced objects outlive the trainer.
   Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train);
 
   /// **Collective.** One update on global_batch sequences.
@@ -69,13 +70,11 @@ class Trainer {
   Stage& stage_;
   Optimizer& optimizer_;
   const Sampler& sampler_;
+  Replicas replicas_;
   TrainingState state_;
   Balance balance_;
   Pipeline pipeline_;
   int64_t micro_batches_;          ///< of one rank in a step
 };
-
-/// **Collective.** Sums each gradient over the ranks that hold the same slice.
-void reduce_gradients(Weights&, const Mesh&);
 
 }  // namespace upcycle

@@ -80,7 +80,6 @@ TEST(NotBuilt, NamesEachKeyWithItsValue) {
   const std::vector<std::string> expected = {"parallel.tensor = 2",
                                              "parallel.context = 3",
                                              "parallel.expert_tensor = 2",
-                                             "parallel.zero = 1",
                                              "train.recompute = \"full\"",
                                              "balance.capacity_factor = 1.25",
                                              "checkpoint.asynchronous = true",
