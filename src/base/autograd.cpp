@@ -1,6 +1,7 @@
 #include "base/autograd.hpp"
 
 #include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -37,6 +38,15 @@ std::vector<Tensor> record(std::vector<Tensor> outputs, const std::vector<Tensor
 
 Tensor record(Tensor output, const std::vector<Tensor>& inputs, Backward backward) {
   return record(std::vector<Tensor>{std::move(output)}, inputs, std::move(backward))[0];
+}
+
+GraphEnd::GraphEnd(const Tensor& output) : edge_(torch::autograd::impl::gradient_edge(output)) {}
+
+void GraphEnd::backward(const Tensor& gradient) {
+  const torch::autograd::Edge end = std::exchange(edge_, {});
+  if (!end.is_valid()) throw std::logic_error("backward from a tensor that has no graph, or from one graph twice");
+  torch::autograd::Engine::get_default_engine().execute({end}, {gradient}, /*keep_graph=*/false, /*create_graph=*/false,
+                                                        /*accumulate_grad=*/true);
 }
 
 Unrecorded::Unrecorded() : before_(c10::GradMode::is_enabled()) { c10::GradMode::set_enabled(false); }

@@ -1,4 +1,6 @@
 #pragma once
+#include <torch/csrc/autograd/edge.h>
+
 #include <functional>
 #include <vector>
 
@@ -20,6 +22,19 @@ bool recording();
 /// `backward` may keep the raw outputs: those returned here are others, so no cycle arises. Not recording: returns `outputs`.
 std::vector<Tensor> record(std::vector<Tensor> outputs, const std::vector<Tensor>& inputs, Backward backward);
 Tensor record(Tensor output, const std::vector<Tensor>& inputs, Backward backward);
+
+/// Where the graph of a computed tensor ends, without the tensor: whoever has handed the value on keeps only this.
+class GraphEnd {
+ public:
+  /// `output` was computed while recording.
+  explicit GraphEnd(const Tensor& output);
+  /// Backward from here, once; the graph is freed. `gradient` has the output's shape, dtype and device. Gradients of leaves are added to
+  /// their .grad.
+  void backward(const Tensor& gradient);
+
+ private:
+  torch::autograd::Edge edge_;
+};
 
 /// While one lives, ATen records nothing on this thread.
 class Unrecorded {

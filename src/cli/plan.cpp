@@ -68,7 +68,7 @@ Plan make_plan(const RunConfig& run, std::optional<int> ranks) {
   plan.grid = check.grid;
   // Boxes exist where the mesh cuts the parameters evenly.
   if (plan.grid && plan.problems.empty())
-    plan.memory = plan_memory(architecture, run, Layout::even(*plan.grid, architecture));
+    plan.memory = plan_memory(architecture, run, make_layout(architecture, *plan.grid, run.parallel));
   return plan;
 }
 

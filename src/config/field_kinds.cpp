@@ -190,6 +190,39 @@ Field layers(std::string key, std::string& place) {
 
 namespace {
 
+std::string layer_counts_problem(const json& value, std::vector<int64_t>& counts) {
+  constexpr auto kForm = "numbers of layers such as \"3|4|4|3\" are expected";
+  if (!value.is_string()) return text(kForm, ", not ", shown(value));
+  const std::string& written = value.get_ref<const std::string&>();
+  std::vector<int64_t> read;
+  const char *at = written.data(), *end = at + written.size();
+  while (at != end) {
+    int64_t count = 0;
+    const auto [rest, code] = std::from_chars(at, end, count);
+    const bool goes_on = rest != end && *rest == '|' && rest + 1 != end;
+    if (code != std::errc() || (rest != end && !goes_on)) return text(kForm, ", not ", shown(value));
+    read.push_back(count);
+    if (count < 1) return text("entry ", read.size(), " of ", value.dump(), " is ", count, ": every chunk needs at least one layer");
+    at = goes_on ? rest + 1 : rest;
+  }
+  counts = read;
+  return "";
+}
+
+}  // namespace
+
+Field layer_counts(std::string key, std::vector<int64_t>& place) {
+  return {std::move(key), [&place](const json& value) { return layer_counts_problem(value, place); },
+          [&place] {
+            std::string written;
+            for (const int64_t count : place) written += (written.empty() ? "" : "|") + std::to_string(count);
+            return json(written);
+          },
+          true};
+}
+
+namespace {
+
 std::string name_problem(const std::string& name) {
   const bool plain =
       name.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == std::string::npos;

@@ -48,6 +48,8 @@ Field duration(std::string key, std::string& place);
 Field blend(std::string key, std::vector<Blend>& place);
 /// The layer policy of [moe].
 Field layers(std::string key, std::string& place);
+/// "3|4|4|3", numbers of layers; empty for none.
+Field layer_counts(std::string key, std::vector<int64_t>& place);
 
 template <class T>
 using Choices = std::vector<std::pair<std::string, T>>;

@@ -72,6 +72,7 @@ std::vector<Field> describe(RunConfig& c) {
           {{"batch", BalanceScope::batch}, {"sequence", BalanceScope::sequence}, {"global", BalanceScope::global}}),
       number("balance.z", c.balance.z, kNotNegative),
       number("balance.bias_rate", c.balance.bias_rate, kNotNegative),
+      number("balance.jitter", c.balance.jitter, kShare),
       number("balance.capacity_factor", c.balance.capacity_factor, kNotNegative),
 
       blend("data.train", c.data.train),
@@ -82,6 +83,9 @@ std::vector<Field> describe(RunConfig& c) {
       integer("parallel.context", c.parallel.context, 1, 4096),
       integer("parallel.pipeline", c.parallel.pipeline, 1, 4096),
       integer("parallel.virtual_stages", c.parallel.virtual_stages, 1, 4096),
+      flag("parallel.count_embedding", c.parallel.count_embedding),
+      flag("parallel.count_loss", c.parallel.count_loss),
+      layer_counts("parallel.layout", c.parallel.layout),
       integer("parallel.expert", c.parallel.expert, 1, 4096),
       integer("parallel.expert_tensor", c.parallel.expert_tensor, 1, 4096),
       integer("parallel.zero", c.parallel.zero, 0, 1),

@@ -69,6 +69,14 @@ std::vector<Problem> check_together(const RunConfig& c) {
   if (c.parallel.virtual_stages > 1 && c.parallel.pipeline == 1) {
     add("parallel.virtual_stages", " = ", c.parallel.virtual_stages, " needs parallel.pipeline > 1");
   }
+  const int64_t chunks = c.parallel.pipeline * c.parallel.virtual_stages;
+  if (const auto given = static_cast<int64_t>(c.parallel.layout.size()); given > 0 && given != chunks) {
+    add("parallel.layout", " names ", given, " chunks, but pipeline ", c.parallel.pipeline, " x virtual_stages ",
+        c.parallel.virtual_stages, " makes ", chunks);
+  }
+  if (!c.parallel.layout.empty() && (c.parallel.count_embedding || c.parallel.count_loss)) {
+    add("parallel.layout", " says where every layer goes: leave out count_embedding and count_loss");
+  }
   return problems;
 }
 
@@ -102,15 +110,9 @@ std::vector<std::string> not_built(const RunConfig& c) {
   };
   unless(c.parallel.tensor == 1, "parallel.tensor", c.parallel.tensor);
   unless(c.parallel.context == 1, "parallel.context", c.parallel.context);
-  unless(c.parallel.pipeline == 1, "parallel.pipeline", c.parallel.pipeline);
-  unless(c.parallel.virtual_stages == 1, "parallel.virtual_stages", c.parallel.virtual_stages);
   unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
-  unless(c.parallel.zero == 0, "parallel.zero", c.parallel.zero);
   unless(c.train.recompute == Recompute::none, "train.recompute",
          c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
-  unless(c.balance.scope == BalanceScope::batch, "balance.scope",
-         c.balance.scope == BalanceScope::global ? "\"global\"" : "\"sequence\"");
-  unless(c.balance.bias_rate == 0.0, "balance.bias_rate", c.balance.bias_rate);
   unless(c.balance.capacity_factor == 0.0, "balance.capacity_factor", c.balance.capacity_factor);
   unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");
   unless(!c.log.tensorboard, "log.tensorboard", "true");

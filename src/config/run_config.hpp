@@ -82,9 +82,10 @@ struct OptimizerSection {
 enum class BalanceScope { batch, sequence, global };
 struct BalanceSection {
   double aux = 1e-3;
-  BalanceScope scope = BalanceScope::batch;
+  BalanceScope scope = BalanceScope::batch;   ///< over what choices experts are to be in balance, see moe/balance_loss.hpp
   double z = 0.0;
-  double bias_rate = 0.0;
+  double bias_rate = 0.0;              ///< 0: a bias that a checkpoint has stays as it is
+  double jitter = 0.0;
   double capacity_factor = 0.0;
 };
 
@@ -103,10 +104,13 @@ struct ParallelSection {
   int64_t tensor = 1;
   int64_t context = 1;
   int64_t pipeline = 1;
-  int64_t virtual_stages = 1;
+  int64_t virtual_stages = 1;          ///< chunks of layers on each stage
+  bool count_embedding = false;        ///< the embedding counts as a layer where layers are spread over stages
+  bool count_loss = false;             ///< so does the head with the loss
+  std::vector<int64_t> layout;         ///< "3|4|4|3": layers of each chunk in the model's order; empty: spread evenly
   int64_t expert = 1;
   int64_t expert_tensor = 1;
-  int64_t zero = 0;
+  int64_t zero = 1;
 };
 
 struct CheckpointSection {

@@ -61,13 +61,6 @@ Interval part_of(int64_t length, const Cut& cut, int64_t parts, int64_t index) {
   return {index * cut.units / parts * unit, unit};
 }
 
-bool owned(const ParameterSpec& spec, const Layout& layout, int stage) {
-  const int last = layout.grid.size(pipeline) - 1;
-  if (spec.layer >= 0) return layout.stage_of_layer.at(static_cast<size_t>(spec.layer)) == stage;
-  if (spec.role == Role::embedding) return stage == 0 || (layout.tied && stage == last);
-  return stage == last;
-}
-
 void demand(bool divides, Axis axis, int64_t parts, const char* key, int64_t number) {
   if (!divides) fail(name(axis), " = ", parts, " does not divide ", key, " = ", number, "; choose a divisor of ", number);
 }
@@ -95,17 +88,8 @@ const ParameterSpec& find(const std::vector<ParameterSpec>& specs, const std::st
   return *found;
 }
 
-Layout Layout::even(const Grid& grid, const Architecture& a) {
-  const int64_t stages = grid.size(pipeline), base = a.layers / stages, extra = a.layers % stages;
-  Layout layout{grid, {}, a.tied};
-  for (int64_t stage = 0; stage < stages; ++stage) {
-    layout.stage_of_layer.insert(layout.stage_of_layer.end(), static_cast<size_t>(base + (stage < extra)), static_cast<int>(stage));
-  }
-  return layout;
-}
-
 void check_divides(const Architecture& a, const Grid& grid) {
-  const int64_t tp = grid.size(tensor), ep = grid.size(expert), etp = grid.size(expert_tensor), pp = grid.size(pipeline);
+  const int64_t tp = grid.size(tensor), ep = grid.size(expert), etp = grid.size(expert_tensor);
   demand(a.heads % tp == 0, tensor, tp, "num_attention_heads", a.heads);
   if (a.kv_heads % tp != 0 && tp % a.kv_heads != 0) {
     fail("tensor = ", tp, " and num_key_value_heads = ", a.kv_heads, ": one must divide the other");
@@ -118,11 +102,17 @@ void check_divides(const Architecture& a, const Grid& grid) {
     fail("expert = ", ep, ", expert_tensor = ", etp, ": a dense model has no experts to spread; leave both at 1");
   }
   if (tp > a.vocab) fail("tensor = ", tp, " ranks for vocab_size = ", a.vocab, ": each needs at least one row");
-  if (pp > a.layers) fail("pipeline = ", pp, " stages for num_hidden_layers = ", a.layers, ": a stage needs at least one layer");
+}
+
+bool owns(const ParameterSpec& spec, const Layout& layout, int stage) {
+  const int last = layout.grid.size(pipeline) - 1;
+  if (spec.layer >= 0) return layout.stage_of(spec.layer) == stage;
+  if (spec.role == Role::embedding) return stage == 0 || (layout.tied && stage == last);
+  return stage == last;
 }
 
 std::optional<Box> local_box(const ParameterSpec& spec, const Layout& layout, const Coordinates& here) {
-  if (!owned(spec, layout, here[pipeline])) return std::nullopt;
+  if (!owns(spec, layout, here[pipeline])) return std::nullopt;
   Box box = whole(spec.shape);
   for (const Cut& cut : spec.cuts) {
     const auto dim = static_cast<size_t>(cut.dim);

@@ -5,7 +5,7 @@
 
 #include "base/box.hpp"
 #include "config/architecture.hpp"
-#include "parallel/grid.hpp"
+#include "model/layout.hpp"
 
 namespace upcycle {
 
@@ -33,8 +33,6 @@ struct ParameterSpec {
   bool decays() const { return role != Role::norm; }
   /// Routers stay in fp32 in any precision: a rounded logit is a tie, a tie is another expert.
   bool always_fp32() const { return role == Role::router; }
-  /// The ranks that hold the same box and whose gradients are summed: expert_data for experts, replica for the rest.
-  Axis gradient_axis() const { return role == Role::expert ? Axis::expert_data : Axis::replica; }
 };
 
 /// Every parameter, in the order in which a forward pass meets them. Pure. A tied head is not listed: it is the embedding.
@@ -43,18 +41,11 @@ std::vector<ParameterSpec> catalogue(const Architecture&);
 /// The spec called `name`; throws std::out_of_range.
 const ParameterSpec& find(const std::vector<ParameterSpec>&, const std::string& name);
 
-/// The grid and which pipeline stage owns which layers.
-struct Layout {
-  Grid grid;
-  std::vector<int> stage_of_layer;   ///< [layers]
-  bool tied = false;                 ///< the embedding is needed on the last stage too
-
-  /// Layers spread evenly, earlier stages taking one more where it does not divide.
-  static Layout even(const Grid&, const Architecture&);
-};
-
 /// Throws UserError naming axis, parameter and numbers when `grid` does not cut `architecture` evenly.
 void check_divides(const Architecture&, const Grid&);
+
+/// Whether the ranks of `stage` hold (their boxes of) the parameter.
+bool owns(const ParameterSpec&, const Layout&, int stage);
 
 /// The part of `spec` that the rank at `coordinates` holds; empty when its stage does not own the parameter.
 /// KV projections with fewer heads than tensor ranks are replicated: several ranks get the same box.

@@ -1,5 +1,7 @@
 #include "model/stage.hpp"
 
+#include <ATen/ops/empty.h>
+
 #include "model/vocabulary.hpp"
 #include "ops/linear.hpp"
 #include "ops/rms_norm.hpp"
@@ -9,10 +11,10 @@ namespace upcycle {
 
 Stage::Stage(const Architecture& architecture, const Layout& layout, const Mesh& mesh)
     : tensor_(mesh.along(Axis::tensor)), weights_(architecture, layout, mesh.here()) {
-  const int here = mesh.here()[Axis::pipeline], last = layout.grid.size(Axis::pipeline) - 1;
+  const int here = mesh.here()[Axis::pipeline], last = layout.stages() - 1;
   if (here == 0 || (here == last && architecture.tied)) embedding_ = vocabulary("model.embed_tokens.weight");
   for (int64_t layer = 0; layer < architecture.layers; ++layer) {
-    if (layout.stage_of_layer[layer] == here) blocks_.emplace_back(weights_, mesh, layer);
+    if (layout.stage_of(layer) == here) blocks_.emplace_back(weights_, mesh, layer);
   }
   if (here == last) {
     final_norm_ = &weights_.add({"model.norm.weight"});
@@ -36,10 +38,17 @@ Positions Stage::positions(int64_t sequences, int64_t length) {
 
 Tensor Stage::embed(const Tensor& tokens_BS) { return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_); }
 
-Tensor Stage::blocks(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance) {
+Tensor Stage::blocks(const Tensor& x_TW, const Positions& positions, const RouterContext& context, int chunk) {
   Tensor x = x_TW;
-  for (Block& block : blocks_) x = block.forward(x, positions, balance);
+  for (Block& block : blocks_) {
+    if (weights_.layout().chunk_of_layer[static_cast<size_t>(block.layer())] == chunk) x = block.forward(x, positions, context);
+  }
   return x;
+}
+
+Tensor Stage::room(int64_t positions) const {
+  // The first weight is the embedding or a norm: of the compute dtype.
+  return at::empty({positions / tensor_.size(), architecture().hidden}, weights_.all().front().parameter.value.options());
 }
 
 Tensor Stage::own_logits(const Tensor& x_TW) {

@@ -6,7 +6,7 @@
 // Shapes: B sequences, S positions, N = B*S token rows, T of them on this rank of the tensor group, W width of the model, V vocabulary.
 namespace upcycle {
 
-/// The part of the model that one pipeline stage holds: its layers, and at the ends the embedding and the head.
+/// The part of the model that one pipeline stage holds: the layers of its chunks, and at the ends the embedding and the head.
 class Stage {
  public:
   /// Nothing is allocated until weights().allocate(). `mesh` must outlive the stage.
@@ -16,13 +16,17 @@ class Stage {
   Positions positions(int64_t sequences, int64_t length);
   /// **Collective** over the tensor group, as all that follow. int64 ids [B, S] -> [T, W], in the compute dtype.
   Tensor embed(const Tensor& tokens_BS);
-  /// Through this stage's layers.
-  Tensor blocks(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance);
+  /// Through the layers of `chunk` (see Layout), which is one of this stage's.
+  Tensor blocks(const Tensor& x_TW, const Positions& positions, const RouterContext& context, int chunk = 0);
   /// Cross entropy of every token, fp32 [N], the same on all tensor ranks.
   Tensor token_losses(const Tensor& x_TW, const Tensor& labels_BS);
   /// The final norm and the head, in the compute dtype: [N, V], whole on every rank. For looking at, not for training.
   Tensor logits(const Tensor& x_TW);
 
+  /// Memory for what stands between two layers on this rank: the token rows of so many positions, over all sequences, of its context rank.
+  Tensor room(int64_t positions) const;
+
+  /// Of all chunks, in the model's order.
   std::deque<Block>& layers() noexcept { return blocks_; }
   Weights& weights() noexcept { return weights_; }
   const Architecture& architecture() const noexcept { return weights_.architecture(); }

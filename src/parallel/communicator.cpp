@@ -211,6 +211,28 @@ Tensor Communicator::reduce_scatter(const Tensor& x, int64_t dim) const {
   return back_to(x, out);
 }
 
+void Communicator::reduce_into_own_part(Tensor& x) const {
+  if (size() == 1) return;
+  want_reducible("reduce_into_own_part", x);
+  want(x.dim() == 1 && x.numel() % size() == 0, "reduce_into_own_part", x, "the tensor must be flat, and the group's size divide it");
+  const Unrecorded guard;
+  if (by_nccl(x)) return nccl::reduce_into_own_part(*state_->nccl, x, rank());
+  const int64_t part = x.numel() / size();
+  x.narrow(0, rank() * part, part).copy_(reduce_scatter(x, 0));
+}
+
+void Communicator::gather_from_own_part(Tensor& x) const {
+  if (size() == 1) return;
+  want_contiguous("gather_from_own_part", x);
+  want(x.dim() == 1 && x.numel() % size() == 0, "gather_from_own_part", x, "the tensor must be flat, and the group's size divide it");
+  const Unrecorded guard;
+  if (by_nccl(x)) return nccl::gather_from_own_part(*state_->nccl, x, rank());
+  const int64_t part = x.numel() / size();
+  const Tensor own = on_host(x.narrow(0, rank() * part, part)), all = x.is_cpu() ? x : host_room(x, x.sizes());
+  state_->gather(block_of(own), bytes_of(all));
+  if (!x.is_cpu()) x.copy_(all);
+}
+
 Tensor Communicator::all_to_all(const Tensor& x, std::span<const int64_t> send_rows,
                                 std::span<const int64_t> receive_rows) const {
   want_contiguous("all_to_all", x);
@@ -266,6 +288,31 @@ void Communicator::receive(Tensor& x, int from) const {
   const Tensor host = x.is_cpu() ? x : host_room(x, x.sizes());
   mpi::receive(state_->handle(), block_of(host), from, piece_bytes);
   if (!x.is_cpu()) x.copy_(host);
+}
+
+void Communicator::send_receive(std::span<const Message> sent, std::span<const Message> received) const {
+  for (const std::span<const Message> messages : {sent, received}) {
+    for (const auto& [peer, x] : messages) {
+      want_contiguous("send_receive", x);
+      want(peer >= 0 && peer < size() && peer != rank(), "send_receive", x, "no such other rank");
+    }
+  }
+  if (sent.empty() && received.empty()) return;
+  const Unrecorded guard;
+  if (by_nccl(sent.empty() ? received[0].x : sent[0].x)) return nccl::send_receive(*state_->nccl, sent, received);
+
+  std::vector<Tensor> hosts;   // alive until all has moved
+  const auto peers = [&](std::span<const Message> messages, const auto& room) {
+    std::vector<mpi::Peer> all;
+    for (const auto& [peer, x] : messages) all.push_back({peer, block_of(hosts.emplace_back(room(x)))});
+    return all;
+  };
+  const std::vector<mpi::Peer> to = peers(sent, [](const Tensor& x) { return on_host(x); });
+  const std::vector<mpi::Peer> from = peers(received, [](const Tensor& x) { return x.is_cpu() ? x : host_room(x, x.sizes()); });
+  mpi::send_receive(state_->handle(), to, from, piece_bytes);
+  for (size_t i = 0; i < received.size(); ++i) {
+    if (!received[i].x.is_cpu()) received[i].x.copy_(hosts[sent.size() + i]);
+  }
 }
 
 void Communicator::barrier() const {

@@ -43,6 +43,11 @@ class Communicator {
   Tensor all_gather(const Tensor& x, int64_t dim) const;
   /// **Collective.** The sum over ranks of `x`, cut into size() equal parts along `dim`; this rank's part.
   Tensor reduce_scatter(const Tensor& x, int64_t dim) const;
+  /// **Collective.** The same two for a flat `x`, in place and without room of their own: `x` is size() equal parts, and rank r's is
+  /// the r-th. Sums every rank's `x` into that part of this rank (its other parts are undefined then).
+  void reduce_into_own_part(Tensor& x) const;
+  /// **Collective.** Fills the other parts of `x` with their ranks' own.
+  void gather_from_own_part(Tensor& x) const;
   /// **Collective.** `x` [sum(send_rows), ...]: the first send_rows[0] rows go to rank 0, ...; the result
   /// [sum(receive_rows), ...] is ordered by sender. Zero rows are fine.
   Tensor all_to_all(const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows) const;
@@ -50,6 +55,14 @@ class Communicator {
   void broadcast(Tensor& x, int root) const;
   void send(const Tensor& x, int to) const;
   void receive(Tensor& x, int from) const;
+  /// A tensor on its way to or from another rank of the group.
+  struct Message {
+    int peer;
+    Tensor x;
+  };
+  /// Sends and receives that go on at the same time: two ranks may each send to the other, and nobody waits in a circle as long as all
+  /// make their calls in an order that one clock could dictate. Messages from one rank to another keep the order in which both name them.
+  void send_receive(std::span<const Message> sent, std::span<const Message> received) const;
 
   /// **Collective.** Host-side; small control messages.
   void barrier() const;

@@ -39,6 +39,37 @@ void check_count(const MPI_Status& status, int expected) {
   }
 }
 
+// Sends and receives on their way. Receives come first, so that their statuses do.
+class Requests {
+ public:
+  void receive(MPI_Comm comm, Block block, int from, int tag, int64_t piece_bytes) {
+    in_pieces(block, piece_bytes, [&](std::byte* data, int bytes) {
+      expected_.push_back(bytes);
+      check(MPI_Irecv(data, bytes, MPI_BYTE, from, tag, comm, &requests_.emplace_back()), "MPI_Irecv");
+    });
+  }
+  void send(MPI_Comm comm, Block block, int to, int tag, int64_t piece_bytes) {
+    in_pieces(block, piece_bytes, [&](std::byte* data, int bytes) {
+      check(MPI_Isend(data, bytes, MPI_BYTE, to, tag, comm, &requests_.emplace_back()), "MPI_Isend");
+    });
+  }
+  void wait() {
+    std::vector<MPI_Status> statuses(requests_.size());
+    const int code = MPI_Waitall(static_cast<int>(requests_.size()), requests_.data(), statuses.data());
+    if (code == MPI_ERR_IN_STATUS) {
+      for (const MPI_Status& status : statuses) {  // the request that failed, not those which never came to their turn
+        if (status.MPI_ERROR != MPI_ERR_PENDING) check(status.MPI_ERROR, "MPI_Waitall");
+      }
+    }
+    check(code, "MPI_Waitall");
+    for (size_t i = 0; i < expected_.size(); ++i) check_count(statuses[i], expected_[i]);
+  }
+
+ private:
+  std::vector<MPI_Request> requests_;
+  std::vector<int> expected_;   // bytes of each receive
+};
+
 }  // namespace
 
 void check(int code, const char* call) {
@@ -51,34 +82,28 @@ void exchange(int communicator, std::span<const Block> to_each, std::span<const 
   int rank = 0;
   check(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
 
-  std::vector<MPI_Request> requests;
-  std::vector<int> expected;
+  Requests requests;
   for (int step = 1; step < size; ++step) {
     const int from = (rank - step + size) % size;
-    in_pieces(from_each[from], piece_bytes, [&](std::byte* data, int bytes) {
-      expected.push_back(bytes);
-      check(MPI_Irecv(data, bytes, MPI_BYTE, from, kExchangeTag, comm, &requests.emplace_back()), "MPI_Irecv");
-    });
+    requests.receive(comm, from_each[from], from, kExchangeTag, piece_bytes);
   }
   for (int step = 1; step < size; ++step) {
     const int to = (rank + step) % size;
-    in_pieces(to_each[to], piece_bytes, [&](std::byte* data, int bytes) {
-      check(MPI_Isend(data, bytes, MPI_BYTE, to, kExchangeTag, comm, &requests.emplace_back()), "MPI_Isend");
-    });
+    requests.send(comm, to_each[to], to, kExchangeTag, piece_bytes);
   }
   const Block own = to_each[rank];
   if (own.bytes != from_each[rank].bytes) throw std::logic_error("exchange: a rank disagrees with itself");
   if (own.bytes > 0 && own.data != from_each[rank].data) std::memcpy(from_each[rank].data, own.data, own.bytes);
 
-  std::vector<MPI_Status> statuses(requests.size());
-  const int code = MPI_Waitall(static_cast<int>(requests.size()), requests.data(), statuses.data());
-  if (code == MPI_ERR_IN_STATUS) {
-    for (const MPI_Status& status : statuses) {  // the request that failed, not those which never came to their turn
-      if (status.MPI_ERROR != MPI_ERR_PENDING) check(status.MPI_ERROR, "MPI_Waitall");
-    }
-  }
-  check(code, "MPI_Waitall");
-  for (size_t i = 0; i < expected.size(); ++i) check_count(statuses[i], expected[i]);
+  requests.wait();
+}
+
+void send_receive(int communicator, std::span<const Peer> to, std::span<const Peer> from, int64_t piece_bytes) {
+  const MPI_Comm comm = MPI_Comm_f2c(communicator);
+  Requests requests;
+  for (const Peer& peer : from) requests.receive(comm, peer.block, peer.rank, kSendTag, piece_bytes);
+  for (const Peer& peer : to) requests.send(comm, peer.block, peer.rank, kSendTag, piece_bytes);
+  requests.wait();
 }
 
 void send(int communicator, Block block, int to, int64_t piece_bytes) {

@@ -18,6 +18,14 @@ struct Block {
 /// more or fewer bytes than expected throw on the receiver. A rank's block for itself is copied, unless it is the same memory.
 void exchange(int communicator, std::span<const Block> to_each, std::span<const Block> from_each, int64_t piece_bytes);
 
+/// A block for or from another rank.
+struct Peer {
+  int rank;
+  Block block;
+};
+/// All at the same time; messages between the same two ranks keep their order.
+void send_receive(int communicator, std::span<const Peer> to, std::span<const Peer> from, int64_t piece_bytes);
+
 void send(int communicator, Block, int to, int64_t piece_bytes);
 void receive(int communicator, Block, int from, int64_t piece_bytes);
 /// **Collective.**

@@ -39,35 +39,62 @@ class DenseFeedForward {
   Parameter gate_, up_, down_;
 };
 
-// Both models side by side, layer by layer. They share all weights but the feed-forwards, so the dense one needs only those. Each
-// rank of a tensor group judges its own rows; the logits, which all of them get whole, count on one (`counts_logits`).
-FunctionLevel compare(Stage& stage, bool counts_logits, const Recipe& recipe, const ReadDense& read, const Batch& batch,
-                      const std::function<void()>& alive) {
-  const Tensor embedded = stage.embed(batch.tokens_BS);
-  const Positions positions = stage.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
-  FunctionLevel level;
-  level.precision = long_name(embedded.scalar_type());
-  Tensor dense = embedded, moe = embedded;
-  for (Block& block : stage.layers()) {
-    alive();
-    log::progress(text("certificate, ", level.precision, ": layer ", block.layer() + 1, "/", recipe.moe.layers));
-    dense = block.attend(dense, positions);
-    moe = block.attend(moe, positions);
-    const Tensor dense_input = block.feed_forward_input(dense), moe_input = block.feed_forward_input(moe);
-    if (MoeLayer* layer = block.moe()) {
-      DenseFeedForward feed_forward(recipe, read, block.layer(), embedded);
-      const Tensor expected = feed_forward.forward(dense_input);
-      level.layers[block.layer()].add(expected, block.feed_forward(dense_input, {}));
-      dense = dense + expected;
-      const Tensor logits_TN = layer->router().logits(moe_input);
-      level.routing.add(logits_TN, choose_experts(logits_TN, recipe.moe.top_k), recipe.granularity);
-    } else {
-      dense = dense + block.feed_forward(dense_input, {});
-    }
-    moe = moe + block.feed_forward(moe_input, {});
+// The token rows of both models, between two layers.
+struct Streams {
+  Tensor dense_TW, moe_TW;
+};
+
+// Both models side by side through one layer. They share all weights but the feed-forwards, so the dense one needs only those. Each
+// rank judges its own rows.
+Streams compare(Block& block, const Streams& x, const Positions& positions, const Recipe& recipe, const ReadDense& read, FunctionLevel& level) {
+  Tensor dense = block.attend(x.dense_TW, positions), moe = block.attend(x.moe_TW, positions);
+  const Tensor dense_input = block.feed_forward_input(dense), moe_input = block.feed_forward_input(moe);
+  if (MoeLayer* layer = block.moe()) {
+    DenseFeedForward feed_forward(recipe, read, block.layer(), dense_input);
+    const Tensor expected = feed_forward.forward(dense_input);
+    level.layers[block.layer()].add(expected, block.feed_forward(dense_input, {}));
+    dense = dense + expected;
+    const Tensor logits_TN = layer->router().logits(moe_input);
+    level.routing.add(logits_TN, choose_experts(logits_TN, recipe.moe.top_k), recipe.granularity);
+  } else {
+    dense = dense + block.feed_forward(dense_input, {});
   }
-  const Tensor dense_logits = stage.logits(dense), moe_logits = stage.logits(moe);
-  if (counts_logits) level.add_logits(dense_logits, moe_logits, batch.labels_BS.reshape({-1}));
+  return {dense, moe + block.feed_forward(moe_input, {})};
+}
+
+// All layers in turn, wherever in the pipeline they are. A stage that has nothing to do waits layer by layer, so that it can say that it
+// is alive. The logits, which all ranks of a tensor group get whole, count on one.
+FunctionLevel compare(Stage& stage, const Mesh& mesh, const Recipe& recipe, const ReadDense& read, const Batch& batch,
+                      const std::function<void()>& alive) {
+  const Communicator& stages = mesh.along(Axis::pipeline);
+  const Layout& layout = stage.weights().layout();
+  const auto on = [&](int64_t layer) { return layout.stage_of(std::clamp<int64_t>(layer, 0, recipe.moe.layers - 1)); };
+  const Positions positions = stage.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+  const auto room = [&] { return stage.room(batch.tokens_BS.numel()); };
+  FunctionLevel level;
+  level.precision = long_name(room().scalar_type());
+  Streams x;
+  auto block = stage.layers().begin();
+  for (int64_t layer = 0; layer < recipe.moe.layers; ++layer) {
+    alive();
+    log::progress(text("certificate, ", level.precision, ": layer ", layer + 1, "/", recipe.moe.layers));
+    const int before = on(layer - 1), here = on(layer);
+    if (before != here && before == stages.rank()) {
+      stages.send_receive(std::vector<Communicator::Message>{{here, x.dense_TW.contiguous()}, {here, x.moe_TW.contiguous()}}, {});
+    }
+    if (here == stages.rank()) {
+      if (layer == 0) x.dense_TW = x.moe_TW = stage.embed(batch.tokens_BS);
+      if (before != here) {
+        x = {room(), room()};
+        stages.send_receive({}, std::vector<Communicator::Message>{{before, x.dense_TW}, {before, x.moe_TW}});
+      }
+      x = compare(*block++, x, positions, recipe, read, level);
+    }
+    stages.barrier();
+  }
+  if (stages.rank() != on(recipe.moe.layers)) return level;
+  const Tensor dense_logits = stage.logits(x.dense_TW), moe_logits = stage.logits(x.moe_TW);
+  if (mesh.here()[Axis::tensor] == 0) level.add_logits(dense_logits, moe_logits, batch.labels_BS.reshape({-1}));
   return level;
 }
 
@@ -93,13 +120,12 @@ Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const 
   const Batch all = tokens.batch(mesh.here()[Axis::data] * sequences, sequences);
   const Batch batch{all.tokens_BS.narrow(1, 0, length).contiguous().to(device),
                     all.labels_BS.narrow(1, 0, length).contiguous().to(device)};
-  const bool counts_logits = mesh.here()[Axis::tensor] == 0;
   {
     const ComputeWithMasters fp32(stage.weights());
-    certificate.functions.push_back(compare(stage, counts_logits, recipe, read, batch, alive));
+    certificate.functions.push_back(compare(stage, mesh, recipe, read, batch, alive));
   }
   if (config.train.precision != Precision::fp32) {
-    certificate.functions.push_back(compare(stage, counts_logits, recipe, read, batch, alive));
+    certificate.functions.push_back(compare(stage, mesh, recipe, read, batch, alive));
   }
 
   const std::vector<std::string> evidence = mesh.world().all_gather(certificate.pack());

@@ -26,6 +26,7 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
   if (!check.grid) return check;
   const Grid& grid = *check.grid;
   collect([&] { check_divides(architecture, grid); });
+  collect([&] { make_layout(architecture, grid, run.parallel); });
 
   const int64_t data = grid.size(Axis::data), batch = run.train.global_batch, micro = run.train.micro_batch;
   if (batch % (micro * data) != 0) {
@@ -40,11 +41,6 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
   if (run.train.sequence % pieces != 0) {
     check.problems.push_back(text("train.sequence = ", run.train.sequence, " is not a multiple of ", pieces,
                                   " (tensor ", tensor, context > 1 ? text(" x 2 x context ", context) : "", ")"));
-  }
-  const int64_t chunks = run.parallel.pipeline * run.parallel.virtual_stages;
-  if (run.parallel.virtual_stages > 1 && architecture.layers % chunks != 0) {
-    check.problems.push_back(text("pipeline ", run.parallel.pipeline, " x virtual_stages ", run.parallel.virtual_stages,
-                                  " = ", chunks, " does not divide num_hidden_layers = ", architecture.layers));
   }
   return check;
 }

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "base/box.hpp"
+#include "model/holders.hpp"
 
 namespace upcycle {
 namespace {
@@ -33,7 +34,7 @@ int64_t activation_bytes(const Architecture& a, const RunConfig& run, const Layo
 
   int64_t kept = 0, largest = 0;
   for (int64_t layer = 0; layer < a.layers; ++layer) {
-    if (layout.stage_of_layer[static_cast<size_t>(layer)] != stage) continue;
+    if (layout.stage_of(layer) != stage) continue;
     kept += kept_by_layer(a, layer, run.train.recompute);
     if (run.train.recompute == Recompute::full) largest = std::max(largest, kept_by_layer(a, layer, Recompute::none));
   }
@@ -53,7 +54,7 @@ RankMemory rank_memory(const Architecture& a, const RunConfig& run, const Layout
     if (!box) continue;
     const int64_t count = elements(*box);
     const bool rounds = run.train.precision == Precision::bf16 && !spec.always_fp32();
-    const int64_t holders = run.parallel.zero > 0 ? layout.grid.size(spec.gradient_axis()) : 1;
+    const int64_t holders = run.parallel.zero > 0 ? num_holders(spec, layout) : 1;
     const int64_t owned = (count + holders - 1) / holders;
     memory.parameters += count;
     memory.weights += count * (rounds ? 2 : 4);

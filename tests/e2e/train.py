@@ -10,7 +10,7 @@ import unittest
 import numpy as np
 import tiny_run
 from safetensors.numpy import load_file
-from tiny_run import MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, dense_tensors, make_dense, steps_of, write_tokens
+from tiny_run import LAYERS, MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, dense_tensors, make_dense, steps_of, write_tokens
 
 ON_TWO = MOE + "[parallel]\nexpert = 2\n"
 
@@ -64,21 +64,35 @@ class StopAndResume(TrainCase):
         data = 'train = [[2.0, "text"], [1.0, "mock"]]\nvalidation = "mock"'
         random = np.random.default_rng(1)
         write_tokens(self.root / "text", [random.integers(0, VOCAB, n) for n in random.integers(5, 60, 200)])
-        extra = 'signal = "USR1"\n' + ON_TWO + "[validate]\nevery = 7\nbatches = 1\n[checkpoint]\nevery = 25\n"
+        # What routers remember from step to step is stored, too.
+        balance = '[balance]\nscope = "global"\nbias_rate = 0.01\njitter = 0.02\n'
+        extra = 'signal = "USR1"\n' + ON_TWO + balance + "[validate]\nevery = 7\nbatches = 1\n[checkpoint]\nevery = 25\n"
         straight = self.uninterrupted(extra, precision="bf16", data=data)
         resumed = self.stopped_and_resumed("usr1", extra, lambda job: job.send_signal(signal.SIGUSR1), precision="bf16", data=data)
         self.assert_same_run(straight, resumed, masters=True)
+        routers = json.loads((checkpoint(resumed, self.STEPS) / "manifest.json").read_text())["training"]["routers"]
+        self.assertEqual([(len(routers[layer]["bias"]), sum(routers[layer]["count"])) for layer in ("0", "1")], [(8, 16 * SEQUENCE * 4)] * 2)
+        self.refused("export", resumed, self.root / "out", words=["the router of layer 0 has a balancing bias", "qwen3_moe"])
+        # A run that starts from this checkpoint goes on with its biases.
+        path, following = self.run_file("following", steps=1, source=f'model = "{resumed}"')
+        self.upcycle("train", path)
+        for step in (0, 1):
+            stored = json.loads((checkpoint(following, step) / "manifest.json").read_text())["training"]["routers"]
+            self.assertEqual({layer: router["bias"] for layer, router in stored.items()},
+                             {layer: router["bias"] for layer, router in routers.items()})
 
     def test_other_numbers_of_ranks(self):
         extra = MOE + "[optimizer]\nschedule = \"constant\"\nlr = 1e-3\n"
         path, straight = self.run_file("straight", extra, steps=9)
         self.upcycle("train", path, ranks=1)
         path, run = self.run_file("moved", extra)
-        for ranks, steps in ((4, 3), (2, 6), (1, 9)):
-            self.upcycle("train", path, "--set", f"parallel.expert={ranks}", f"train.steps={steps}", ranks=ranks)
+        for ranks, layout, steps in ((4, "parallel.expert=4", 3), (2, "parallel.pipeline=2", 6), (1, "parallel.expert=1", 9)):
+            self.upcycle("train", path, "--set", layout, f"train.steps={steps}", ranks=ranks)
         self.assertEqual([line["step"] for line in steps_of(run)], list(range(1, 10)))
         starts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
         self.assertEqual([(line["step"], line["ranks"]) for line in starts], [(0, 4), (3, 2), (6, 1)])
+        for line in steps_of(run):
+            self.assertEqual([sum(layer) for layer in line["tokens_per_expert"]], [8 * SEQUENCE * 4] * LAYERS)
         for a, b in zip(steps_of(straight), steps_of(run)):
             self.assertEqual(a["tokens"], b["tokens"])
             self.assertLess(abs(a["loss"] - b["loss"]) / a["loss"], 1e-6 if a["step"] <= 5 else 1e-5)
@@ -89,26 +103,29 @@ class StepZero(TrainCase):
         recipes = {"shards": "", "noise-and-drop": '[upcycle]\nnoise = 0.05\ndrop = 0.25\ndrop_indices = "per-matrix"\n'}
         for name, recipe in recipes.items():
             steps = []
-            for ranks in (1, 2, 4):
-                path, run = self.run_file(f"{name}-{ranks}", MOE + recipe + f"[parallel]\nexpert = {ranks}\n", steps=1, precision="bf16")
+            for ranks, pipeline in ((1, 1), (2, 1), (4, 1), (4, 2)):
+                parallel = f"[parallel]\npipeline = {pipeline}\nexpert = {ranks // pipeline}\n"
+                path, run = self.run_file(f"{name}-{ranks}-{pipeline}", MOE + recipe + parallel, steps=1, precision="bf16")
                 self.upcycle("train", path, ranks=ranks)
                 steps.append(checkpoint(run, 0))
             for other in steps[1:]:
                 with self.subTest(recipe=name, run=other.parent.parent.name):
                     self.assertIn("masters.h5", self.assert_same_files(steps[0], other))
-            told = json.loads((steps[0] / "certificate.json").read_text())
-            self.assertEqual((told["verdict"], told["expected"]), ("passed", "destructive" if recipe else "exact"))
+            for step in steps:
+                told = json.loads((step / "certificate.json").read_text())
+                self.assertEqual((told["verdict"], told["expected"]), ("passed", "destructive" if recipe else "exact"))
 
     def test_a_certificate_that_fails(self):
         """A weight that the factor of an exact upcycle carries past fp32's largest number."""
         tensors = dense_tensors()
         tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = 2.5e38
         make_dense(self.source, tensors)
-        path, run = self.run_file("run", MOE)
-        said = self.upcycle("train", path, ranks=2, expect=1)
-        self.assertIn("the certificate failed", said)
-        self.assertEqual(json.loads((run / "certificate.json").read_text())["verdict"], "failed")
-        self.assertEqual(list((run / "checkpoints").iterdir()), [], "an upcycle that failed was stored")
+        for name, parallel in ("data", ""), ("pipeline", "[parallel]\npipeline = 2\n"):
+            path, run = self.run_file(name, MOE + parallel)
+            said = self.upcycle("train", path, ranks=2, expect=1)
+            self.assertIn("the certificate failed", said)
+            self.assertEqual(json.loads((run / "certificate.json").read_text())["verdict"], "failed")
+            self.assertEqual(list((run / "checkpoints").iterdir()), [], "an upcycle that failed was stored")
 
     def test_verify_reads_the_verdict(self):
         path, run = self.run_file("run", MOE, steps=1)

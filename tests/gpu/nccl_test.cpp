@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <gtest/gtest.h>
@@ -102,6 +103,20 @@ TEST_P(Nccl, ReduceScatter) {
   for (const int64_t dim : {0, 2}) EXPECT_TRUE(at::equal(nccl().reduce_scatter(x, dim), mpi->reduce_scatter(x, dim)));
 }
 
+TEST_P(Nccl, InPlaceReduceScatterAndAllGather) {
+  for (const int64_t part : {1, 1001, 65536}) {
+    Tensor by_nccl = held({part * size}), by_mpi = by_nccl.clone();
+    if (dtype() == at::kFloat) {   // what is summed in place are gradients
+      nccl().reduce_into_own_part(by_nccl);
+      mpi->reduce_into_own_part(by_mpi);
+      EXPECT_TRUE(at::equal(by_nccl.narrow(0, rank * part, part), by_mpi.narrow(0, rank * part, part)));
+    }
+    nccl().gather_from_own_part(by_nccl);
+    mpi->gather_from_own_part(by_mpi);
+    EXPECT_TRUE(at::equal(by_nccl, by_mpi));
+  }
+}
+
 TEST_P(Nccl, AllToAllWithUnevenAndZeroRows) {
   std::vector<int64_t> send, receive;
   for (int r = 0; r < size; ++r) {
@@ -134,6 +149,19 @@ TEST_P(Nccl, BroadcastSendReceive) {
       EXPECT_TRUE(at::equal(x.cpu(), sent));
     }
   }
+}
+
+TEST_P(Nccl, NeighboursSendToEachOtherAtOnce) {
+  if (size == 1) return;
+  const int next = (rank + 1) % size, before = (rank + size - 1) % size;
+  const Tensor x = held({257, 3}), y = held({101});
+  const std::vector<Communicator::Message> sent{{next, x}, {before, y}};
+  std::vector<std::vector<Communicator::Message>> received;
+  for (const Communicator* group : {&nccl(), static_cast<const Communicator*>(mpi)}) {
+    received.push_back({{before, at::zeros_like(x)}, {next, at::zeros_like(y)}});
+    group->send_receive(sent, received.back());
+  }
+  for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(at::equal(received[0][i].x, received[1][i].x));
 }
 
 TEST_P(Nccl, FollowsTheCurrentStream) {

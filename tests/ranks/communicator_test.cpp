@@ -77,6 +77,25 @@ TEST_P(Ranks, AllGatherAlongEveryDim) {
   EXPECT_EQ(world.all_gather(at::empty({0, 4}), 0).sizes(), at::IntArrayRef({0, 4}));
 }
 
+TEST_P(Ranks, InPlaceAreReduceScatterAndAllGather) {
+  for (const int64_t part : {0, 1, 3, 129}) {
+    Tensor x = held(rank, {part * size});
+    world.reduce_into_own_part(x);
+    const Tensor sum = serial_sum(size, {part * size});
+    EXPECT_TRUE(at::equal(x.narrow(0, rank * part, part), sum.narrow(0, rank * part, part))) << part;
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      Tensor own = at::zeros({part * size}, dtype);
+      own.narrow(0, rank * part, part).copy_(sum.narrow(0, rank * part, part));
+      world.gather_from_own_part(own);
+      EXPECT_TRUE(at::equal(own, sum.to(dtype))) << part;
+    }
+  }
+  Tensor odd = at::zeros({size + 1});
+  if (size > 1) {
+    EXPECT_THROW(world.reduce_into_own_part(odd), std::logic_error);
+  }
+}
+
 TEST_P(Ranks, ReduceScatterIsTheRanksPartOfTheSum) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t dim : {0, 1, -1}) {
@@ -133,6 +152,25 @@ TEST_P(Ranks, SendAndReceiveAroundARing) {
     world.send(held(rank, {13, 5}), next);
   }
   EXPECT_TRUE(at::equal(x, held(before, {13, 5})));
+}
+
+TEST_P(Ranks, NeighboursSendToEachOtherAtOnce) {
+  if (size == 1) GTEST_SKIP() << "needs two ranks";
+  const int next = (rank + 1) % size, before = (rank + size - 1) % size;
+  const auto message = [](int from, int kind) { return held(from * 2 + kind, {4000 + from, 5 + kind}); };   // too long to be buffered
+  std::vector<Communicator::Message> sent{{next, message(rank, 0)}, {before, message(rank, 1)}};
+  std::vector<Communicator::Message> received{{before, at::empty({4000 + before, 5})}, {next, at::empty({4000 + next, 6})}};
+  world.send_receive(sent, received);   // on two ranks, two messages each way: they keep their order
+  EXPECT_TRUE(at::equal(received[0].x, message(before, 0)));
+  EXPECT_TRUE(at::equal(received[1].x, message(next, 1)));
+  world.send_receive({}, {});
+  if (rank == 0) {
+    world.send_receive(std::span(sent).first(1), {});
+  } else if (rank == 1) {
+    received[0].x.zero_();
+    world.send_receive({}, std::span(received).first(1));
+    EXPECT_TRUE(at::equal(received[0].x, message(0, 0)));
+  }
 }
 
 TEST_P(Ranks, TextOfAnyLength) {

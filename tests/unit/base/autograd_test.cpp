@@ -1,5 +1,6 @@
 #include "base/autograd.hpp"
 
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
@@ -103,6 +104,21 @@ TEST(Record, AnInputMayGetNoGradient) {
                 }).sum()});
   EXPECT_FALSE(x.grad().defined());
   EXPECT_TRUE(z.grad().defined());
+}
+
+TEST(GraphEnd, BackwardNeedsNoOutput) {
+  const auto token = std::make_shared<Token>();
+  const Tensor x = leaf();
+  GraphEnd end = [&] {
+    const Tensor y = record(at::ones({3}), {x * 2}, [token](const std::vector<Tensor>& dy) -> Gradients { return {dy[0] * 5}; });
+    return GraphEnd(y + 1);
+  }();
+  end.backward(at::full({3}, 7.0f));
+  EXPECT_TRUE(x.grad().equal(at::full({3}, 70.0f)));
+  EXPECT_EQ(token.use_count(), 1) << "the graph is freed";
+  EXPECT_THROW(end.backward(at::ones({3})), std::logic_error) << "once only";
+  GraphEnd other(leaf() * 2);
+  EXPECT_ANY_THROW(other.backward(at::ones({4}))) << "a gradient of another shape";
 }
 
 TEST(Record, RunsThoughNoInputIsDifferentiable) {

@@ -131,6 +131,14 @@ TEST(RunFile, LayerPoliciesAndBlends) {
     expect_problem(kSource + "[moe]\nlayers = " + wrong + "\n",
                    "moe.layers: \"all\", \"every:2\", \"first-dense:1\" or a list");
   }
+  for (const std::string good : {"\"\"", "\"5\"", "\"3|4|4|12\""}) {
+    const std::string found = problem(kSource + "[parallel]\nlayout = " + good + "\n");
+    EXPECT_EQ(found.find("numbers of layers"), std::string::npos) << found;
+  }
+  for (const std::string wrong : {"[3, 4]", "\"3|\"", "\"|3\"", "\"3||4\"", "\"3,4\"", "\"three\"", "\"3 | 4\""}) {
+    expect_problem(kSource + "[parallel]\nlayout = " + wrong + "\n", "parallel.layout: numbers of layers such as \"3|4|4|3\" are expected");
+  }
+  expect_problem(kSource + "[parallel]\nlayout = \"3|0|3\"\n", "entry 2 of \"3|0|3\" is 0: every chunk needs at least one layer");
   expect_problem(kSource + "[moe]\nlayers = [1, 1]\n", "layer 1 is listed twice");
   expect_problem(kSource + "[moe]\nlayers = [0, -1]\n", "entry 2: -1 is less than 0");
   expect_problem(kSource + "[moe]\nlayers = []\n", "the list is empty");
@@ -190,6 +198,9 @@ TEST(RunFile, FieldsAreHeldAgainstEachOther) {
   expect_problem(kSource + "[moe]\nexperts = 4\ntop_k = 8\n", "moe.top_k = 8 is more than moe.experts = 4");
   expect_problem(kSource + "[parallel]\nvirtual_stages = 2\n",
                  "parallel.virtual_stages = 2 needs parallel.pipeline > 1");
+  const std::string four = kSource + "[parallel]\npipeline = 4\nlayout = ";
+  expect_problem(four + "\"3|4|3\"\n", "run.toml:5:10: parallel.layout names 3 chunks, but pipeline 4 x virtual_stages 1 makes 4");
+  expect_problem(four + "\"3|4|4|3\"\ncount_loss = true\n", "parallel.layout says where every layer goes");
 }
 
 TEST(Overrides, ReplaceTheFileAndSaySo) {
