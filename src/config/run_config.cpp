@@ -105,7 +105,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
   unless(c.parallel.pipeline == 1, "parallel.pipeline", c.parallel.pipeline);
   unless(c.parallel.virtual_stages == 1, "parallel.virtual_stages", c.parallel.virtual_stages);
   unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
-  unless(c.parallel.zero == 0, "parallel.zero", c.parallel.zero);
   unless(c.train.recompute == Recompute::none, "train.recompute",
          c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
   unless(c.balance.scope == BalanceScope::batch, "balance.scope",

@@ -106,7 +106,7 @@ struct ParallelSection {
   int64_t virtual_stages = 1;
   int64_t expert = 1;
   int64_t expert_tensor = 1;
-  int64_t zero = 0;
+  int64_t zero = 1;
 };
 
 struct CheckpointSection {

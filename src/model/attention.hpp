@@ -20,7 +20,8 @@ class Attention {
   const Communicator& tensor_;
   int64_t head_dim_;
   double eps_;
-  Parameter& qkv_;
+  Parameter& qkv_;              ///< q alone where there is a kv_
+  Parameter* kv_ = nullptr;     ///< where tensor ranks share key/value heads: other ranks hold them than hold q
   Parameter& q_norm_;
   Parameter& k_norm_;
   Parameter& out_;

@@ -61,13 +61,6 @@ Interval part_of(int64_t length, const Cut& cut, int64_t parts, int64_t index) {
   return {index * cut.units / parts * unit, unit};
 }
 
-bool owned(const ParameterSpec& spec, const Layout& layout, int stage) {
-  const int last = layout.grid.size(pipeline) - 1;
-  if (spec.layer >= 0) return layout.stage_of_layer.at(static_cast<size_t>(spec.layer)) == stage;
-  if (spec.role == Role::embedding) return stage == 0 || (layout.tied && stage == last);
-  return stage == last;
-}
-
 void demand(bool divides, Axis axis, int64_t parts, const char* key, int64_t number) {
   if (!divides) fail(name(axis), " = ", parts, " does not divide ", key, " = ", number, "; choose a divisor of ", number);
 }
@@ -121,8 +114,15 @@ void check_divides(const Architecture& a, const Grid& grid) {
   if (pp > a.layers) fail("pipeline = ", pp, " stages for num_hidden_layers = ", a.layers, ": a stage needs at least one layer");
 }
 
+bool owns(const ParameterSpec& spec, const Layout& layout, int stage) {
+  const int last = layout.grid.size(pipeline) - 1;
+  if (spec.layer >= 0) return layout.stage_of_layer.at(static_cast<size_t>(spec.layer)) == stage;
+  if (spec.role == Role::embedding) return stage == 0 || (layout.tied && stage == last);
+  return stage == last;
+}
+
 std::optional<Box> local_box(const ParameterSpec& spec, const Layout& layout, const Coordinates& here) {
-  if (!owned(spec, layout, here[pipeline])) return std::nullopt;
+  if (!owns(spec, layout, here[pipeline])) return std::nullopt;
   Box box = whole(spec.shape);
   for (const Cut& cut : spec.cuts) {
     const auto dim = static_cast<size_t>(cut.dim);

@@ -33,8 +33,6 @@ struct ParameterSpec {
   bool decays() const { return role != Role::norm; }
   /// Routers stay in fp32 in any precision: a rounded logit is a tie, a tie is another expert.
   bool always_fp32() const { return role == Role::router; }
-  /// The ranks that hold the same box and whose gradients are summed: expert_data for experts, replica for the rest.
-  Axis gradient_axis() const { return role == Role::expert ? Axis::expert_data : Axis::replica; }
 };
 
 /// Every parameter, in the order in which a forward pass meets them. Pure. A tied head is not listed: it is the embedding.
@@ -55,6 +53,9 @@ struct Layout {
 
 /// Throws UserError naming axis, parameter and numbers when `grid` does not cut `architecture` evenly.
 void check_divides(const Architecture&, const Grid&);
+
+/// Whether the ranks of `stage` hold (their boxes of) the parameter.
+bool owns(const ParameterSpec&, const Layout&, int stage);
 
 /// The part of `spec` that the rank at `coordinates` holds; empty when its stage does not own the parameter.
 /// KV projections with fewer heads than tensor ranks are replicated: several ranks get the same box.

@@ -3,7 +3,8 @@
 #include <string>
 #include <vector>
 
-#include "model/catalogue.hpp"
+#include "model/buckets.hpp"
+#include "model/holders.hpp"
 #include "ops/parameter.hpp"
 
 namespace upcycle {
@@ -14,7 +15,7 @@ struct Part {
   Box box;
   int64_t dim = 0;
   int64_t begin = 0;
-  /// The part's view of `tensor`, which has the shape of the weight's value (the value itself, its master, its moments).
+  /// The part's view of `tensor`, which has the shape of the weight's value (the value itself, its gradient).
   Tensor of(const Tensor& tensor) const { return tensor.narrow(dim, begin, box.size[dim]); }
 };
 
@@ -26,30 +27,31 @@ struct Weight {
   const ParameterSpec& spec() const { return parts.front().spec; }
 };
 
-/// The weights that one rank holds: made of the catalogue's boxes, allocated at once.
+/// The weights that one rank holds: made of the catalogue's boxes, allocated at once, bucket by bucket.
 class Weights {
  public:
   Weights(const Architecture&, const Layout&, const Coordinates& here);
 
-  /// The weight made of the named parameters, one after another along `dim`; addresses stay valid. Nothing is allocated yet.
+  /// The weight made of the named parameters, one after another along `dim`; addresses stay valid. Nothing is allocated yet. The
+  /// same ranks hold the same boxes of all of them (std::logic_error): their gradient is one piece.
   Parameter& add(const std::vector<std::string>& names, int64_t dim = 0);
 
-  /// Values in `compute` dtype (routers in fp32), fp32 masters (the same storage where the value is fp32) and zeroed fp32
-  /// gradients, on `device`. Gradients that are summed over the same ranks lie in one flat buffer.
-  void allocate(at::ScalarType compute, at::Device device);
+  /// Values in `compute` dtype (routers in fp32), fp32 masters and zeroed fp32 gradients, on `device`. Where values are fp32 they are
+  /// the masters. With `zero` 1 (and values that are not fp32) whole masters exist only until training starts, in the memory of
+  /// the gradients, which come then: 6 bytes a parameter, and never more than training takes.
+  void allocate(at::ScalarType compute, at::Device device, int64_t zero = 0);
+
+  /// From here on each rank keeps the masters of its own elements only, and gradients are zero. Called by the optimizer; once.
+  void start_training();
 
   std::deque<Weight>& all() noexcept { return weights_; }
   const std::deque<Weight>& all() const noexcept { return weights_; }
+  /// In the order in which backward completes them.
+  std::vector<Bucket>& buckets() noexcept { return buckets_; }
+  const std::vector<Bucket>& buckets() const noexcept { return buckets_; }
+  const HolderGroups& groups() const noexcept { return groups_; }
 
-  struct GradientBuffer {
-    Axis axis;       ///< the ranks along it hold the same slices: their gradients are summed
-    Tensor flat;     ///< fp32
-  };
-  std::vector<GradientBuffer>& gradients() noexcept { return gradients_; }
-
-  /// How many ranks of the world hold the same slice as this one does.
-  int64_t copies(const ParameterSpec&) const;
-  /// Copies masters into values (rounding to the compute dtype).
+  /// Copies masters into values (rounding to the compute dtype): all of them, and in training those that this rank owns.
   void publish();
   const Architecture& architecture() const noexcept { return architecture_; }
   const Layout& layout() const noexcept { return layout_; }
@@ -58,12 +60,14 @@ class Weights {
   Architecture architecture_;
   Layout layout_;
   Coordinates here_;
+  HolderGroups groups_;
   std::vector<ParameterSpec> catalogue_;
   std::deque<Weight> weights_;
-  std::vector<GradientBuffer> gradients_;
+  std::vector<Bucket> buckets_;
 };
 
-/// While one lives, the model computes with its fp32 masters: nothing is copied, values point elsewhere.
+/// While one lives, the model computes with its fp32 masters: nothing is copied, values point elsewhere. Before training starts: with
+/// ZeRO-1 nobody has all masters afterwards.
 class ComputeWithMasters {
  public:
   explicit ComputeWithMasters(Weights&);

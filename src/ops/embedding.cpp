@@ -11,7 +11,7 @@ Tensor embedding(const Tensor& ids, Parameter& weight) {
   Tensor y;
   {
     const Unrecorded guard;
-    y = at::embedding(weight.value, ids);
+    y = at::embedding(weight.arrived(), ids);
   }
   // No input is differentiable; record() puts the op into the graph all the same.
   return record(y, {}, [ids, &weight](const std::vector<Tensor>& dy) -> Gradients {

@@ -53,7 +53,7 @@ Tensor grouped_matmul(const Tensor& x, Parameter& weight, const Tensor& end_E) {
   Tensor y;
   {
     const Unrecorded guard;
-    y = multiply(x, weight.value.transpose(1, 2), end_E, kernel);
+    y = multiply(x, weight.arrived().transpose(1, 2), end_E, kernel);
   }
   return record(y, {x}, [x = x.detach(), end_E, kernel, &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_RO = dy[0].contiguous();

@@ -22,7 +22,7 @@ Tensor linear(const Tensor& x, Parameter& weight) {
   Tensor y;
   {
     const Unrecorded guard;
-    y = at::linear(x, weight.value);
+    y = at::linear(x, weight.arrived());
   }
   return record(y, {x}, [x = x.detach(), &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_TO = dy[0].reshape({-1, dy[0].size(-1)});

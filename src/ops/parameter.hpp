@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "base/tensor.hpp"
 
@@ -8,13 +9,25 @@ namespace upcycle {
 /// A weight as the maths sees it. Weights are no autograd variables: our own backward functions add straight into `main_grad`,
 /// so there is no gradient in bf16 and no extra pass over it.
 struct Parameter {
-  Tensor value;      ///< compute dtype (routers: fp32); what forward and backward multiply with
+  Tensor value;      ///< compute dtype (routers: fp32); what forward and backward multiply with. Elsewhere than in backward: arrived()
   Tensor master;     ///< fp32; the same storage as `value` where that is fp32; undefined when only inference is wanted
   Tensor main_grad;  ///< fp32, summed over micro-batches; undefined when nothing is trained
 
-  /// Called by backward after each addition into main_grad (all micro-batches). A reducer counts them to overlap communication.
-  void ready() { ++additions; }
+  /// Called by backward after each addition into main_grad (all micro-batches).
+  void ready() {
+    ++additions;
+    if (added) added();
+  }
   int64_t additions = 0;
+  /// The value, for forward and for looking at: the current stream waits for what is still on its way from other ranks.
+  const Tensor& arrived() const {
+    if (before_use) before_use();
+    return value;
+  }
+
+  // Of whoever sums gradients and hands out values over ranks, beside the computation; empty otherwise.
+  std::function<void()> added;
+  std::function<void()> before_use;
 };
 
 }  // namespace upcycle

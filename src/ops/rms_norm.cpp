@@ -13,7 +13,7 @@ Tensor rms_norm(const Tensor& x, Parameter& weight, double eps) {
     const Unrecorded guard;
     const Tensor x32 = x.to(at::kFloat);
     scale = x32.square().mean(-1, true).add_(eps).rsqrt_();
-    y = (x32 * scale).to(x.scalar_type()).mul_(weight.value);
+    y = (x32 * scale).to(x.scalar_type()).mul_(weight.arrived());
   }
   return record(y, {x}, [x = x.detach(), scale, &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy32 = dy[0].to(at::kFloat);

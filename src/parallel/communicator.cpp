@@ -211,6 +211,28 @@ Tensor Communicator::reduce_scatter(const Tensor& x, int64_t dim) const {
   return back_to(x, out);
 }
 
+void Communicator::reduce_into_own_part(Tensor& x) const {
+  if (size() == 1) return;
+  want_reducible("reduce_into_own_part", x);
+  want(x.dim() == 1 && x.numel() % size() == 0, "reduce_into_own_part", x, "the tensor must be flat, and the group's size divide it");
+  const Unrecorded guard;
+  if (by_nccl(x)) return nccl::reduce_into_own_part(*state_->nccl, x, rank());
+  const int64_t part = x.numel() / size();
+  x.narrow(0, rank() * part, part).copy_(reduce_scatter(x, 0));
+}
+
+void Communicator::gather_from_own_part(Tensor& x) const {
+  if (size() == 1) return;
+  want_contiguous("gather_from_own_part", x);
+  want(x.dim() == 1 && x.numel() % size() == 0, "gather_from_own_part", x, "the tensor must be flat, and the group's size divide it");
+  const Unrecorded guard;
+  if (by_nccl(x)) return nccl::gather_from_own_part(*state_->nccl, x, rank());
+  const int64_t part = x.numel() / size();
+  const Tensor own = on_host(x.narrow(0, rank() * part, part)), all = x.is_cpu() ? x : host_room(x, x.sizes());
+  state_->gather(block_of(own), bytes_of(all));
+  if (!x.is_cpu()) x.copy_(all);
+}
+
 Tensor Communicator::all_to_all(const Tensor& x, std::span<const int64_t> send_rows,
                                 std::span<const int64_t> receive_rows) const {
   want_contiguous("all_to_all", x);

@@ -43,6 +43,11 @@ class Communicator {
   Tensor all_gather(const Tensor& x, int64_t dim) const;
   /// **Collective.** The sum over ranks of `x`, cut into size() equal parts along `dim`; this rank's part.
   Tensor reduce_scatter(const Tensor& x, int64_t dim) const;
+  /// **Collective.** The same two for a flat `x`, in place and without room of their own: `x` is size() equal parts, and rank r's is
+  /// the r-th. Sums every rank's `x` into that part of this rank (its other parts are undefined then).
+  void reduce_into_own_part(Tensor& x) const;
+  /// **Collective.** Fills the other parts of `x` with their ranks' own.
+  void gather_from_own_part(Tensor& x) const;
   /// **Collective.** `x` [sum(send_rows), ...]: the first send_rows[0] rows go to rank 0, ...; the result
   /// [sum(receive_rows), ...] is ordered by sender. Zero rows are fine.
   Tensor all_to_all(const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows) const;

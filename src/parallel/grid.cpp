@@ -61,6 +61,12 @@ Coordinates Grid::at(int rank) const noexcept {
   return here;
 }
 
+int Grid::rank(const Coordinates& here) const noexcept {
+  int rank = 0;
+  for (const Axis axis : {Axis::tensor, Axis::context, Axis::data, Axis::pipeline}) rank += here[axis] * strides_[static_cast<size_t>(axis)];
+  return rank;
+}
+
 std::vector<int> Grid::peers(Axis axis, int rank) const {
   const int stride = strides_[static_cast<size_t>(axis)];
   const int first = rank - at(rank)[axis] * stride;

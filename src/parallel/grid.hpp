@@ -32,6 +32,8 @@ class Grid {
   int world() const noexcept { return world_; }
   int size(Axis axis) const noexcept { return sizes_[static_cast<size_t>(axis)]; }
   Coordinates at(int rank) const noexcept;
+  /// The rank that stands there.
+  int rank(const Coordinates&) const noexcept;
   /// The ranks that differ from `rank` along `axis` only, itself included, ordered by their coordinate on it.
   std::vector<int> peers(Axis axis, int rank) const;
 

@@ -117,6 +117,12 @@ void Mesh::prepare(c10::Device device, Transport transport) {
   }
 }
 
+Communicator Mesh::group(int colour) const {
+  Communicator group = world_.split(colour, world_.rank());
+  if (world_.has_nccl()) world_.together([&] { group.use_nccl(); });
+  return group;
+}
+
 std::vector<std::string> transports_built_in() {
   std::string library(MPI_MAX_LIBRARY_VERSION_STRING, '\0');
   int length = 0;

@@ -42,6 +42,10 @@ class Mesh {
   /// them set NCCL_HOSTID, each its own, which makes NCCL believe in different hosts.
   void prepare(c10::Device device, Transport transport);
 
+  /// **Collective.** A further group: the ranks that name the same `colour` (>= 0), in ascending order; by NCCL where the mesh uses
+  /// it. All ranks make the same groups in the same order.
+  Communicator group(int colour) const;
+
   const Grid& grid() const noexcept { return grid_; }
   const Coordinates& here() const noexcept { return here_; }
   const Communicator& world() const noexcept { return world_; }

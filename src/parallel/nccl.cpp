@@ -165,6 +165,22 @@ Tensor reduce_scatter(Group& group, const Tensor& parts_P) {
   return own;
 }
 
+void reduce_into_own_part(Group& group, Tensor& x, int rank) {
+  const int64_t part = x.numel() / group.size;
+  const On gpu(x);
+  check(ncclReduceScatter(x.data_ptr(), x.narrow(0, rank * part, part).data_ptr(), static_cast<size_t>(part), type_of(x), ncclSum,
+                          group.comm, gpu.stream),
+        "ncclReduceScatter", group.comm);
+}
+
+void gather_from_own_part(Group& group, Tensor& x, int rank) {
+  const int64_t part = x.numel() / group.size;
+  const On gpu(x);
+  check(ncclAllGather(x.narrow(0, rank * part, part).data_ptr(), x.data_ptr(), x.nbytes() / static_cast<size_t>(group.size), ncclInt8,
+                      group.comm, gpu.stream),
+        "ncclAllGather", group.comm);
+}
+
 Tensor all_to_all(Group& group, const Tensor& x, std::span<const int64_t> send_rows,
                   std::span<const int64_t> receive_rows) {
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -221,6 +237,8 @@ Member join(const std::string&, int, int) { refuse(); }
 void all_reduce(Group&, Tensor&, Reduce) { refuse(); }
 Tensor all_gather(Group&, const Tensor&) { refuse(); }
 Tensor reduce_scatter(Group&, const Tensor&) { refuse(); }
+void reduce_into_own_part(Group&, Tensor&, int) { refuse(); }
+void gather_from_own_part(Group&, Tensor&, int) { refuse(); }
 Tensor all_to_all(Group&, const Tensor&, std::span<const int64_t>, std::span<const int64_t>) { refuse(); }
 void broadcast(Group&, Tensor&, int) { refuse(); }
 void send(Group&, const Tensor&, int) { refuse(); }

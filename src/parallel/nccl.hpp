@@ -34,6 +34,9 @@ void all_reduce(Group&, Tensor& x, Reduce);
 Tensor all_gather(Group&, const Tensor& x);
 /// `parts_P` [size, ...]: the sum over ranks of row `rank`.
 Tensor reduce_scatter(Group&, const Tensor& parts_P);
+/// Flat `x` of as many parts as ranks, this rank's the `rank`-th: in place.
+void reduce_into_own_part(Group&, Tensor& x, int rank);
+void gather_from_own_part(Group&, Tensor& x, int rank);
 Tensor all_to_all(Group&, const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows);
 void broadcast(Group&, Tensor& x, int root);
 void send(Group&, const Tensor& x, int to);

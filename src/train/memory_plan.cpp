@@ -6,6 +6,7 @@
 #include <set>
 
 #include "base/box.hpp"
+#include "model/holders.hpp"
 
 namespace upcycle {
 namespace {
@@ -53,7 +54,7 @@ RankMemory rank_memory(const Architecture& a, const RunConfig& run, const Layout
     if (!box) continue;
     const int64_t count = elements(*box);
     const bool rounds = run.train.precision == Precision::bf16 && !spec.always_fp32();
-    const int64_t holders = run.parallel.zero > 0 ? layout.grid.size(spec.gradient_axis()) : 1;
+    const int64_t holders = run.parallel.zero > 0 ? num_holders(spec, layout) : 1;
     const int64_t owned = (count + holders - 1) / holders;
     memory.parameters += count;
     memory.weights += count * (rounds ? 2 : 4);

@@ -1,7 +1,8 @@
 #include "train/optimizer.hpp"
 
-#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -14,29 +15,38 @@ namespace upcycle {
 
 Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double router_lr_scale)
     : weights_(weights), settings_(settings) {
-  for (size_t index = 0; index < weights.all().size(); ++index) {
-    const Weight& weight = weights.all()[index];
-    const bool decays = weight.spec().decays();
-    const double lr_scale = weight.spec().role == Role::router ? router_lr_scale : 1.0;
-    const auto same = [&](const Group& group) { return group.decays == decays && group.lr_scale == lr_scale; };
-    auto group = std::find_if(groups_.begin(), groups_.end(), same);
-    if (group == groups_.end()) group = groups_.insert(groups_.end(), {decays, lr_scale, {}});
-    group->members.push_back(index);
-    copies_.push_back(static_cast<double>(weights.copies(weight.spec())));
-    exp_avg_.push_back(at::zeros_like(weight.parameter.master));
-    exp_avg_sq_.push_back(at::zeros_like(weight.parameter.master));
+  weights.start_training();
+  std::vector<double> shares;
+  for (const Bucket& bucket : weights.buckets()) {
+    exp_avg_.push_back(at::zeros_like(bucket.masters));
+    exp_avg_sq_.push_back(at::zeros_like(bucket.masters));
+    for (size_t i = 0; i < bucket.weights.size(); ++i) {
+      const Range run = bucket.owned(i);
+      if (run.size() == 0) continue;
+      const ParameterSpec& spec = weights.all()[bucket.weights[i]].spec();
+      const bool decays = spec.decays();
+      const double lr_scale = spec.role == Role::router ? router_lr_scale : 1.0;
+      const auto same = [&](const Group& group) { return group.decays == decays && group.lr_scale == lr_scale; };
+      auto group = std::find_if(groups_.begin(), groups_.end(), same);
+      if (group == groups_.end()) group = groups_.insert(groups_.end(), {decays, lr_scale, {}, {}, {}, {}});
+      const auto owned = [&](const Tensor& flat) { return flat.narrow(0, run.begin - bucket.own.begin, run.size()); };
+      group->masters.push_back(owned(bucket.masters));
+      group->gradients.push_back(bucket.gradients.narrow(0, run.begin, run.size()));
+      group->exp_avg.push_back(owned(exp_avg_.back()));
+      group->exp_avg_sq.push_back(owned(exp_avg_sq_.back()));
+      gradients_.push_back(group->gradients.back());
+      shares.push_back(bucket.divided() ? 1.0 : 1.0 / static_cast<double>(bucket.place.holders));
+    }
   }
-  updates_ = at::zeros({}, weights.all().front().parameter.master.options());
+  const at::TensorOptions options = weights.buckets().front().gradients.options();
+  share_ = at::tensor(shares, at::kDouble).to(options.device());
+  updates_ = at::zeros({}, options);
 }
 
 Tensor Optimizer::squared_norm_share() const {
   const Unrecorded guard;
-  std::vector<Tensor> squares;
-  for (size_t index = 0; index < copies_.size(); ++index) {
-    const Tensor norm = at::linalg_vector_norm(weights_.all()[index].parameter.main_grad.reshape({-1}));
-    squares.push_back(norm.to(at::kDouble).square().div(copies_[index]));
-  }
-  return at::stack(squares).sum();
+  if (gradients_.empty()) return at::zeros({}, share_.options());
+  return at::stack(at::_foreach_norm(gradients_)).to(at::kDouble).square().mul(share_).sum();
 }
 
 void Optimizer::step(double lr, const Tensor& squared_norm) {
@@ -48,25 +58,18 @@ void Optimizer::step(double lr, const Tensor& squared_norm) {
                                             : skip.new_ones({});
   updates_.add_(1.0 - skip);
   for (const Group& group : groups_) {
-    std::vector<Tensor> masters, gradients, exp_avg, exp_avg_sq;
-    for (const size_t index : group.members) {
-      masters.push_back(weights_.all()[index].parameter.master);
-      gradients.push_back(weights_.all()[index].parameter.main_grad);
-      exp_avg.push_back(exp_avg_[index]);
-      exp_avg_sq.push_back(exp_avg_sq_[index]);
-    }
     const AdamW settings{.lr = lr * group.lr_scale,
                          .beta1 = settings_.betas[0],
                          .beta2 = settings_.betas[1],
                          .eps = settings_.eps,
                          .weight_decay = group.decays ? settings_.weight_decay : 0.0};
-    adamw_step(settings, masters, gradients, exp_avg, exp_avg_sq, updates_, divisor, skip);
+    adamw_step(settings, group.masters, group.gradients, group.exp_avg, group.exp_avg_sq, updates_, divisor, skip);
   }
   weights_.publish();
 }
 
 void Optimizer::zero_gradients() {
-  for (Weights::GradientBuffer& buffer : weights_.gradients()) buffer.flat.zero_();
+  for (Bucket& bucket : weights_.buckets()) bucket.gradients.zero_();
 }
 
 }  // namespace upcycle

@@ -6,10 +6,12 @@
 
 namespace upcycle {
 
-/// AdamW on fp32 masters, gradients and moments. Norms and biases do not decay; routers have a learning-rate factor of their own.
+/// AdamW on fp32 masters, gradients and moments: of the elements that this rank owns, all of its weights' or with ZeRO-1 its part of
+/// each bucket. Norms and biases do not decay; routers have a learning-rate factor of their own.
 /// Whatever decides (norm, clip factor, skip) is a device tensor: a step waits for nothing.
 class Optimizer {
  public:
+  /// Training starts: see Weights::start_training.
   Optimizer(Weights&, const OptimizerSection&, double router_lr_scale);
 
   /// This rank's share of the squared norm of the whole model's gradient, fp64 scalar: a slice that several ranks hold counts once
@@ -23,21 +25,23 @@ class Optimizer {
 
   /// Updates done, fp32 device scalar; skipped ones do not count.
   Tensor& updates() noexcept { return updates_; }
-  /// Moments of weight `index` of weights.all(), shaped like its value.
+  /// Moments of bucket `index` of weights.buckets(): of what this rank owns of it.
   Tensor& exp_avg(size_t index) { return exp_avg_[index]; }
   Tensor& exp_avg_sq(size_t index) { return exp_avg_sq_[index]; }
 
  private:
+  /// What is updated in one call: views, one for each weight of which this rank owns something.
   struct Group {
     bool decays;
     double lr_scale;
-    std::vector<size_t> members;   ///< indices into weights.all()
+    std::vector<Tensor> masters, gradients, exp_avg, exp_avg_sq;
   };
   Weights& weights_;
   OptimizerSection settings_;
   std::vector<Group> groups_;
-  std::vector<double> copies_;     ///< ranks that hold the same slice
-  std::vector<Tensor> exp_avg_, exp_avg_sq_;
+  std::vector<Tensor> exp_avg_, exp_avg_sq_;   ///< by bucket
+  std::vector<Tensor> gradients_;              ///< of all groups
+  Tensor share_;                               ///< fp64 [gradients_]: 1 / the ranks that own the same elements
   Tensor updates_;
 };
 

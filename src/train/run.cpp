@@ -39,7 +39,7 @@ class Run {
         lock_(lock),
         checkpoints_(setup.directory / "checkpoints"),
         stage_(setup.target.architecture, Layout::even(mesh.grid(), setup.target.architecture), mesh) {
-    stage_.weights().allocate(compute_dtype(config.train.precision), device);
+    stage_.weights().allocate(compute_dtype(config.train.precision), device, config.parallel.zero);
   }
 
   // Step 0: the weights come from the source, are certified, and are stored before anything is trained.

@@ -6,31 +6,69 @@
 
 #include "base/autograd.hpp"
 #include "base/dtype.hpp"
+#include "checkpoint/slabs.hpp"
 #include "checkpoint/writer.hpp"
 
 namespace upcycle {
 namespace {
 
-using TensorOf = std::function<Tensor(size_t index)>;   // of weight `index`: its value, master or moments
-
-// One of the ranks that hold `part`'s box writes it; which one depends on the name, so that the work is spread.
-bool is_writer(const Part& part, const Layout& layout, int rank) {
-  std::vector<int> holders;
-  for (int other = 0; other < layout.grid.world(); ++other) {
-    if (local_box(part.spec, layout, layout.grid.at(other)) == part.box) holders.push_back(other);
+// A box of one parameter that lies, with others, in a run of a bucket.
+struct Slice {
+  const Part* part;
+  Box box;              ///< of the parameter
+  int64_t begin;        ///< in the run, of the rows that hold it
+  Shape rows;
+  int64_t in_row;       ///< along the dim in which the weight's parts lie side by side
+  /// Its view of `flat`, which holds the run.
+  Tensor of(const Tensor& flat) const {
+    return flat.narrow(0, begin, elements(rows)).view(rows).narrow(part->dim, in_row, box.size[static_cast<size_t>(part->dim)]);
   }
-  return holders[std::hash<std::string>{}(part.spec.name) % holders.size()] == rank;
-}
+};
 
-// All parts of this rank's weights, in a fixed order, as pieces of what `of` gives.
-std::vector<Piece> pieces(const Weights& weights, const TensorOf& of, const std::function<bool(const Part&)>& wanted) {
-  std::vector<Piece> pieces;
-  for (size_t index = 0; index < weights.all().size(); ++index) {
-    for (const Part& part : weights.all()[index].parts) {
-      if (wanted(part)) pieces.push_back({part.spec.name, part.spec.shape, part.box, part.of(of(index))});
+// All that `run` of a bucket holds, in a fixed order.
+std::vector<Slice> slices(const Weights& weights, const Bucket& bucket, const Range& run) {
+  std::vector<Slice> out;
+  for (size_t i = 0; i < bucket.weights.size(); ++i) {
+    const Weight& weight = weights.all()[bucket.weights[i]];
+    const int64_t begin = std::max(run.begin, bucket.runs[i].begin), end = std::min(run.end, bucket.runs[i].end);
+    if (begin >= end) continue;
+    int64_t at = begin - run.begin;
+    for (const Box& rows : boxes_of_run(weight.shape, begin - bucket.runs[i].begin, end - bucket.runs[i].begin)) {
+      for (const Part& part : weight.parts) {
+        const auto dim = static_cast<size_t>(part.dim);
+        const int64_t first = std::max(rows.begin[dim], part.begin);
+        const int64_t last = std::min(rows.begin[dim] + rows.size[dim], part.begin + part.box.size[dim]);
+        if (first >= last) continue;
+        Box box = shifted(rows, part.box.begin);
+        box.begin[dim] = part.box.begin[dim] + first - part.begin;
+        box.size[dim] = last - first;
+        out.push_back({&part, box, at, rows.size, first - rows.begin[dim]});
+      }
+      at += elements(rows);
     }
   }
-  return pieces;
+  return out;
+}
+
+Range whole_of(const Bucket& bucket) { return {0, bucket.size}; }
+
+// What this rank owns of a tensor that holds the whole bucket, or just that.
+Tensor own_of(const Bucket& bucket, const Tensor& flat) {
+  return flat.numel() == bucket.own.size() ? flat : flat.narrow(0, bucket.own.begin, bucket.own.size());
+}
+
+// Of the ranks that hold the same box one writes it; which one depends on the name, so that the work is spread.
+bool writes(const Bucket& bucket, const ParameterSpec& spec) {
+  return static_cast<int64_t>(std::hash<std::string>{}(spec.name) % static_cast<size_t>(bucket.place.holders)) == bucket.place.index;
+}
+
+using Wanted = std::function<bool(const Bucket&, const ParameterSpec&)>;
+
+void append(std::vector<Piece>& pieces, const Weights& weights, const Bucket& bucket, const Range& run, const Tensor& flat, const Wanted& wanted) {
+  for (const Slice& slice : slices(weights, bucket, run)) {
+    const ParameterSpec& spec = slice.part->spec;
+    if (wanted(bucket, spec)) pieces.push_back({spec.name, spec.shape, slice.box, slice.of(flat)});
+  }
 }
 
 // The names of parameters whose value in the compute dtype is not exactly the master, on any rank.
@@ -38,13 +76,12 @@ std::set<std::string> rounded(const Weights& weights, const Communicator& world)
   std::vector<std::string> names;
   for (const ParameterSpec& spec : catalogue(weights.architecture())) names.push_back(spec.name);
   Tensor flags = at::zeros({static_cast<int64_t>(names.size())}, at::kLong);
-  for (const Weight& weight : weights.all()) {
-    if (weight.parameter.value.is_alias_of(weight.parameter.master)) continue;
-    for (const Part& part : weight.parts) {
-      const Tensor master = part.of(weight.parameter.master);
-      const bool same = at::equal(part.of(weight.parameter.value).to(at::kFloat), master);
-      const auto at = std::find(names.begin(), names.end(), part.spec.name) - names.begin();
-      if (!same) flags[at] = 1;
+  for (const Bucket& bucket : weights.buckets()) {
+    if (bucket.dtype == at::kFloat) continue;
+    const Tensor values = own_of(bucket, bucket.values), masters = own_of(bucket, bucket.masters);
+    for (const Slice& slice : slices(weights, bucket, bucket.own)) {
+      const auto at = std::find(names.begin(), names.end(), slice.part->spec.name) - names.begin();
+      if (!at::equal(slice.of(values).to(at::kFloat), slice.of(masters))) flags[at] = 1;
     }
   }
   world.all_reduce(flags, Reduce::max);
@@ -71,23 +108,34 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
   const Unrecorded guard;
   const Communicator& world = mesh.world();
   const std::filesystem::path folder = checkpoints / step_directory(state.step);
+  for (const Weight& weight : weights.all()) weight.parameter.arrived();
   const std::set<std::string> keep_master = rounded(weights, world);
-  const auto mine = [&](const Part& part) { return is_writer(part, weights.layout(), world.rank()); };
-  const auto value = [&](size_t index) { return weights.all()[index].parameter.value; };
-  const auto master = [&](size_t index) { return weights.all()[index].parameter.master; };
+  const Wanted one_writer = writes;
+  // What is divided among the holders each writes for itself.
+  const Wanted owner = [](const Bucket& bucket, const ParameterSpec& spec) { return bucket.divided() || writes(bucket, spec); };
 
   CheckpointWriter writer(folder, world);
   const auto add = [&](const char* file, const std::vector<Piece>& pieces) {
     writer.add(file, pieces);
     alive();
   };
-  add(kWeightsFile, pieces(weights, value, mine));
-  if (!keep_master.empty()) {
-    add(kMastersFile, pieces(weights, master, [&](const Part& p) { return mine(p) && keep_master.contains(p.spec.name); }));
+  std::vector<Piece> values, masters, first, second;
+  for (size_t index = 0; index < weights.buckets().size(); ++index) {
+    const Bucket& bucket = weights.buckets()[index];
+    append(values, weights, bucket, whole_of(bucket), bucket.values, one_writer);
+    if (bucket.dtype != at::kFloat) {
+      append(masters, weights, bucket, bucket.own, own_of(bucket, bucket.masters),
+             [&](const Bucket& b, const ParameterSpec& spec) { return owner(b, spec) && keep_master.contains(spec.name); });
+    }
+    if (!optimizer) continue;
+    append(first, weights, bucket, bucket.own, optimizer->exp_avg(index), owner);
+    append(second, weights, bucket, bucket.own, optimizer->exp_avg_sq(index), owner);
   }
+  add(kWeightsFile, values);
+  if (!keep_master.empty()) add(kMastersFile, masters);
   if (optimizer) {
-    add(kFirstMomentsFile, pieces(weights, [&](size_t index) { return optimizer->exp_avg(index); }, mine));
-    add(kSecondMomentsFile, pieces(weights, [&](size_t index) { return optimizer->exp_avg_sq(index); }, mine));
+    add(kFirstMomentsFile, first);
+    add(kSecondMomentsFile, second);
   }
   for (const auto& [name, content] : record.texts) writer.add_text(name, content);
 
@@ -121,14 +169,22 @@ CheckpointBytes checkpoint_bytes(const Architecture& architecture, at::ScalarTyp
 
 TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weights, Optimizer* optimizer) {
   const Unrecorded guard;
-  const auto all = [](const Part&) { return true; };
-  const auto master = [&](size_t index) { return weights.all()[index].parameter.master; };
-  std::vector<Piece> values = pieces(weights, master, all);
+  const auto& stored_masters = reader.tensors(kMastersFile);
+  const Wanted all = [](const Bucket&, const ParameterSpec&) { return true; };
+  const Wanted with_master = [&](const Bucket&, const ParameterSpec& spec) { return stored_masters.contains(spec.name); };
+  const Wanted without = [&](const Bucket&, const ParameterSpec& spec) { return !stored_masters.contains(spec.name); };
+  // Values are masters, rounded: the stored weights, or, where these were rounded and our own values are not, the stored masters.
+  std::vector<Piece> values, masters;
+  for (const Bucket& bucket : weights.buckets()) {
+    const bool exact = bucket.dtype == at::kFloat;
+    append(values, weights, bucket, whole_of(bucket), bucket.values, exact ? without : all);
+    const Tensor& flat = exact ? bucket.values : bucket.masters;
+    const Range run = flat.numel() == bucket.size ? whole_of(bucket) : bucket.own;
+    if (!exact) append(values, weights, bucket, run, flat, without);
+    append(masters, weights, bucket, run, flat, with_master);
+  }
   reader.fill(kWeightsFile, values);
-  const auto& masters = reader.tensors(kMastersFile);
-  std::vector<Piece> exact = pieces(weights, master, [&](const Part& part) { return masters.contains(part.spec.name); });
-  reader.fill(kMastersFile, exact);
-  weights.publish();
+  reader.fill(kMastersFile, masters);
 
   const nlohmann::json& training = reader.manifest().training;
   TrainingState state;
@@ -136,8 +192,12 @@ TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weight
   state.position = training.value("position", int64_t{0});
   state.skipped = training.value("skipped", int64_t{0});
   if (optimizer && !reader.tensors(kFirstMomentsFile).empty()) {
-    std::vector<Piece> first = pieces(weights, [&](size_t index) { return optimizer->exp_avg(index); }, all);
-    std::vector<Piece> second = pieces(weights, [&](size_t index) { return optimizer->exp_avg_sq(index); }, all);
+    std::vector<Piece> first, second;
+    for (size_t index = 0; index < weights.buckets().size(); ++index) {
+      const Bucket& bucket = weights.buckets()[index];
+      append(first, weights, bucket, bucket.own, optimizer->exp_avg(index), all);
+      append(second, weights, bucket, bucket.own, optimizer->exp_avg_sq(index), all);
+    }
     reader.fill(kFirstMomentsFile, first);
     reader.fill(kSecondMomentsFile, second);
     optimizer->updates().fill_(training.value("updates", 0.0));

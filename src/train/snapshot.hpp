@@ -23,7 +23,8 @@ struct RunRecord {
 };
 
 /// **Collective.** Writes <checkpoints>/step-NNNNNNNN: weights in the compute dtype, masters of those that rounding changed, and,
-/// with an optimizer, its moments. Each slice is written by one of the ranks that hold it, spread over them.
+/// with an optimizer, its moments. Each slice is written by one of the ranks that hold it, spread over them; what ZeRO-1 divides among
+/// them each writes for itself.
 /// Returns the folder; calls `alive` after each file. Throws UserError on all ranks when the disk is full; earlier checkpoints stay as they are.
 std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh&, Weights&, Optimizer* optimizer,
                                       const TrainingState&, const RunRecord&, const std::function<void()>& alive = [] {});
@@ -36,7 +37,7 @@ struct CheckpointBytes {
 CheckpointBytes checkpoint_bytes(const Architecture&, at::ScalarType compute);
 
 /// Fills masters and values (and moments, and the number of updates, where there is an optimizer and the checkpoint has them) from
-/// this rank's boxes, on whatever layout it was written. Each rank by itself.
+/// this rank's boxes and what it owns of them, on whatever layout it was written. Each rank by itself.
 TrainingState restore_checkpoint(const CheckpointReader&, Weights&, Optimizer* optimizer);
 
 }  // namespace upcycle

@@ -22,7 +22,7 @@ enum Numbers { kSquaredNorm, kLoss, kAux, kZ, kStop };
 }  // namespace
 
 Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
-    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train) {
+    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), replicas_(stage.weights(), mesh) {
   const int64_t global_micro_batches = config.train.global_batch / config.train.micro_batch;
   micro_batches_ = global_micro_batches / mesh.grid().size(Axis::data);
   balance_ = {config.balance.aux / static_cast<double>(global_micro_batches),
@@ -32,7 +32,7 @@ Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimi
 PendingReport Trainer::step() {
   optimizer_.zero_gradients();
   const Tensor loss = accumulate_gradients();                              // 1. forward and backward of every micro-batch
-  reduce_gradients(stage_.weights(), mesh_);                               // 2. sum each gradient over who holds the same slice
+  replicas_.sum_gradients();                                               // 2. sum each gradient over who holds the same slice
 
   PendingReport report;
   report.step = ++state_.step;
@@ -58,6 +58,7 @@ PendingReport Trainer::step() {
   report.numbers = device::HostCopy(numbers);
   report.lr = learning_rate(config_.optimizer, config_.train.steps, report.step);
   optimizer_.step(report.lr, numbers[kSquaredNorm]);                       // 4. clip by that norm, then move
+  replicas_.share_values();
   return report;
 }
 
@@ -101,10 +102,6 @@ Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
   const Batch batch = sampler.batch(first_sample, config_.train.micro_batch);
   const at::Device device = stage_.weights().all().front().parameter.value.device();
   return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device)};
-}
-
-void reduce_gradients(Weights& weights, const Mesh& mesh) {
-  for (Weights::GradientBuffer& buffer : weights.gradients()) mesh.along(buffer.axis).all_reduce(buffer.flat);
 }
 
 StepReport read(const PendingReport& pending) {

@@ -9,6 +9,7 @@
 #include "model/stage.hpp"
 #include "parallel/mesh.hpp"
 #include "train/optimizer.hpp"
+#include "train/replicas.hpp"
 
 namespace upcycle {
 
@@ -44,7 +45,7 @@ StepReport read(const PendingReport&);
 /// The training step: the page everyone reads.
 class Trainer {
  public:
-  /// The referenced objects outlive the trainer.
+  /// **Collective.** The referenced objects outlive the trainer.
   Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train);
 
   /// **Collective.** One update on global_batch sequences.
@@ -63,12 +64,10 @@ class Trainer {
   Stage& stage_;
   Optimizer& optimizer_;
   const Sampler& sampler_;
+  Replicas replicas_;
   TrainingState state_;
   BalanceLoss balance_;            ///< coefficients, divided by the micro-batches of a step
   int64_t micro_batches_;          ///< of one rank in a step
 };
-
-/// **Collective.** Sums each gradient over the ranks that hold the same slice.
-void reduce_gradients(Weights&, const Mesh&);
 
 }  // namespace upcycle

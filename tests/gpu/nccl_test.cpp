@@ -102,6 +102,20 @@ TEST_P(Nccl, ReduceScatter) {
   for (const int64_t dim : {0, 2}) EXPECT_TRUE(at::equal(nccl().reduce_scatter(x, dim), mpi->reduce_scatter(x, dim)));
 }
 
+TEST_P(Nccl, InPlaceReduceScatterAndAllGather) {
+  for (const int64_t part : {1, 1001, 65536}) {
+    Tensor by_nccl = held({part * size}), by_mpi = by_nccl.clone();
+    if (dtype() == at::kFloat) {   // what is summed in place are gradients
+      nccl().reduce_into_own_part(by_nccl);
+      mpi->reduce_into_own_part(by_mpi);
+      EXPECT_TRUE(at::equal(by_nccl.narrow(0, rank * part, part), by_mpi.narrow(0, rank * part, part)));
+    }
+    nccl().gather_from_own_part(by_nccl);
+    mpi->gather_from_own_part(by_mpi);
+    EXPECT_TRUE(at::equal(by_nccl, by_mpi));
+  }
+}
+
 TEST_P(Nccl, AllToAllWithUnevenAndZeroRows) {
   std::vector<int64_t> send, receive;
   for (int r = 0; r < size; ++r) {

@@ -1,13 +1,16 @@
 # tests of this folder
 
-# NCCL against MPI, on several ranks of one GPU.
+# NCCL against MPI, on several ranks of one GPU; what holders of the same weights do beside the computation.
 if(UPCYCLE_CUDA)
   upcycle_gtest(gpu_nccl SOURCES gpu/nccl_test.cpp support/mpi_main.cpp LINK upcycle_parallel upcycle::torch_cuda GTest::gtest)
-  add_dependencies(gpu_tests gpu_nccl)
-  foreach(ranks 1 2 4)
-    add_test(NAME gpu.nccl.${ranks} COMMAND ${UPCYCLE_MPIRUN} -np ${ranks} $<TARGET_FILE:gpu_nccl>)
-    set_tests_properties(gpu.nccl.${ranks} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  upcycle_gtest(gpu_replicas SOURCES gpu/replicas_test.cpp support/mpi_main.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
+  foreach(name nccl replicas)
+    add_dependencies(gpu_tests gpu_${name})
+    foreach(ranks 1 2 4)
+      add_test(NAME gpu.${name}.${ranks} COMMAND ${UPCYCLE_MPIRUN} -np ${ranks} $<TARGET_FILE:gpu_${name}>)
+      set_tests_properties(gpu.${name}.${ranks} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+        ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+    endforeach()
   endforeach()
 endif()
 

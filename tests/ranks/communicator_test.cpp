@@ -77,6 +77,25 @@ TEST_P(Ranks, AllGatherAlongEveryDim) {
   EXPECT_EQ(world.all_gather(at::empty({0, 4}), 0).sizes(), at::IntArrayRef({0, 4}));
 }
 
+TEST_P(Ranks, InPlaceAreReduceScatterAndAllGather) {
+  for (const int64_t part : {0, 1, 3, 129}) {
+    Tensor x = held(rank, {part * size});
+    world.reduce_into_own_part(x);
+    const Tensor sum = serial_sum(size, {part * size});
+    EXPECT_TRUE(at::equal(x.narrow(0, rank * part, part), sum.narrow(0, rank * part, part))) << part;
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      Tensor own = at::zeros({part * size}, dtype);
+      own.narrow(0, rank * part, part).copy_(sum.narrow(0, rank * part, part));
+      world.gather_from_own_part(own);
+      EXPECT_TRUE(at::equal(own, sum.to(dtype))) << part;
+    }
+  }
+  Tensor odd = at::zeros({size + 1});
+  if (size > 1) {
+    EXPECT_THROW(world.reduce_into_own_part(odd), std::logic_error);
+  }
+}
+
 TEST_P(Ranks, ReduceScatterIsTheRanksPartOfTheSum) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t dim : {0, 1, -1}) {

@@ -80,7 +80,6 @@ TEST(NotBuilt, NamesEachKeyWithItsValue) {
                                              "parallel.pipeline = 4",
                                              "parallel.virtual_stages = 2",
                                              "parallel.expert_tensor = 2",
-                                             "parallel.zero = 1",
                                              "train.recompute = \"full\"",
                                              "balance.scope = \"global\"",
                                              "balance.bias_rate = 0.001",

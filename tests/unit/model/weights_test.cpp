@@ -66,42 +66,77 @@ TEST(Weights, PrecisionsAndSharing) {
   }
 }
 
-TEST(Weights, GradientsSummedOverTheSameRanksAreOneBuffer) {
+TEST(Weights, WhatTheSameRanksHoldLiesInOneBucket) {
   Held held(4, 1, 2);
   held.weights.allocate(at::kFloat, at::kCPU);
-  auto& buffers = held.weights.gradients();
-  ASSERT_EQ(buffers.size(), 2U);
-  EXPECT_EQ(buffers[0].axis, Axis::replica);
-  EXPECT_EQ(buffers[0].flat.numel(), held.qkv.value.numel() + held.router.value.numel() + held.norm.value.numel());
-  EXPECT_EQ(buffers[1].axis, Axis::expert_data);
-  EXPECT_EQ(buffers[1].flat.numel(), held.gate_up.value.numel());
-  buffers[0].flat.fill_(1.0), buffers[1].flat.fill_(2.0);
+  std::vector<Bucket>& buckets = held.weights.buckets();
+  ASSERT_EQ(buckets.size(), 2U);
+  Bucket &experts = buckets[0], &rest = buckets[1];   // backward is done with the experts before it is with q, k, v
+  EXPECT_EQ(held.weights.groups().partitions()[rest.group], (Partition{0, 0, 0, 0}));
+  EXPECT_EQ(held.weights.groups().partitions()[experts.group], (Partition{0, 1, 0, 1}));
+  EXPECT_EQ(rest.place.holders, 4);
+  EXPECT_EQ(rest.place.index, 1);
+  EXPECT_EQ(experts.place.holders, 2);
+  EXPECT_EQ(experts.place.index, 0);
+  EXPECT_EQ(experts.weights, std::vector<size_t>{2});
+  EXPECT_EQ(rest.weights, (std::vector<size_t>{3, 1, 0}));
+  rest.gradients.fill_(1.0), experts.gradients.fill_(2.0);
   EXPECT_EQ(held.norm.main_grad.sum().item<float>(), 24.0F);
   EXPECT_EQ(held.gate_up.main_grad.min().item<float>(), 2.0F);
+  rest.values.fill_(3.0);
+  EXPECT_EQ(held.qkv.value.min().item<float>(), 3.0F);
 }
 
 TEST(Weights, PublishRoundsAndMastersCanStandIn) {
-  Held held(1, 0, 1);
-  held.weights.allocate(at::kBFloat16, at::kCPU);
-  for (Weight& weight : held.weights.all()) weight.parameter.master.copy_(normal(weight.shape, 3));
-  held.weights.publish();
-  EXPECT_TRUE(held.qkv.value.equal(held.qkv.master.to(at::kBFloat16)));
-  EXPECT_TRUE(held.router.value.equal(held.router.master));
-  const Tensor before = held.qkv.value;
-  {
-    const ComputeWithMasters guard(held.weights);
-    EXPECT_TRUE(held.qkv.value.is_same(held.qkv.master));
-    EXPECT_TRUE(held.router.value.is_same(held.router.master));
+  for (const int64_t zero : {0, 1}) {
+    Held held(2, 1, 1);
+    held.weights.allocate(at::kBFloat16, at::kCPU, zero);
+    for (Weight& weight : held.weights.all()) weight.parameter.master.copy_(normal(weight.shape, 3));
+    held.weights.publish();
+    EXPECT_TRUE(held.qkv.value.equal(held.qkv.master.to(at::kBFloat16)));
+    EXPECT_TRUE(held.router.value.equal(held.router.master));
+    const Tensor before = held.qkv.value;
+    {
+      const ComputeWithMasters guard(held.weights);
+      EXPECT_TRUE(held.qkv.value.is_same(held.qkv.master));
+      EXPECT_TRUE(held.router.value.is_same(held.router.master));
+    }
+    EXPECT_TRUE(held.qkv.value.is_same(before));
   }
-  EXPECT_TRUE(held.qkv.value.is_same(before));
 }
 
-// So that the sum over all ranks of share / copies counts every slice once.
-TEST(Weights, CopiesAreTheRanksThatHoldTheSameSlice) {
-  for (const int64_t expert : {1, 2, 4}) {
-    Held held(4, 3, expert);
-    EXPECT_EQ(held.weights.copies(held.weights.all()[0].spec()), 4);
-    EXPECT_EQ(held.weights.copies(held.weights.all()[2].spec()), 4 / expert);
+TEST(Weights, WithZeroEachHolderKeepsItsPartOfTheMasters) {
+  for (const at::ScalarType compute : {at::kFloat, at::kBFloat16}) {
+    for (const int rank : {0, 1, 3}) {
+      Held held(4, rank, 2);
+      held.weights.allocate(compute, at::kCPU, 1);
+      for (Weight& weight : held.weights.all()) weight.parameter.master.copy_(normal(weight.shape, 3));
+      held.weights.publish();
+      std::vector<Tensor> whole;
+      for (const Bucket& bucket : held.weights.buckets()) whole.push_back(bucket.masters.clone());
+      held.weights.start_training();
+      for (size_t i = 0; i < whole.size(); ++i) {
+        const Bucket& bucket = held.weights.buckets()[i];
+        EXPECT_TRUE(bucket.divided());
+        EXPECT_EQ(bucket.masters.numel() * bucket.place.holders, bucket.size);
+        EXPECT_TRUE(bucket.masters.equal(whole[i].narrow(0, bucket.own.begin, bucket.own.size())));
+        EXPECT_EQ(bucket.masters.is_alias_of(bucket.values), bucket.dtype == at::kFloat);
+        EXPECT_FALSE(bucket.masters.is_alias_of(bucket.gradients));
+        EXPECT_EQ(bucket.gradients.abs().sum().item<float>(), 0.0F);
+        EXPECT_EQ(bucket.values.numel(), bucket.size);
+      }
+      for (Weight& weight : held.weights.all()) EXPECT_EQ(weight.parameter.main_grad.sizes(), weight.shape);
+      // An update of what it owns reaches the values there, and nothing else.
+      Bucket& rest = held.weights.buckets().back();
+      const Tensor values = rest.values.clone();
+      rest.masters.fill_(5.0);
+      held.weights.publish();
+      EXPECT_EQ(rest.values.narrow(0, rest.own.begin, rest.own.size()).min().item<float>(), 5.0F);
+      EXPECT_TRUE(rest.values.narrow(0, 0, rest.own.begin).equal(values.narrow(0, 0, rest.own.begin)));
+      if (compute == at::kBFloat16) {
+        EXPECT_THROW(ComputeWithMasters{held.weights}, std::logic_error);
+      }
+    }
   }
 }
 

@@ -131,6 +131,11 @@ TEST(Grid, RefusesWithTheNumbers) {
   EXPECT_EQ(refusal(degrees(1, 1, 1, 1), 0), "a run has at least one rank, not 0");
 }
 
+TEST(Grid, KnowsWhoStandsWhere) {
+  const Grid grid(degrees(2, 3, 2, 4), 48);
+  for (int rank = 0; rank < 48; ++rank) EXPECT_EQ(grid.rank(grid.at(rank)), rank);
+}
+
 TEST(Grid, NamesItsAxes) {
   EXPECT_STREQ(name(Axis::tensor), "tensor");
   EXPECT_STREQ(name(Axis::expert_data), "expert_data");

@@ -99,6 +99,7 @@ TEST(MemoryPlan, ZeroCutsMastersAndMomentsOverTheReplicas) {
   const Architecture a = small(0);
   const Layout layout = Layout::even(Grid({}, 4), a);
   RunConfig run = run_with({});
+  run.parallel.zero = 0;
   const RankMemory whole = rank_memory(a, run, layout, 0);
   run.parallel.zero = 1;
   const RankMemory cut = rank_memory(a, run, layout, 0);

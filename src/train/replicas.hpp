@@ -1,0 +1,45 @@
+#pragma once
+#include <vector>
+
+#include "device/side_stream.hpp"
+#include "model/weights.hpp"
+#include "parallel/mesh.hpp"
+
+namespace upcycle {
+
+/// What the ranks that hold the same weights do together: they sum gradients while backward still runs, and with ZeRO-1 each hands
+/// the others the values it has updated. Bucket by bucket, in one order on all ranks of a stage, beside the computation.
+class Replicas {
+ public:
+  /// **Collective.** Makes one communicator per way in which the world falls into holders of the same slices, in a fixed order.
+  /// After Mesh::prepare and Weights::allocate. The weights outlive it; one Replicas of them at a time.
+  Replicas(Weights&, const Mesh&);
+  ~Replicas();
+  Replicas(const Replicas&) = delete;
+  Replicas& operator=(const Replicas&) = delete;
+
+  /// **Collective.** The end of a step's backward passes: every gradient is summed over the ranks that hold the same slice (with
+  /// ZeRO-1 only what this rank owns of it), as the current stream sees it. From the second step on most of that has happened
+  /// already: a bucket's sum is launched by the last addition to it. Each step must add as often to each bucket as the first one
+  /// (std::logic_error).
+  void sum_gradients();
+
+  /// **Collective.** With ZeRO-1: gives every holder the values that this rank has updated, and takes theirs. On a GPU that goes on
+  /// beside what follows: whoever wants a value says Parameter::arrived().
+  void share_values();
+
+ private:
+  void added(size_t bucket);
+  void launch_next();
+  void wait_for_values(size_t bucket);
+
+  Weights& weights_;
+  std::vector<Communicator> groups_;     ///< by index of weights.groups().partitions()
+  device::SideStream beside_;
+  std::vector<device::SideStream::Mark> values_arrived_;   ///< by bucket; null when nothing is on its way
+  std::vector<int64_t> additions_;       ///< to each bucket, in this step
+  std::vector<int64_t> expected_;        ///< in every step; empty until the first one is over
+  size_t next_ = 0;                      ///< the bucket to be launched next
+};
+
+}  // namespace upcycle

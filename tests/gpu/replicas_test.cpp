@@ -1,0 +1,93 @@
+// Gradients summed and values handed out over NCCL beside the computation, on as many ranks as the test is started with, with and
+// without ZeRO-1: the CPU's training in fp32, and no wait of the host in bf16. Where ranks share a GPU, NCCL is made to believe in
+// different hosts.
+#include "train/replicas.hpp"
+
+#include <c10/cuda/CUDAFunctions.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <cmath>
+
+#include "base/error.hpp"
+#include "device/device.hpp"
+#include "support/numbers.hpp"
+#include "train/start.hpp"
+#include "train/trainer.hpp"
+
+namespace upcycle {
+namespace {
+
+struct Training {
+  Architecture architecture;
+  RunConfig run;
+  std::optional<Mesh> mesh;
+  std::optional<Stage> stage;
+  std::optional<Optimizer> optimizer;
+  std::optional<Sampler> sampler;
+  std::optional<Trainer> trainer;
+
+  Training(at::ScalarType compute, at::Device device, Transport transport, int64_t zero) {
+    Architecture& a = architecture;
+    a.hidden = 64, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = 16, a.ffn = 96, a.vocab = 128, a.tied = true;
+    a.experts = 8, a.top_k = 2, a.expert_ffn = 32, a.dense_layers = {1};
+    run.train.steps = 20, run.train.sequence = 16, run.train.global_batch = 16, run.train.micro_batch = 2;
+    run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
+    run.balance.aux = 0.05;
+    run.parallel.zero = zero;
+    mesh.emplace(Grid(run.parallel, world_size()));
+    mesh->prepare(device, transport);
+    stage.emplace(a, Layout::even(mesh->grid(), a), *mesh);
+    stage->weights().allocate(compute, device, zero);
+    fill_masters(stage->weights(), random(a, 5));
+    optimizer.emplace(stage->weights(), run.optimizer, /*router_lr_scale=*/1.0);
+    sampler.emplace(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train, run.train.sequence, a.vocab, 5);
+    trainer.emplace(run, *mesh, *stage, *optimizer, *sampler);
+  }
+};
+
+class Beside : public testing::TestWithParam<int64_t> {
+ protected:
+  void SetUp() override {
+    if (device::count() == 0) GTEST_SKIP() << "no GPU here";
+    gpu = device::choose("cuda", host_rank());
+    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);
+    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
+    setenv("NCCL_IB_DISABLE", "1", 1);
+    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    bucket_elements = 10000;
+  }
+  void TearDown() override { bucket_elements = int64_t{1} << 25; }
+  at::Device gpu = at::kCPU;
+};
+INSTANTIATE_TEST_SUITE_P(Zero, Beside, testing::Values(0, 1));
+
+TEST_P(Beside, IsTheCpusTraining) {
+  Training cpu(at::kFloat, at::kCPU, Transport::mpi, 0), nccl(at::kFloat, gpu, Transport::nccl, GetParam());
+  Training host(at::kFloat, gpu, Transport::mpi, GetParam());
+  ASSERT_GT(nccl.stage->weights().buckets().size(), 4U);
+  for (int step = 0; step < 6; ++step) {
+    const StepReport a = read(cpu.trainer->step()), b = read(nccl.trainer->step()), c = read(host.trainer->step());
+    EXPECT_LE(std::abs(b.loss / a.loss - 1), 1e-6) << step;
+    EXPECT_LE(std::abs(b.gradient_norm / a.gradient_norm - 1), 1e-5) << step;
+    EXPECT_LE(std::abs(c.loss / a.loss - 1), 1e-6) << step << ", through host memory";
+    EXPECT_LE(std::abs(c.gradient_norm / a.gradient_norm - 1), 1e-5) << step << ", through host memory";
+  }
+  for (size_t i = 0; i < cpu.stage->weights().all().size(); ++i) {
+    const Weight &a = cpu.stage->weights().all()[i], &b = nccl.stage->weights().all()[i];
+    EXPECT_LE(distance(b.parameter.arrived().cpu(), a.parameter.arrived()), 1e-4) << a.spec().name;
+  }
+}
+
+TEST_P(Beside, NeverMakesTheHostWait) {
+  Training training(at::kBFloat16, gpu, Transport::nccl, GetParam());
+  for (int step = 0; step < 2; ++step) read(training.trainer->step());   // connections are made, additions are counted
+  PendingReport pending;
+  c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR);   // ATen throws where it would wait
+  for (int step = 0; step < 3; ++step) pending = training.trainer->step();
+  c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED);
+  EXPECT_LT(read(pending).loss, 20.0);
+}
+
+}  // namespace
+}  // namespace upcycle
