@@ -24,6 +24,10 @@ class Random {
   /// Uniform integer in [0, bound), bound > 0, without bias worth naming (64-bit multiply-shift).
   uint64_t below(uint64_t bound, uint64_t index) const noexcept;
 
+  /// Key and upper half of the counter, for those who draw whole tensors (ops/uniform.hpp).
+  uint64_t seed() const noexcept { return key_; }
+  uint64_t stream() const noexcept { return stream_; }
+
  private:
   std::array<uint32_t, 4> block(uint64_t index) const noexcept;
 

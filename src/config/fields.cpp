@@ -71,6 +71,7 @@ std::vector<Field> describe(RunConfig& c) {
           {{"batch", BalanceScope::batch}, {"sequence", BalanceScope::sequence}, {"global", BalanceScope::global}}),
       number("balance.z", c.balance.z, kNotNegative),
       number("balance.bias_rate", c.balance.bias_rate, kNotNegative),
+      number("balance.jitter", c.balance.jitter, kShare),
       number("balance.capacity_factor", c.balance.capacity_factor, kNotNegative),
 
       blend("data.train", c.data.train),

@@ -108,9 +108,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
   unless(c.parallel.zero == 0, "parallel.zero", c.parallel.zero);
   unless(c.train.recompute == Recompute::none, "train.recompute",
          c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
-  unless(c.balance.scope == BalanceScope::batch, "balance.scope",
-         c.balance.scope == BalanceScope::global ? "\"global\"" : "\"sequence\"");
-  unless(c.balance.bias_rate == 0.0, "balance.bias_rate", c.balance.bias_rate);
   unless(c.balance.capacity_factor == 0.0, "balance.capacity_factor", c.balance.capacity_factor);
   unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");
   unless(!c.log.tensorboard, "log.tensorboard", "true");

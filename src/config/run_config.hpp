@@ -81,9 +81,10 @@ struct OptimizerSection {
 enum class BalanceScope { batch, sequence, global };
 struct BalanceSection {
   double aux = 1e-3;
-  BalanceScope scope = BalanceScope::batch;
+  BalanceScope scope = BalanceScope::batch;   ///< over what choices experts are to be in balance, see moe/balance_loss.hpp
   double z = 0.0;
-  double bias_rate = 0.0;
+  double bias_rate = 0.0;              ///< 0: a bias that a checkpoint has stays as it is
+  double jitter = 0.0;
   double capacity_factor = 0.0;
 };
 

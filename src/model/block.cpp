@@ -10,12 +10,12 @@ namespace {
 
 std::string prefix_of(int64_t layer) { return "model.layers." + std::to_string(layer) + "."; }
 
-MoeLayer make_moe(Weights& weights, const Mesh& mesh, const std::string& prefix) {
+MoeLayer make_moe(Weights& weights, const Mesh& mesh, int64_t layer, const std::string& prefix) {
   const Architecture& architecture = weights.architecture();
   Parameter& router = weights.add({prefix + "gate.weight"});
   Parameter& gate_up = weights.add({prefix + "experts.gate_proj.weight", prefix + "experts.up_proj.weight"}, 1);
   Parameter& down = weights.add({prefix + "experts.down_proj.weight"});
-  return {Router(router, {architecture.top_k, architecture.renormalise}),
+  return {Router(router, mesh.along(Axis::sequence), {architecture.top_k, architecture.renormalise, layer}),
           Dispatcher(mesh.along(Axis::expert), architecture.experts), Experts(gate_up, down)};
 }
 
@@ -39,15 +39,15 @@ Block::Block(Weights& weights, const Mesh& mesh, int64_t layer)
       feed_forward_norm_(weights.add({prefix_of(layer) + "post_attention_layernorm.weight"})) {
   const std::string prefix = prefix_of(layer) + "mlp.";
   if (weights.architecture().is_moe_layer(layer)) {
-    moe_.emplace(make_moe(weights, mesh, prefix));
+    moe_.emplace(make_moe(weights, mesh, layer, prefix));
   } else {
     dense_.emplace(weights, mesh, prefix);
   }
 }
 
-Tensor Block::forward(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance) {
+Tensor Block::forward(const Tensor& x_TW, const Positions& positions, const RouterContext& context) {
   const Tensor attended = attend(x_TW, positions);
-  return attended + feed_forward(feed_forward_input(attended), balance);
+  return attended + feed_forward(feed_forward_input(attended), context);
 }
 
 Tensor Block::attend(const Tensor& x_TW, const Positions& positions) {
@@ -56,8 +56,8 @@ Tensor Block::attend(const Tensor& x_TW, const Positions& positions) {
 
 Tensor Block::feed_forward_input(const Tensor& x_TW) { return rms_norm(x_TW, feed_forward_norm_, eps_); }
 
-Tensor Block::feed_forward(const Tensor& h_TW, const BalanceLoss& balance) {
-  return dense_ ? dense_->forward(h_TW) : moe_->forward(h_TW, balance);
+Tensor Block::feed_forward(const Tensor& h_TW, const RouterContext& context) {
+  return dense_ ? dense_->forward(h_TW) : moe_->forward(h_TW, context);
 }
 
 }  // namespace upcycle

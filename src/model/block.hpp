@@ -26,12 +26,12 @@ class Block {
   Block(Weights&, const Mesh&, int64_t layer);
 
   /// **Collective** over the expert and tensor groups. x [T, W] -> [T, W].
-  Tensor forward(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance);
+  Tensor forward(const Tensor& x_TW, const Positions& positions, const RouterContext& context);
 
   /// The two halves, for whoever wants to look between them (the certificate).
   Tensor attend(const Tensor& x_TW, const Positions& positions);
   Tensor feed_forward_input(const Tensor& x_TW);
-  Tensor feed_forward(const Tensor& h_TW, const BalanceLoss& balance);
+  Tensor feed_forward(const Tensor& h_TW, const RouterContext& context);
 
   int64_t layer() const noexcept { return layer_; }
   /// Null for a dense layer.

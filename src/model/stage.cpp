@@ -36,9 +36,9 @@ Positions Stage::positions(int64_t sequences, int64_t length) {
 
 Tensor Stage::embed(const Tensor& tokens_BS) { return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_); }
 
-Tensor Stage::blocks(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance) {
+Tensor Stage::blocks(const Tensor& x_TW, const Positions& positions, const RouterContext& context) {
   Tensor x = x_TW;
-  for (Block& block : blocks_) x = block.forward(x, positions, balance);
+  for (Block& block : blocks_) x = block.forward(x, positions, context);
   return x;
 }
 

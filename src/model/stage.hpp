@@ -17,7 +17,7 @@ class Stage {
   /// **Collective** over the tensor group, as all that follow. int64 ids [B, S] -> [T, W], in the compute dtype.
   Tensor embed(const Tensor& tokens_BS);
   /// Through this stage's layers.
-  Tensor blocks(const Tensor& x_TW, const Positions& positions, const BalanceLoss& balance);
+  Tensor blocks(const Tensor& x_TW, const Positions& positions, const RouterContext& context);
   /// Cross entropy of every token, fp32 [N], the same on all tensor ranks.
   Tensor token_losses(const Tensor& x_TW, const Tensor& labels_BS);
   /// The final norm and the head, in the compute dtype: [N, V], whole on every rank. For looking at, not for training.

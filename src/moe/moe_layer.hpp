@@ -12,7 +12,7 @@ class MoeLayer {
       : router_(std::move(router)), dispatcher_(std::move(dispatcher)), experts_(std::move(experts)) {}
 
   /// **Collective** over the expert group. `x` [T, D] -> [T, D].
-  Tensor forward(const Tensor& x_TD, const BalanceLoss& balance);
+  Tensor forward(const Tensor& x_TD, const RouterContext& context);
   Router& router() noexcept { return router_; }
 
  private:

@@ -2,8 +2,6 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/logsumexp.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/topk.h>
@@ -11,7 +9,9 @@
 #include <ATen/ops/zeros.h>
 
 #include "base/autograd.hpp"
+#include "base/rng.hpp"
 #include "ops/linear.hpp"
+#include "ops/uniform.hpp"
 
 namespace upcycle {
 namespace {
@@ -22,6 +22,12 @@ Tensor attach_loss(const Tensor& weight_TK, const Tensor& loss, double coefficie
   return record(weight_TK, {weight_TK, loss}, [coefficient, like = loss.detach()](const std::vector<Tensor>& d) -> Gradients {
     return {d[0], at::full({}, coefficient, like.options())};
   });
+}
+
+Tensor shaken(const Tensor& x_TD, const Jitter& jitter, int64_t layer) {
+  if (jitter.size == 0) return x_TD;
+  const Random random(jitter.seed, "model.layers." + std::to_string(layer) + ".mlp.gate/jitter");
+  return x_TD.to(at::kFloat) * uniform(random, jitter.token_T, x_TD.size(1)).mul_(2 * jitter.size).add_(1 - jitter.size);
 }
 
 }  // namespace
@@ -37,39 +43,42 @@ Tensor choose_experts(const Tensor& logits_TE, int64_t top_k) {
   return std::get<1>(at::topk(key, top_k, 1, /*largest=*/true, /*sorted=*/true));
 }
 
-Router::Router(Parameter& weight_ED, RouterSettings settings) : weight_ED_(weight_ED), settings_(settings) {}
+Router::Router(Parameter& weight_ED, const Communicator& sharing, RouterSettings settings)
+    : weight_ED_(weight_ED), sharing_(&sharing), settings_(settings) {}
 
-void Router::count(const Tensor& count_E, const Tensor& aux, const Tensor& z) {
-  const Tensor losses_2 = at::stack({aux.detach(), z.detach()}).to(at::kDouble);
+void Router::count(const Tensor& count_E, const Measures& measures) {
+  const Tensor measures_3 = at::stack({measures.aux.detach(), measures.z.detach(), measures.entropy}).to(at::kDouble);
   if (!statistics_.count_E.defined()) {
-    statistics_ = {count_E.clone(), losses_2};
+    statistics_ = {count_E.clone(), measures_3, at::zeros({}, count_E.options())};
   } else {
     statistics_.count_E.add_(count_E);
-    statistics_.losses_2.add_(losses_2);
+    statistics_.measures_3.add_(measures_3);
   }
 }
 
 Tensor Router::logits(const Tensor& x_TD) { return linear(x_TD.to(at::kFloat), weight_ED_); }
 
-Routing Router::forward(const Tensor& x_TD, const BalanceLoss& balance) {
-  const Tensor logits_TE = logits(x_TD);
-  const int64_t tokens = logits_TE.size(0), experts = logits_TE.size(1);
-  const Tensor expert_TK = choose_experts(logits_TE, settings_.top_k);
+Routing Router::forward(const Tensor& x_TD, const RouterContext& context) {
+  const Tensor logits_TE = logits(shaken(x_TD, context.jitter, settings_.layer));
+  const Tensor expert_TK = context.expert_TK.defined() ? context.expert_TK : choose_experts(biased(logits_TE), settings_.top_k);
   const Tensor probability_TE = at::softmax(logits_TE, -1);
   Tensor weight_TK = settings_.renormalise ? at::softmax(logits_TE.gather(1, expert_TK), -1)
                                            : probability_TE.gather(1, expert_TK);
-  const Tensor choice_R = expert_TK.reshape({-1});
-  Tensor count_E = at::zeros({experts}, choice_R.options());   // by hand, for bincount makes the host wait for a GPU
-  count_E.scatter_add_(0, choice_R, at::ones_like(choice_R));
+  const Tensor count_E = count_choices(expert_TK, logits_TE.size(1));
   if (recording()) {
-    const Tensor share_E = count_E.to(at::kFloat) / static_cast<double>(tokens * settings_.top_k);
-    const Tensor aux = (share_E * probability_TE.mean(0)).sum() * static_cast<double>(experts);
-    const Tensor z = at::logsumexp(logits_TE, {1}).square().mean();
-    if (balance.aux != 0) weight_TK = attach_loss(weight_TK, aux, balance.aux);
-    if (balance.z != 0) weight_TK = attach_loss(weight_TK, z, balance.z);
-    count(count_E, aux, z);
+    const Measures measures = measure(*sharing_, context.balance, logits_TE, probability_TE, expert_TK, count_E, state_.count_E);
+    if (context.balance.aux != 0) weight_TK = attach_loss(weight_TK, measures.aux, context.balance.aux);
+    if (context.balance.z != 0) weight_TK = attach_loss(weight_TK, measures.z, context.balance.z);
+    count(count_E, measures);
   }
   return {expert_TK, weight_TK, count_E};
+}
+
+// The bias goes to the logits, not to the probabilities: a step of it means the same for a token that is sure of its expert and for
+// one that is not, and without a bias the choice is bit for bit that of the logits. (The paper's own scores are sigmoids.)
+Tensor Router::biased(const Tensor& logits_TE) const {
+  const Unrecorded guard;
+  return state_.bias_E.defined() ? logits_TE + state_.bias_E : logits_TE;
 }
 
 }  // namespace upcycle

@@ -12,6 +12,7 @@
 #include "checkpoint/durable.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "model/hf_names.hpp"
+#include "train/balance.hpp"
 #include "train/dense_source.hpp"
 
 namespace upcycle {
@@ -39,13 +40,15 @@ class Partial {
 
 /// What the run's model does and qwen3_moe has no word for.
 void refuse_what_hf_lacks(const Manifest& manifest, const fs::path& checkpoint) {
-  const nlohmann::json balance = manifest.run.value("balance", nlohmann::json::object());
-  const auto refuse = [&](const char* key, const char* why) {
-    const double value = balance.value(key, 0.0);
-    if (value > 0) fail(checkpoint.string(), ": balance.", key, " = ", value, ": ", why, "; Hugging Face's qwen3_moe can't express that");
-  };
-  refuse("bias_rate", "the experts were chosen with a bias that is not part of the router's weights");
-  refuse("capacity_factor", "tokens beyond an expert's capacity were dropped");
+  if (const int64_t layer = biased_layer(manifest.training); layer >= 0) {
+    fail(checkpoint.string(), ": the router of layer ", layer, " has a balancing bias (balance.bias_rate), by which experts are chosen and ",
+         "which is not part of its weights; Hugging Face's qwen3_moe can't express that");
+  }
+  const double capacity = manifest.run.value("balance", nlohmann::json::object()).value("capacity_factor", 0.0);
+  if (capacity > 0) {
+    fail(checkpoint.string(), ": balance.capacity_factor = ", capacity, ": tokens beyond an expert's capacity were dropped; Hugging Face's ",
+         "qwen3_moe can't express that");
+  }
 }
 
 void check_target(const fs::path& directory) {

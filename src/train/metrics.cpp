@@ -93,7 +93,10 @@ void Metrics::step(const StepReport& report, double seconds) {
   if (!report.tokens_per_expert.empty()) {
     line["aux_loss"] = number(report.aux_loss);
     line["z_loss"] = number(report.z_loss);
+    line["router_entropy"] = number(report.router_entropy);
     line["load_max_over_mean"] = report.load_max_over_mean;
+    line["dead_experts"] = report.dead_experts;
+    line["dropped"] = report.dropped;
     line["tokens_per_expert"] = report.tokens_per_expert;
   }
   write(line.dump());
@@ -108,7 +111,9 @@ void Metrics::print(const StepReport& report, double rate) {
   const double flops = rate * scale_.flops_per_token;
   line += format(flops >= 1e12 ? "  %.1f TFLOP/s" : "  %.4f TFLOP/s", flops / 1e12);
   if (scale_.peak_flops > 0) line += format("  MFU %.1f%%", 100.0 * flops / scale_.peak_flops);
-  if (!report.tokens_per_expert.empty()) line += format("  load %.2f", report.load_max_over_mean);
+  if (!report.tokens_per_expert.empty()) line += format("  load %.2f  entropy %.2f", report.load_max_over_mean, report.router_entropy);
+  if (report.dead_experts > 0) line += format("  dead %ld", static_cast<long>(report.dead_experts));
+  if (report.dropped > 0) line += format("  dropped %ld", static_cast<long>(report.dropped));
   line += "  ETA " + duration(recent_seconds_ * static_cast<double>(steps - report.step));
   if (report.step % config_.log.every == 0 || report.step == steps) {
     log::info(line);

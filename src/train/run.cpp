@@ -61,7 +61,9 @@ class Run {
         throw std::runtime_error("the certificate failed: the grown model is not what its recipe promises (certificate.json)");
       }
     }
-    save(nullptr, {});
+    TrainingState state;
+    state.routers = setup_.routers;
+    save(nullptr, state);
   }
 
   TrainingState restore(Optimizer& optimizer) {
@@ -73,7 +75,9 @@ class Run {
     Optimizer optimizer(stage_.weights(), config_.optimizer, config_.router_lr_scale());
     Trainer trainer(config_, mesh_, stage_, optimizer, *setup_.train);
     TrainingState& state = trainer.state();
+    state.routers = setup_.routers;
     if (setup_.resume) state = restore(optimizer);
+    trainer.balance().restore(state.routers);
     const at::Device device = stage_.weights().all().front().parameter.value.device();
     Metrics metrics(config_, setup_.directory, mesh_.world().rank(), mesh_.world().size(),
                     {flops_per_token(setup_.target.architecture, config_.train.sequence),
@@ -82,6 +86,11 @@ class Run {
     std::optional<PendingReport> pending;
     int64_t saved = setup_.resume || state.step == 0 ? state.step : -1, skipped_in_a_row = 0;
     bool stop = false;
+    const auto store = [&] {
+      state.routers = trainer.balance().state();
+      save(&optimizer, state);
+      saved = state.step;
+    };
     // Reports are read one step late, so that the host never waits for the step that it has just launched. A step's seconds are
     // those of its launch and those of the wait for its numbers: validation and checkpoints in between do not count.
     double launch_seconds = 0.0, pending_seconds = 0.0;
@@ -116,12 +125,12 @@ class Run {
       if (validates) {
         metrics.validation(state.step, state.position, trainer.validate(*setup_.validation, config_.validate.batches));
       }
-      if (saves) save(&optimizer, state), saved = state.step;
+      if (saves) store();
       alive(state.step, "training");
     }
     settle({});
     if (state.step < config_.train.steps) {
-      if (saved != state.step) save(&optimizer, state);
+      if (saved != state.step) store();
       log::info(text("stopped on request (signal) after step ", state.step, " of ", config_.train.steps,
                      "; the same command goes on from here (exit code ", kRequeue, ")"));
       return kRequeue;

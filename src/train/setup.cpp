@@ -159,6 +159,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
     if (!config.source.model.empty()) {
       setup.source.emplace(config.source.model);
       setup.source->check();
+      if (setup.source->is_checkpoint()) setup.routers = read_manifest(setup.source->folder()).training.value("routers", nlohmann::json());
     }
     const Architecture source = source_architecture(config, setup.source);
     setup.target = choose_target(config, source, setup.source.has_value());

@@ -19,6 +19,7 @@ struct Setup {
   std::optional<CheckpointReader> resume;   ///< the newest valid checkpoint of the run directory
   std::optional<WeightSource> source;       ///< where the weights come from; empty when resuming or starting at random
   Target target;                            ///< what is trained, and by which recipe it grows
+  nlohmann::json routers;                   ///< what the routers of a source that is a checkpoint remember, see Balance::state
   std::optional<Sampler> train, validation;
   RunRecord record;
 };

@@ -103,6 +103,7 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
                        {"skipped", state.skipped},
                        {"updates", optimizer ? optimizer->updates().item<double>() : 0.0},
                        {"random", "Philox4x32-10, a function of (run.seed, stream, index): nothing to restore"}};
+  if (!state.routers.empty()) manifest.training["routers"] = state.routers;
   writer.commit(std::move(manifest));
   return folder;
 }
@@ -135,6 +136,7 @@ TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weight
   state.step = training.value("step", int64_t{0});
   state.position = training.value("position", int64_t{0});
   state.skipped = training.value("skipped", int64_t{0});
+  state.routers = training.value("routers", nlohmann::json::object());
   if (optimizer && !reader.tensors(kFirstMomentsFile).empty()) {
     std::vector<Piece> first = pieces(weights, [&](size_t index) { return optimizer->exp_avg(index); }, all);
     std::vector<Piece> second = pieces(weights, [&](size_t index) { return optimizer->exp_avg_sq(index); }, all);

@@ -1,12 +1,11 @@
 #include "train/trainer.hpp"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "base/autograd.hpp"
@@ -17,16 +16,13 @@ namespace upcycle {
 namespace {
 
 // PendingReport::numbers, each a plain sum over the world.
-enum Numbers { kSquaredNorm, kLoss, kAux, kZ, kStop };
+enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy };
 
 }  // namespace
 
 Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
-    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train) {
-  const int64_t global_micro_batches = config.train.global_batch / config.train.micro_batch;
-  micro_batches_ = global_micro_batches / mesh.grid().size(Axis::data);
-  balance_ = {config.balance.aux / static_cast<double>(global_micro_batches),
-              config.balance.z / static_cast<double>(global_micro_batches)};
+    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), balance_(config, mesh, stage) {
+  micro_batches_ = config.train.global_batch / config.train.micro_batch / mesh.grid().size(Axis::data);
 }
 
 PendingReport Trainer::step() {
@@ -37,27 +33,16 @@ PendingReport Trainer::step() {
   PendingReport report;
   report.step = ++state_.step;
   report.position = state_.position += config_.train.global_batch;
-  std::vector<Tensor> counts;
-  Tensor balance_losses = at::zeros({2}, loss.options());
-  for (Router* router : stage_.routers()) {
-    counts.push_back(router->statistics().count_E);
-    balance_losses.add_(router->statistics().losses_2);
-    router->reset_statistics();
-  }
   const Tensor stop = at::full({}, shutdown::requested() ? 1.0 : 0.0, loss.options());
-  Tensor numbers = at::stack({optimizer_.squared_norm_share(), loss, balance_losses[0], balance_losses[1], stop});
+  Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(), loss, stop}), balance_.measures()});
   mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; the wish to stop rides along
-  if (!counts.empty()) {
-    Tensor count_LE = at::stack(counts);
-    mesh_.along(Axis::replica).all_reduce(count_LE);
-    report.count_LE = device::HostCopy(count_LE);
-    const double layers = static_cast<double>(counts.size());
-    numbers.narrow(0, kAux, 2).div_(layers * static_cast<double>(config_.train.global_batch / config_.train.micro_batch));
-  }
+  const Tensor count_LX = balance_.counts();
+  if (count_LX.defined()) report.count_LX = device::HostCopy(count_LX);
 
   report.numbers = device::HostCopy(numbers);
   report.lr = learning_rate(config_.optimizer, config_.train.steps, report.step);
   optimizer_.step(report.lr, numbers[kSquaredNorm]);                       // 4. clip by that norm, then move
+  balance_.update(count_LX, numbers[kSquaredNorm].isfinite());             // 5. move the routers' biases towards balance
   return report;
 }
 
@@ -68,9 +53,10 @@ Tensor Trainer::accumulate_gradients() {
   for (int64_t number = 0; number < micro_batches_; ++number) {
     // Micro-batch j of the step is the same sequences on any number of ranks; rank r takes every size-th of them.
     const int64_t j = number * data_size + data_rank;
-    const Batch batch = micro_batch(sampler_, state_.position + j * config_.train.micro_batch);
+    const int64_t first = state_.position + j * config_.train.micro_batch;
+    const Batch batch = micro_batch(sampler_, first);
     const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
-    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, balance_);
+    const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, balance_.context(first));
     // Divided by the step's tokens once, here; from now on every reduction is a plain sum.
     const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum() / tokens;
     torch::autograd::backward({loss}, {});
@@ -118,18 +104,10 @@ StepReport read(const PendingReport& pending) {
   report.gradient_norm = std::sqrt(n[kSquaredNorm]);
   report.aux_loss = n[kAux];
   report.z_loss = n[kZ];
+  report.router_entropy = n[kEntropy];
   report.skipped = !std::isfinite(report.gradient_norm);
   report.stop_requested = n[kStop] > 0;
-  if (!pending.count_LE.defined()) return report;
-  const Tensor counts = pending.count_LE.wait();
-  for (int64_t layer = 0; layer < counts.size(0); ++layer) {
-    const int64_t* first = counts[layer].const_data_ptr<int64_t>();
-    const std::vector<int64_t>& row = report.tokens_per_expert.emplace_back(first, first + counts.size(1));
-    double sum = 0.0;
-    for (const int64_t count : row) sum += static_cast<double>(count);
-    const double fullest = static_cast<double>(*std::max_element(row.begin(), row.end()));
-    report.load_max_over_mean += fullest * static_cast<double>(row.size()) / sum / static_cast<double>(counts.size(0));
-  }
+  if (pending.count_LX.defined()) static_cast<ExpertLoad&>(report) = read_load(pending.count_LX.wait());
   return report;
 }
 

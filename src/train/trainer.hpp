@@ -8,6 +8,7 @@
 #include "device/device.hpp"
 #include "model/stage.hpp"
 #include "parallel/mesh.hpp"
+#include "train/balance.hpp"
 #include "train/optimizer.hpp"
 
 namespace upcycle {
@@ -18,6 +19,7 @@ struct TrainingState {
   int64_t step = 0;        ///< steps done
   int64_t position = 0;    ///< the next sample of the training stream
   int64_t skipped = 0;     ///< steps whose gradient was not finite
+  nlohmann::json routers;  ///< what Balance::state said when it was stored; null: nothing
 };
 
 /// A step's numbers on their way from the device. Reading them waits for that step, so the trainer's loop does it one step late.
@@ -26,18 +28,17 @@ struct PendingReport {
   int64_t position = 0;    ///< samples consumed after this step
   double lr = 0.0;
   device::HostCopy numbers;    ///< fp64, see Numbers in trainer.cpp
-  device::HostCopy count_LE;   ///< int64, choices per expert in each MoE layer of this stage, over all data; undefined when dense
+  device::HostCopy count_LX;   ///< see Balance::counts; undefined when dense
 };
 
-/// One step, for people and for metrics.jsonl. The same on all ranks of a stage.
-struct StepReport {
+/// One step, for people and for metrics.jsonl. The same on all ranks.
+struct StepReport : ExpertLoad {
   int64_t step = 0, position = 0;
   double loss = 0.0, lr = 0.0, gradient_norm = 0.0;
   double aux_loss = 0.0, z_loss = 0.0;          ///< mean over MoE layers and micro-batches, without coefficients
+  double router_entropy = 0.0;                  ///< of the routers' probabilities, in nats; mean over tokens and MoE layers
   bool skipped = false;                         ///< the gradient was not finite; nothing was changed
   bool stop_requested = false;                  ///< some rank was asked to stop
-  std::vector<std::vector<int64_t>> tokens_per_expert;
-  double load_max_over_mean = 0.0;              ///< the fullest expert against the mean, averaged over layers; 0 when dense
 };
 StepReport read(const PendingReport&);
 
@@ -53,6 +54,7 @@ class Trainer {
   double validate(const Sampler& sampler, int64_t batches);
 
   TrainingState& state() noexcept { return state_; }
+  Balance& balance() noexcept { return balance_; }
 
  private:
   Tensor accumulate_gradients();
@@ -64,7 +66,7 @@ class Trainer {
   Optimizer& optimizer_;
   const Sampler& sampler_;
   TrainingState state_;
-  BalanceLoss balance_;            ///< coefficients, divided by the micro-batches of a step
+  Balance balance_;
   int64_t micro_batches_;          ///< of one rank in a step
 };
 

@@ -123,7 +123,7 @@ class RunFiles(Case):
     def test_what_train_cannot_do_yet(self):
         for section, key, value in (("parallel", "tensor", 2), ("parallel", "context", 2), ("parallel", "pipeline", 2),
                                     ("parallel", "expert_tensor", 2), ("parallel", "zero", 1), ("train", "recompute", '"full"'),
-                                    ("balance", "scope", '"global"'), ("balance", "bias_rate", 0.5), ("balance", "capacity_factor", 1.25),
+                                    ("balance", "capacity_factor", 1.25),
                                     ("checkpoint", "asynchronous", "true"), ("log", "tensorboard", "true")):
             self.refused_run(GOOD + f"[{section}]\n{key} = {value}\n", f"{section}.{key} = {value}", commands=["train"])
 

@@ -270,10 +270,12 @@ train = "mock"
         self.refused("export", run, out, "--dtype", "int8", words=["--dtype", "int8"])
         self.refused("export", run, out, "--max-shard-size", "5 bananas", words=["--max-shard-size", "no size"])
         manifest = json.loads((step / "manifest.json").read_text())
-        for key, why in (("bias_rate", "bias"), ("capacity_factor", "dropped")):
-            changed = manifest | {"run": manifest["run"] | {"balance": manifest["run"]["balance"] | {key: 1.25}}}
-            (step / "manifest.json").write_text(json.dumps(changed))
-            self.refused("export", run, out, words=[f"balance.{key} = 1.25", why, "qwen3_moe"])
+        changed = manifest | {"run": manifest["run"] | {"balance": manifest["run"]["balance"] | {"capacity_factor": 1.25}}}
+        (step / "manifest.json").write_text(json.dumps(changed))
+        self.refused("export", run, out, words=["balance.capacity_factor = 1.25", "dropped", "qwen3_moe"])
+        routers = {"0": {"bias": [0.0, 0.0], "count": [3, 5]}, "1": {"bias": [0.0, -0.001]}}   # a bias of zeros is none
+        (step / "manifest.json").write_text(json.dumps(manifest | {"training": {"routers": routers}}))
+        self.refused("export", run, out, words=["router of layer 1", "balance.bias_rate", "qwen3_moe"])
         (step / "manifest.json").write_text(json.dumps(manifest))
         out.mkdir()   # an empty directory is fine
         self.upcycle("export", run, out)

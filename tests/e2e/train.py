@@ -64,10 +64,22 @@ class StopAndResume(TrainCase):
         data = 'train = [[2.0, "text"], [1.0, "mock"]]\nvalidation = "mock"'
         random = np.random.default_rng(1)
         write_tokens(self.root / "text", [random.integers(0, VOCAB, n) for n in random.integers(5, 60, 200)])
-        extra = 'signal = "USR1"\n' + ON_TWO + "[validate]\nevery = 7\nbatches = 1\n[checkpoint]\nevery = 25\n"
+        # What routers remember from step to step is stored, too.
+        balance = '[balance]\nscope = "global"\nbias_rate = 0.01\njitter = 0.02\n'
+        extra = 'signal = "USR1"\n' + ON_TWO + balance + "[validate]\nevery = 7\nbatches = 1\n[checkpoint]\nevery = 25\n"
         straight = self.uninterrupted(extra, precision="bf16", data=data)
         resumed = self.stopped_and_resumed("usr1", extra, lambda job: job.send_signal(signal.SIGUSR1), precision="bf16", data=data)
         self.assert_same_run(straight, resumed, masters=True)
+        routers = json.loads((checkpoint(resumed, self.STEPS) / "manifest.json").read_text())["training"]["routers"]
+        self.assertEqual([(len(routers[layer]["bias"]), sum(routers[layer]["count"])) for layer in ("0", "1")], [(8, 16 * SEQUENCE * 4)] * 2)
+        self.refused("export", resumed, self.root / "out", words=["the router of layer 0 has a balancing bias", "qwen3_moe"])
+        # A run that starts from this checkpoint goes on with its biases.
+        path, following = self.run_file("following", steps=1, source=f'model = "{resumed}"')
+        self.upcycle("train", path)
+        for step in (0, 1):
+            stored = json.loads((checkpoint(following, step) / "manifest.json").read_text())["training"]["routers"]
+            self.assertEqual({layer: router["bias"] for layer, router in stored.items()},
+                             {layer: router["bias"] for layer, router in routers.items()})
 
     def test_other_numbers_of_ranks(self):
         extra = MOE + "[optimizer]\nschedule = \"constant\"\nlr = 1e-3\n"

@@ -31,8 +31,8 @@ class Layouts(TrainCase):
         self.refused("train", path, ranks=2, words=["the run does not divide on 2 ranks", "train.global_batch = 9"])
 
     def test_what_is_not_built(self):
-        path, _ = self.run_file("run", "[parallel]\ntensor = 2\n[balance]\nbias_rate = 0.5\n", recompute='"full"')
-        self.refused("train", path, ranks=2, words=["parallel.tensor = 2", "train.recompute = \"full\"", "balance.bias_rate = 0.5"])
+        path, _ = self.run_file("run", "[parallel]\ntensor = 2\n[balance]\ncapacity_factor = 1.25\n", recompute='"full"')
+        self.refused("train", path, ranks=2, words=["parallel.tensor = 2", "train.recompute = \"full\"", "balance.capacity_factor = 1.25"])
 
     def test_too_little_space(self):
         """A model of petabytes: the free space is asked for before anything is allocated."""

@@ -194,15 +194,15 @@ TEST(OpsOnGpu, AdamW) {
 TEST(OpsOnGpu, MoeLayer) {
   constexpr int64_t kExperts = 8, kTokens = 61, kHidden = 32, kWidth = 24;
   const Communicator alone;
-  const BalanceLoss balance{.aux = 0.1, .z = 0.01};
+  const RouterContext context{.balance = {.aux = 0.1, .z = 0.01}};
   expect_same([&](const Place& p) {
     Parameter router = trained(normal({kExperts, kHidden}, 1).to(p.device));  // fp32 in any precision
     Parameter gate_up = p.weight({kExperts, 2 * kWidth, kHidden}, 2), down = p.weight({kExperts, kHidden, kWidth}, 3);
-    MoeLayer layer(Router(router, {.top_k = 2}), Dispatcher(alone, kExperts), Experts(gate_up, down));
-    const Tensor x = p.input({kTokens, kHidden}, 4), y = layer.forward(x, balance);
+    MoeLayer layer(Router(router, alone, {.top_k = 2}), Dispatcher(alone, kExperts), Experts(gate_up, down));
+    const Tensor x = p.input({kTokens, kHidden}, 4), y = layer.forward(x, context);
     run_backward(y, p.draw({kTokens, kHidden}, 5));
     return Results{y.detach(), x.grad(), router.main_grad, gate_up.main_grad, down.main_grad, layer.router().statistics().count_E,
-                   layer.router().statistics().losses_2};
+                   layer.router().statistics().measures_3};
   }, 4, 2e-5);
 }
 

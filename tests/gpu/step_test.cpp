@@ -39,13 +39,14 @@ struct Training {
   std::optional<Sampler> sampler;
   std::optional<Trainer> trainer;
 
-  Training(int64_t experts, Precision precision, at::Device device, int64_t head_dim = 16) {
+  Training(int64_t experts, Precision precision, at::Device device, int64_t head_dim = 16, BalanceScope scope = BalanceScope::batch) {
     Architecture& a = architecture;
     a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = head_dim, a.ffn = 48, a.vocab = 96, a.tied = true;
     if (experts > 0) a.experts = experts, a.top_k = 2, a.expert_ffn = 24, a.dense_layers = {1};
     run.train.steps = 20, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = 4;
     run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
-    run.balance.aux = 0.05, run.balance.z = 0.01;
+    run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = scope;
+    run.balance.bias_rate = 1e-3, run.balance.jitter = 0.01;
     stage.emplace(a, Layout::even(mesh.grid(), a), mesh);
     stage->weights().allocate(precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device);
     fill_masters(stage->weights(), [](const ParameterSpec& spec, const Box&, Tensor target) {
@@ -61,9 +62,10 @@ struct Training {
 const at::Device kGpu(at::kCUDA, 0);
 
 TEST(StepOnGpu, NeverMakesTheHostWait) {
-  for (const int64_t experts : {0, 8}) {
-    SCOPED_TRACE(text(experts, " experts"));
-    Training training(experts, Precision::bf16, kGpu);
+  for (const auto& [experts, scope] : {std::pair{0, BalanceScope::batch}, {8, BalanceScope::batch}, {8, BalanceScope::sequence},
+                                       {8, BalanceScope::global}}) {
+    SCOPED_TRACE(text(experts, " experts, scope ", static_cast<int>(scope)));
+    Training training(experts, Precision::bf16, kGpu, 16, scope);
     read(training.trainer->step());   // the table of rotations travels once
     PendingReport pending;
     {

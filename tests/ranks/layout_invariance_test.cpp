@@ -25,6 +25,8 @@ struct Case {
   bool renormalise;
   bool tied;
   int64_t micro_batch;
+  BalanceScope scope;
+  double bias_rate;
   uint64_t seed;   ///< one at which no router ever chooses by a hair's breadth; the test asserts it
 };
 
@@ -40,7 +42,7 @@ RunConfig run_of(const Case& c, int64_t expert) {
   run.train.steps = kSteps, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = c.micro_batch;
   run.train.precision = Precision::fp32;
   run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.clip = 1.0;
-  run.balance.aux = 0.05, run.balance.z = 0.01;
+  run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = c.scope, run.balance.bias_rate = c.bias_rate;
   run.parallel.expert = expert;
   return run;
 }
@@ -71,7 +73,9 @@ double smallest_gap(Stage& stage, const Mesh& mesh, const RunConfig& run, const 
     for (Block& block : stage.layers()) {
       const Tensor attended = block.attend(x, positions), h = block.feed_forward_input(attended);
       if (MoeLayer* moe = block.moe()) {
-        const Tensor best = std::get<0>(moe->router().logits(h).sort(int64_t{1}, /*descending=*/true));
+        Tensor logits = moe->router().logits(h);
+        if (moe->router().state().bias_E.defined()) logits = logits + moe->router().state().bias_E;
+        const Tensor best = std::get<0>(logits.sort(int64_t{1}, /*descending=*/true));
         const int64_t top_k = stage.architecture().top_k;
         smallest = std::min(smallest, (best.select(1, top_k - 1) - best.select(1, top_k)).min().item<double>());
       }
@@ -111,14 +115,14 @@ void store(const Curve& curve, const std::filesystem::path& path) {
   std::ofstream out(path);
   out << std::setprecision(17);
   for (const StepReport& step : curve.steps) {
-    out << step.loss << ' ' << step.gradient_norm << ' ' << step.aux_loss << ' ' << step.z_loss << '\n';
+    out << step.loss << ' ' << step.gradient_norm << ' ' << step.aux_loss << ' ' << step.z_loss << ' ' << step.router_entropy << '\n';
   }
 }
 
 Curve load(const std::filesystem::path& path) {
   std::ifstream in(path);
   Curve curve;
-  for (StepReport step; in >> step.loss >> step.gradient_norm >> step.aux_loss >> step.z_loss;) curve.steps.push_back(step);
+  for (StepReport s; in >> s.loss >> s.gradient_norm >> s.aux_loss >> s.z_loss >> s.router_entropy;) curve.steps.push_back(s);
   return curve;
 }
 
@@ -144,6 +148,7 @@ TEST_P(LayoutInvariance, LossesAreThoseOfOneRank) {
       EXPECT_NEAR(a.loss, b.loss, bound * b.loss);
       EXPECT_NEAR(a.aux_loss, b.aux_loss, bound * b.aux_loss);
       EXPECT_NEAR(a.z_loss, b.z_loss, bound * b.z_loss);
+      EXPECT_NEAR(a.router_entropy, b.router_entropy, bound * b.router_entropy);
       EXPECT_NEAR(a.gradient_norm, b.gradient_norm, 10 * bound * b.gradient_norm);
       EXPECT_FALSE(a.skipped);
       ASSERT_EQ(a.tokens_per_expert.size(), 2U);
@@ -153,7 +158,9 @@ TEST_P(LayoutInvariance, LossesAreThoseOfOneRank) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, LayoutInvariance,
-                         testing::Values(Case{"renormalised", true, true, 1, 1}, Case{"plain", false, false, 2, 2}),
+                         testing::Values(Case{"renormalised", true, true, 1, BalanceScope::batch, 0.0, 1},
+                                         Case{"plain", false, false, 2, BalanceScope::sequence, 0.0, 2},
+                                         Case{"biased", true, false, 2, BalanceScope::global, 0.01, 3}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

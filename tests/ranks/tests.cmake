@@ -20,6 +20,7 @@ ranks_test(snapshot RANKS 1 2 4 LINK train)
 ranks_test(checkpoint RANKS 1 2 4 LINK checkpoint)
 target_compile_definitions(ranks_checkpoint PRIVATE UPCYCLE_PYTHON="${UPCYCLE_PYTHON}")
 ranks_test(dispatcher RANKS 1 2 4 LINK moe)
+ranks_test(balance RANKS 1 2 4 LINK train)
 
 # The numbers of one rank are what the others are held against.
 ranks_test(layout_invariance RANKS 1 2 4 LINK train)

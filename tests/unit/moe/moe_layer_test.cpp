@@ -17,7 +17,7 @@ TEST(Dispatcher, CombineOfDispatchIsX) {
   const Communicator alone;
   for (const int64_t tokens : {0, 1, 37}) {
     Parameter weight = trained(normal({8, 6}, 1));
-    Router router(weight, {.top_k = 3});
+    Router router(weight, alone, {.top_k = 3});
     const Dispatcher dispatcher(alone, 8);
     const Tensor x = normal({tokens, 6}, 2).requires_grad_(), dy = normal({tokens, 6}, 3);
     const Routing routing = router.forward(x.detach(), {});
@@ -34,7 +34,7 @@ TEST(Dispatcher, CombineOfDispatchIsX) {
 TEST(Dispatcher, RowsAreWithTheirExperts) {
   const Communicator alone;
   Parameter weight = trained(normal({8, 6}, 1));
-  Router router(weight, {.top_k = 2});
+  Router router(weight, alone, {.top_k = 2});
   const Tensor x = normal({29, 6}, 2);
   const Routing routing = router.forward(x, {});
   const Arrived arrived = Dispatcher(alone, 8).dispatch(x, routing);
@@ -74,7 +74,7 @@ TEST(MoeLayer, IsTheSumOfItsExperts) {
       const int64_t width = 7, hidden = 10;
       Parameter router = trained(normal({experts, hidden}, 1)), gate_up = trained(normal({experts, 2 * width, hidden}, 2));
       Parameter down = trained(normal({experts, hidden, width}, 3));
-      MoeLayer layer(Router(router, {.top_k = top_k, .renormalise = renormalise}), Dispatcher(alone, experts), Experts(gate_up, down));
+      MoeLayer layer(Router(router, alone, {.top_k = top_k, .renormalise = renormalise}), Dispatcher(alone, experts), Experts(gate_up, down));
       const Tensor x = normal({tokens, hidden}, 4).requires_grad_(), dy = normal({tokens, hidden}, 5);
       const Tensor y = layer.forward(x, {});
       run_backward(y, dy);

@@ -1,5 +1,6 @@
 #include "moe/router.hpp"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
@@ -13,11 +14,14 @@
 #include <numeric>
 
 #include "base/autograd.hpp"
+#include "ops/uniform.hpp"
 #include "support/numbers.hpp"
 
 // Shapes: T tokens, K choices of each, E experts, D width.
 namespace upcycle {
 namespace {
+
+const Communicator alone;
 
 /// By value, then by the lower index: a stable sort, number by number.
 Tensor best_of(const Tensor& logits_TE, int64_t top_k) {
@@ -85,9 +89,9 @@ TEST(Router, WeightsLossesAndTheirGradients) {
     for (const BalanceLoss balance : {BalanceLoss{}, {.aux = 0.7}, {.z = 0.3}, {.aux = 0.7, .z = 0.3}}) {
       SCOPED_TRACE(testing::Message() << "renormalise " << renormalise << ", aux " << balance.aux << ", z " << balance.z);
       Parameter weight = trained(normal({9, 5}, 1));
-      Router router(weight, {.top_k = 3, .renormalise = renormalise});
+      Router router(weight, alone, {.top_k = 3, .renormalise = renormalise});
       const Tensor x = normal({17, 5}, 2).requires_grad_(), dy = normal({17, 3}, 3);
-      const Routing routing = router.forward(x, balance);
+      const Routing routing = router.forward(x, {.balance = balance});
       run_backward(routing.weight_TK, dy);
 
       const Tensor x64 = x.detach().to(at::kDouble).requires_grad_(), w64 = weight.value.to(at::kDouble).requires_grad_();
@@ -98,14 +102,14 @@ TEST(Router, WeightsLossesAndTheirGradients) {
       EXPECT_LE(distance(weight.main_grad, w64.grad()), 1e-5);
       EXPECT_EQ(weight.additions, 1);
       const Tensor losses = at::stack({expected.aux.detach(), expected.z.detach()});
-      EXPECT_LE(distance(router.statistics().losses_2, losses), 1e-6);
+      EXPECT_LE(distance(router.statistics().measures_3.narrow(0, 0, 2), losses), 1e-6);
     }
   }
 }
 
 TEST(Router, ChoosesByItsLogitsAndCounts) {
   Parameter weight = trained(normal({6, 5}, 1));
-  Router router(weight, {.top_k = 2});
+  Router router(weight, alone, {.top_k = 2});
   const Tensor x = normal({40, 5}, 2);
   const Routing routing = router.forward(x, {});
   EXPECT_TRUE(routing.expert_TK.equal(best_of(router.logits(x), 2)));
@@ -118,29 +122,29 @@ TEST(Router, AuxIsOneAtBalance) {
   Parameter weight = trained(at::zeros({8, 8}));
   for (int64_t e = 0; e < 8; ++e) weight.value[e][e].fill_(3.0);
   const Tensor one_of_each = weight.value / 3.0;
-  Router router(weight, {.top_k = 1});
-  router.forward(one_of_each, {.aux = 1.0});
-  EXPECT_NEAR(router.statistics().losses_2[0].item<double>(), 1.0, 1e-6);
+  Router router(weight, alone, {.top_k = 1});
+  router.forward(one_of_each, {.balance = {.aux = 1.0}});
+  EXPECT_NEAR(router.statistics().measures_3[0].item<double>(), 1.0, 1e-6);
   // All tokens at one expert: E times its mean probability.
   router.reset_statistics();
-  router.forward(one_of_each.narrow(0, 2, 1).expand({5, 8}), {.aux = 1.0});
-  EXPECT_NEAR(router.statistics().losses_2[0].item<double>(), 8.0 * std::exp(3.0) / (std::exp(3.0) + 7.0), 1e-5);
+  router.forward(one_of_each.narrow(0, 2, 1).expand({5, 8}), {.balance = {.aux = 1.0}});
+  EXPECT_NEAR(router.statistics().measures_3[0].item<double>(), 8.0 * std::exp(3.0) / (std::exp(3.0) + 7.0), 1e-5);
 }
 
 // The balance losses have their gradient even where the loss does not depend on the weights.
 TEST(Router, BalanceGradientsComeWithoutAnyOther) {
   Parameter weight = trained(normal({6, 5}, 1)), once = trained(weight.value);
-  Router router(weight, {.top_k = 2}), reference(once, {.top_k = 2});
+  Router router(weight, alone, {.top_k = 2}), reference(once, alone, {.top_k = 2});
   const Tensor x = normal({40, 5}, 2);
-  run_backward(router.forward(x, {.aux = 0.5}).weight_TK, at::zeros({40, 2}));
+  run_backward(router.forward(x, {.balance = {.aux = 0.5}}).weight_TK, at::zeros({40, 2}));
   EXPECT_GT(weight.main_grad.norm().item<double>(), 1e-4);
-  run_backward(reference.forward(x, {.aux = 0.5}).weight_TK * 1000, at::zeros({40, 2}));  // no scale of the outside reaches it
+  run_backward(reference.forward(x, {.balance = {.aux = 0.5}}).weight_TK * 1000, at::zeros({40, 2}));  // no scale of the outside reaches it
   EXPECT_TRUE(weight.main_grad.equal(once.main_grad));
 }
 
 TEST(Router, StatisticsAreSumsOverWhatIsTrained) {
   Parameter weight = trained(normal({6, 5}, 1));
-  Router router(weight, {.top_k = 2});
+  Router router(weight, alone, {.top_k = 2});
   const Tensor a = normal({40, 5}, 2), b = normal({7, 5}, 3);
   const Tensor count = router.forward(a, {}).count_E + router.forward(b, {}).count_E;
   {
@@ -156,13 +160,95 @@ TEST(Router, StatisticsAreSumsOverWhatIsTrained) {
 // A rounded logit is a tie, and a tie another expert.
 TEST(Router, ComputesInFp32WhateverTheActivationsAre) {
   Parameter weight = trained(normal({64, 32}, 1));
-  Router router(weight, {.top_k = 8});
+  Router router(weight, alone, {.top_k = 8});
   const Tensor x = normal({100, 32}, 2, at::kBFloat16).requires_grad_();
   const Tensor logits = router.logits(x);
   EXPECT_EQ(logits.scalar_type(), at::kFloat);
   EXPECT_LE(distance(logits, at::matmul(x.detach().to(at::kDouble), weight.value.to(at::kDouble).t())), 1e-6);
   run_backward(router.forward(x, {}).weight_TK, normal({100, 8}, 3));
   EXPECT_EQ(x.grad().scalar_type(), at::kBFloat16);
+}
+
+// A layer that is computed again: the first pass records nothing, the second gets its choice. Losses and counts come once.
+TEST(Router, ASavedChoiceIsNotMadeAgain) {
+  Parameter weight = trained(normal({6, 5}, 1)), once = trained(weight.value);
+  Router router(weight, alone, {.top_k = 2}), reference(once, alone, {.top_k = 2});
+  const Tensor x = normal({40, 5}, 2).requires_grad_(), same = x.detach().requires_grad_(), dy = normal({40, 2}, 3);
+  RouterContext context{.balance = {.aux = 0.5, .z = 0.1}};
+  const Routing expected = reference.forward(same, context);
+  run_backward(expected.weight_TK, dy);
+  {
+    const Unrecorded guard;
+    context.expert_TK = router.forward(x, context).expert_TK;
+  }
+  EXPECT_FALSE(router.statistics().count_E.defined());
+  weight.value.neg_();   // it would choose others now
+  const Tensor saved = context.expert_TK.clone();
+  EXPECT_TRUE(router.forward(x, context).expert_TK.equal(saved));
+  weight.value.neg_();
+  router.reset_statistics();
+  const Routing again = router.forward(x, context);
+  run_backward(again.weight_TK, dy);
+  EXPECT_TRUE(again.weight_TK.equal(expected.weight_TK));
+  EXPECT_TRUE(again.count_E.equal(expected.count_E));
+  EXPECT_TRUE(router.statistics().count_E.equal(reference.statistics().count_E));
+  EXPECT_TRUE(router.statistics().measures_3.equal(reference.statistics().measures_3));
+  EXPECT_TRUE(weight.main_grad.equal(once.main_grad));
+  EXPECT_TRUE(x.grad().equal(same.grad()));
+}
+
+TEST(Router, ABiasChoosesAndDoesNotWeigh) {
+  for (const bool renormalise : {true, false}) {
+    Parameter weight = trained(normal({6, 5}, 1)), plain = trained(weight.value);
+    Router router(weight, alone, {.top_k = 2, .renormalise = renormalise}), reference(plain, alone, {.top_k = 2, .renormalise = renormalise});
+    router.state().bias_E = at::tensor({0.0, 100.0, 0.0, 0.0, -100.0, 0.0}).to(at::kFloat);
+    const Tensor x = normal({40, 5}, 2), dy = normal({40, 2}, 3);
+    const Routing routing = router.forward(x, {.balance = {.aux = 0.5}});
+    EXPECT_TRUE(routing.expert_TK.select(1, 0).eq(1).all().item<bool>());
+    EXPECT_FALSE(routing.expert_TK.eq(4).any().item<bool>());
+    EXPECT_TRUE(routing.expert_TK.equal(best_of(router.logits(x) + router.state().bias_E, 2)));
+    // Given the choice, weights, losses and gradients know of no bias.
+    const Routing unbiased = reference.forward(x, {.balance = {.aux = 0.5}, .expert_TK = routing.expert_TK});
+    EXPECT_TRUE(routing.weight_TK.equal(unbiased.weight_TK));
+    run_backward(routing.weight_TK, dy);
+    run_backward(unbiased.weight_TK, dy);
+    EXPECT_TRUE(weight.main_grad.equal(plain.main_grad));
+    // A bias of zeros is none, bit for bit; whole copies go on winning ties.
+    router.state().bias_E = at::zeros({6});
+    reference.state() = {};
+    EXPECT_TRUE(router.forward(x, {}).expert_TK.equal(reference.forward(x, {}).expert_TK));
+  }
+  Parameter tied = trained(normal({4, 5}, 1).repeat_interleave(2, 0));   // 4 copies of 2 shards
+  Router granular(tied, alone, {.top_k = 4});
+  granular.state().bias_E = at::tensor({0.5, -0.25, 0.0, 1.0}).to(at::kFloat).repeat_interleave(2);
+  const Tensor expert = granular.forward(normal({40, 5}, 2), {}).expert_TK.view({40, 2, 2});
+  EXPECT_TRUE((expert.select(2, 0) + 1).equal(expert.select(2, 1)));
+}
+
+TEST(Router, JitterShakesWhatTheRouterSeesAndIsTheTokensOwn) {
+  Parameter weight = trained(normal({6, 5}, 1));
+  Router router(weight, alone, {.top_k = 2, .renormalise = false, .layer = 3});
+  const Tensor x = normal({40, 5}, 2).requires_grad_(), token = at::arange(100, 140, at::kLong), dy = normal({40, 2}, 3);
+  const RouterContext context{.jitter = {0.25, 7, token}};
+  const Routing routing = router.forward(x, context);
+  // The same by hand: each element times 1 + 0.25 * U[-1, 1).
+  const Tensor noise = 0.75 + 0.5 * uniform(Random(7, "model.layers.3.mlp.gate/jitter"), token, 5);
+  Parameter same = trained(weight.value);
+  Router plain(same, alone, {.top_k = 2, .renormalise = false});
+  const Tensor shaken = (x.detach() * noise).requires_grad_();
+  const Routing expected = plain.forward(shaken, {});
+  EXPECT_TRUE(routing.expert_TK.equal(expected.expert_TK));
+  EXPECT_FALSE(routing.expert_TK.equal(plain.forward(x, {}).expert_TK));
+  EXPECT_LE(distance(routing.weight_TK, expected.weight_TK), 1e-6);
+  run_backward(routing.weight_TK, dy);
+  run_backward(expected.weight_TK, dy);
+  EXPECT_LE(distance(weight.main_grad, same.main_grad), 1e-6);
+  EXPECT_LE(distance(x.grad(), shaken.grad() * noise), 1e-6);
+  // A part of the tokens alone, as on another rank.
+  const Routing part = router.forward(x.narrow(0, 10, 20), {.jitter = {0.25, 7, token.narrow(0, 10, 20)}});
+  EXPECT_TRUE(part.expert_TK.equal(routing.expert_TK.narrow(0, 10, 20)));
+  Router other(weight, alone, {.top_k = 2, .renormalise = false, .layer = 4});
+  EXPECT_GT(distance(other.forward(x, context).weight_TK, routing.weight_TK), 1e-3);
 }
 
 }  // namespace
