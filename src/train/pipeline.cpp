@@ -36,7 +36,7 @@ Tensor Pipeline::evaluate(int64_t micro_batches, const Forward& forward) {
 Tensor Pipeline::run(PlanOf plan_of, int64_t micro_batches, const Forward& forward) {
   std::vector<Tick>& ticks = timetables_[{plan_of, micro_batches}];
   if (ticks.empty()) {
-    std::vector<Plan> plans;
+    std::vector<StagePlan> plans;
     for (int stage = 0; stage < stages_.size(); ++stage) plans.push_back(plan_of(stage, stages_.size(), virtual_stages_, micro_batches));
     ticks = timetable(plans, stages_.rank());
   }

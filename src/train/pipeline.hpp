@@ -31,7 +31,7 @@ class Pipeline {
   size_t most_in_flight() const noexcept { return most_in_flight_; }
 
  private:
-  using PlanOf = Plan (*)(int stage, int stages, int virtual_stages, int64_t micro_batches);
+  using PlanOf = StagePlan (*)(int stage, int stages, int virtual_stages, int64_t micro_batches);
   struct InFlight {
     Tensor input;   ///< a leaf, whose gradient goes back; undefined for chunk 0
     GraphEnd end;

@@ -19,8 +19,8 @@ Step in_groups(Pass pass, int stage, int stages, int virtual_stages, int64_t mic
   return order;
 }
 
-Plan without_padding(const Plan& padded, int64_t micro_batches) {
-  Plan plan;
+StagePlan without_padding(const StagePlan& padded, int64_t micro_batches) {
+  StagePlan plan;
   for (Step step : padded) {
     std::erase_if(step, [&](const Action& action) { return action.micro_batch >= micro_batches; });
     if (!step.empty()) plan.push_back(std::move(step));
@@ -31,8 +31,8 @@ Plan without_padding(const Plan& padded, int64_t micro_batches) {
 // What is done by all stages. The action that another one's input comes from is the same pass on the neighbouring chunk.
 class Progress {
  public:
-  explicit Progress(const std::vector<Plan>& plans) {
-    for (const Plan& plan : plans) {
+  explicit Progress(const std::vector<StagePlan>& plans) {
+    for (const StagePlan& plan : plans) {
       for (const Step& step : plan) {
         for (const Action& action : step) {
           micro_batches_ = std::max(micro_batches_, action.micro_batch + 1);
@@ -73,13 +73,13 @@ class Progress {
 
 }  // namespace
 
-Plan one_forward_one_backward(int stage, int stages, int virtual_stages, int64_t micro_batches) {
+StagePlan one_forward_one_backward(int stage, int stages, int virtual_stages, int64_t micro_batches) {
   const Step forwards = in_groups(Pass::forward, stage, stages, virtual_stages, micro_batches);
   const Step backwards = in_groups(Pass::backward, stage, stages, virtual_stages, micro_batches);
   const int64_t behind = stages - 1 - stage;
   const int64_t fill = virtual_stages == 1 ? behind : 2 * behind + (virtual_stages - 1) * stages;
   const size_t ahead = std::min(static_cast<size_t>(fill), forwards.size());
-  Plan plan;
+  StagePlan plan;
   for (size_t i = 0; i < ahead; ++i) plan.push_back({forwards[i]});
   for (size_t i = 0; i < backwards.size(); ++i) {
     if (ahead + i < forwards.size()) plan.push_back({forwards[ahead + i]});
@@ -91,25 +91,25 @@ Plan one_forward_one_backward(int stage, int stages, int virtual_stages, int64_t
   return without_padding(plan, micro_batches);
 }
 
-Plan forward_only(int stage, int stages, int virtual_stages, int64_t micro_batches) {
-  Plan plan;
+StagePlan forward_only(int stage, int stages, int virtual_stages, int64_t micro_batches) {
+  StagePlan plan;
   for (const Action& action : in_groups(Pass::forward, stage, stages, virtual_stages, micro_batches)) plan.push_back({action});
   return without_padding(plan, micro_batches);
 }
 
-std::vector<Tick> timetable(const std::vector<Plan>& plans, int stage) {
+std::vector<Tick> timetable(const std::vector<StagePlan>& plans, int stage) {
   const int stages = static_cast<int>(plans.size());
   Progress progress(plans);
   std::vector<size_t> next(plans.size());
   size_t left = 0;
-  for (const Plan& plan : plans) left += plan.size();
+  for (const StagePlan& plan : plans) left += plan.size();
 
   std::vector<Tick> ticks;
   while (left > 0) {
     Tick tick;
     Step finished;
     for (int s = 0; s < stages; ++s) {
-      const Plan& plan = plans[static_cast<size_t>(s)];
+      const StagePlan& plan = plans[static_cast<size_t>(s)];
       size_t& at = next[static_cast<size_t>(s)];
       if (at == plan.size() || !progress.ready(plan[at])) continue;
       const Step& step = plan[at++];

@@ -19,16 +19,16 @@ struct Action {
 
 /// What one stage does, in order; what stands in one step runs without an exchange of messages in between.
 using Step = std::vector<Action>;
-using Plan = std::vector<Step>;
+using StagePlan = std::vector<Step>;
 
 /// 1F1B (Narayanan et al., 2104.04473): as few forwards as fill the pipeline, then one forward, one backward, in turns. A stage keeps
 /// the activations of at most stages - stage micro-batches. With several chunks on each stage (`virtual_stages`) the interleaved form
 /// in Megatron's order: micro-batches go round in groups of `stages`, the bubble shrinks by the number of chunks, and
 /// 2 (stages - 1 - stage) + (virtual_stages - 1) stages + 1 chunks' activations are kept. Any number of micro-batches will do.
-Plan one_forward_one_backward(int stage, int stages, int virtual_stages, int64_t micro_batches);
+StagePlan one_forward_one_backward(int stage, int stages, int virtual_stages, int64_t micro_batches);
 
 /// The same forwards without backwards.
-Plan forward_only(int stage, int stages, int virtual_stages, int64_t micro_batches);
+StagePlan forward_only(int stage, int stages, int virtual_stages, int64_t micro_batches);
 
 /// One tick of one stage: what it computes, if anything; then what it hands over and takes, all at once. The output of an action goes
 /// to the stage of the next chunk (forward) or of the one before (backward).
@@ -45,6 +45,6 @@ struct Tick {
 /// What is computed in a tick arrives in the same tick, and a tick computes only what arrived before it. So stages that go through
 /// their ticks in order, with all messages of a tick in one call, never wait for each other in a circle, whatever the plans are.
 /// Throws std::logic_error when the plans themselves are circular.
-std::vector<Tick> timetable(const std::vector<Plan>& plans, int stage);
+std::vector<Tick> timetable(const std::vector<StagePlan>& plans, int stage);
 
 }  // namespace upcycle

@@ -34,13 +34,13 @@ std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << shape.stages << " stages x " << shape.virtual_stages << ", " << shape.micro_batches << " micro-batches";
 }
 
-std::vector<Plan> plans(const Shape& shape, Plan (*plan)(int, int, int, int64_t) = one_forward_one_backward) {
-  std::vector<Plan> all;
+std::vector<StagePlan> plans(const Shape& shape, StagePlan (*plan)(int, int, int, int64_t) = one_forward_one_backward) {
+  std::vector<StagePlan> all;
   for (int stage = 0; stage < shape.stages; ++stage) all.push_back(plan(stage, shape.stages, shape.virtual_stages, shape.micro_batches));
   return all;
 }
 
-std::vector<std::vector<Tick>> timetables(const std::vector<Plan>& plans) {
+std::vector<std::vector<Tick>> timetables(const std::vector<StagePlan>& plans) {
   std::vector<std::vector<Tick>> all;
   for (int stage = 0; stage < static_cast<int>(plans.size()); ++stage) all.push_back(timetable(plans, stage));
   return all;
@@ -101,7 +101,7 @@ TEST(Schedule, EveryMessageMeetsItsReceiverAndEveryChunkRunsOnce) {
 
 TEST(Schedule, ForwardsOfAChunkAndItsBackwardsAreInTheOrderOfTheMicroBatches) {
   for (const Shape& shape : shapes()) {
-    for (const Plan& plan : plans(shape)) {
+    for (const StagePlan& plan : plans(shape)) {
       std::map<std::pair<int, int>, int64_t> last;
       for (const Step& step : plan) {
         for (const Action& action : step) {
@@ -114,7 +114,7 @@ TEST(Schedule, ForwardsOfAChunkAndItsBackwardsAreInTheOrderOfTheMicroBatches) {
   }
 }
 
-int64_t most_in_flight(const Plan& plan) {
+int64_t most_in_flight(const StagePlan& plan) {
   int64_t now = 0, most = 0;
   for (const Step& step : plan) {
     for (const Action& action : step) most = std::max(most, now += action.pass == Pass::forward ? 1 : -1);
@@ -186,15 +186,15 @@ constexpr auto F = [](int64_t j, int chunk) { return Action{Pass::forward, j, ch
 constexpr auto B = [](int64_t j, int chunk) { return Action{Pass::backward, j, chunk}; };
 
 TEST(Schedule, ACircleIsRefused) {
-  const Plan backward_first{{B(0, 0)}, {F(0, 0)}}, other{{F(0, 1)}, {B(0, 1)}};
+  const StagePlan backward_first{{B(0, 0)}, {F(0, 0)}}, other{{F(0, 1)}, {B(0, 1)}};
   EXPECT_THROW(timetable({backward_first, other}, 0), std::logic_error);
 }
 
 TEST(Schedule, IsMegatrons) {
-  EXPECT_EQ(one_forward_one_backward(0, 2, 1, 3), (Plan{{F(0, 0)}, {F(1, 0)}, {B(0, 0)}, {F(2, 0)}, {B(1, 0)}, {B(2, 0)}}));
+  EXPECT_EQ(one_forward_one_backward(0, 2, 1, 3), (StagePlan{{F(0, 0)}, {F(1, 0)}, {B(0, 0)}, {F(2, 0)}, {B(1, 0)}, {B(2, 0)}}));
   EXPECT_EQ(one_forward_one_backward(1, 2, 2, 2),
-            (Plan{{F(0, 1)}, {F(1, 1)}, {F(0, 3), B(0, 3)}, {F(1, 3), B(1, 3)}, {B(0, 1)}, {B(1, 1)}}));
-  EXPECT_EQ(one_forward_one_backward(0, 2, 2, 1), (Plan{{F(0, 0)}, {F(0, 2)}, {B(0, 2)}, {B(0, 0)}})) << "half a group";
+            (StagePlan{{F(0, 1)}, {F(1, 1)}, {F(0, 3), B(0, 3)}, {F(1, 3), B(1, 3)}, {B(0, 1)}, {B(1, 1)}}));
+  EXPECT_EQ(one_forward_one_backward(0, 2, 2, 1), (StagePlan{{F(0, 0)}, {F(0, 2)}, {B(0, 2)}, {B(0, 0)}})) << "half a group";
 }
 
 }  // namespace
