@@ -26,3 +26,8 @@ ranks_test(layout_invariance RANKS 1 2 4 LINK train)
 target_compile_definitions(ranks_layout_invariance PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/layout_invariance")
 set_tests_properties(ranks.layout_invariance.1 PROPERTIES FIXTURES_SETUP layout_reference)
 set_tests_properties(ranks.layout_invariance.2 ranks.layout_invariance.4 PROPERTIES FIXTURES_REQUIRED layout_reference)
+
+ranks_test(context RANKS 1 2 4 LINK train)
+target_compile_definitions(ranks_context PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/context")
+set_tests_properties(ranks.context.1 PROPERTIES FIXTURES_SETUP context_reference)
+set_tests_properties(ranks.context.2 ranks.context.4 PROPERTIES FIXTURES_REQUIRED context_reference)
