@@ -11,6 +11,7 @@
 
 #include "base/autograd.hpp"
 #include "base/shutdown.hpp"
+#include "train/context_batch.hpp"
 #include "train/learning_rate.hpp"
 
 namespace upcycle {
@@ -69,7 +70,7 @@ Tensor Trainer::accumulate_gradients() {
     // Micro-batch j of the step is the same sequences on any number of ranks; rank r takes every size-th of them.
     const int64_t j = number * data_size + data_rank;
     const Batch batch = micro_batch(sampler_, state_.position + j * config_.train.micro_batch);
-    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1), batch.starts_BS);
     const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, balance_);
     // Divided by the step's tokens once, here; from now on every reduction is a plain sum.
     const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum() / tokens;
@@ -87,20 +88,21 @@ double Trainer::validate(const Sampler& sampler, int64_t batches) {
   Tensor total;
   for (int64_t first = data_rank * config_.train.micro_batch; first < sequences; first += data_size * config_.train.micro_batch) {
     const Batch batch = micro_batch(sampler, first);
-    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+    const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1), batch.starts_BS);
     const Tensor hidden = stage_.blocks(stage_.embed(batch.tokens_BS), positions, {});
     const Tensor loss = stage_.token_losses(hidden, batch.labels_BS).sum(at::kDouble);
     total = total.defined() ? total + loss : loss;
   }
   total = total.reshape({1});
-  mesh_.along(Axis::data).all_reduce(total);
+  mesh_.along(Axis::replica).all_reduce(total);
   return total.item<double>() / static_cast<double>(sequences * config_.train.sequence);
 }
 
 Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
-  const Batch batch = sampler.batch(first_sample, config_.train.micro_batch);
+  const Batch batch = of_context_rank(sampler.batch(first_sample, config_.train.micro_batch), mesh_.grid().size(Axis::context),
+                                      mesh_.here()[Axis::context]);
   const at::Device device = stage_.weights().all().front().parameter.value.device();
-  return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device)};
+  return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device), batch.starts_BS};
 }
 
 void reduce_gradients(Weights& weights, const Mesh& mesh) {
