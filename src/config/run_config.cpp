@@ -101,7 +101,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
     if (!built) lines.push_back(text(key, " = ", value, ": not built yet"));
   };
   unless(c.parallel.tensor == 1, "parallel.tensor", c.parallel.tensor);
-  unless(c.parallel.context == 1, "parallel.context", c.parallel.context);
   unless(c.parallel.pipeline == 1, "parallel.pipeline", c.parallel.pipeline);
   unless(c.parallel.virtual_stages == 1, "parallel.virtual_stages", c.parallel.virtual_stages);
   unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);

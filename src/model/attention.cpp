@@ -11,8 +11,8 @@ namespace upcycle {
 namespace {
 
 // Keys and values of all context ranks, in one call. An all-gather, not a ring of partial attentions: with few key/value heads they
-// are small beside the queries, any mask works on them as they are, and each segment is one call of the kernel. So does Llama 3, for
-// both reasons (arXiv 2407.21783, section 3.3.2).
+// are small beside the queries, and any mask, that of packed documents too, works on them as they are. So does Llama 3, for both
+// reasons (arXiv 2407.21783, section 3.3.2).
 std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD) {
   if (context.size() == 1) return {k_BSGD, v_BSGD};
   const int64_t groups = k_BSGD.size(2);

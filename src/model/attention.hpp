@@ -4,8 +4,8 @@
 #include "model/positions.hpp"
 #include "parallel/mesh.hpp"
 
-// Shapes: T token rows of this rank, B sequences, S positions of each on this context rank and P in all, H query heads and G key/value heads of this rank, D head width,
-// W width of the model.
+// Shapes: T token rows of this rank, B sequences, S positions of each on this context rank and P in all, H query heads and G key/value
+// heads of this rank, D head width, W width of the model.
 namespace upcycle {
 
 /// Qwen3's attention: grouped queries, an RMS norm on each head of q and k, rotary positions. Heads are cut over `tensor`; with

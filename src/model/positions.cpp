@@ -20,7 +20,8 @@ std::vector<Segment> segments_of(const std::vector<Stretch>& held, const int64_t
   return segments;
 }
 
-Segments segments_of(int64_t sequences, int64_t length, const std::vector<Stretch>& held, const Tensor& starts_BC, at::Device device) {
+Segments segments_of(int64_t sequences, int64_t length, const std::vector<Stretch>& held, const Tensor& starts_BC,
+                     at::Device device) {
   int64_t queries = 0;
   for (const Stretch& stretch : held) queries += stretch.size();
   const Tensor starts = starts_BC.defined() ? starts_BC.contiguous() : starts_BC;

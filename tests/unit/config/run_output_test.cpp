@@ -76,7 +76,6 @@ TEST(Output, TomlSaysWhereEachValueCameFrom) {
 
 TEST(NotBuilt, NamesEachKeyWithItsValue) {
   const std::vector<std::string> expected = {"parallel.tensor = 2",
-                                             "parallel.context = 3",
                                              "parallel.pipeline = 4",
                                              "parallel.virtual_stages = 2",
                                              "parallel.expert_tensor = 2",
