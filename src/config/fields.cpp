@@ -78,6 +78,7 @@ std::vector<Field> describe(RunConfig& c) {
       blend("data.train", c.data.train),
       blend("data.validation", c.data.validation),
       fixed_list("data.split", c.data.split, from_zero),
+      choice<Borders>("data.documents", c.data.documents, {{"concatenated", Borders::concatenated}, {"packed", Borders::packed}}),
 
       integer("parallel.tensor", c.parallel.tensor, 1, 4096),
       integer("parallel.context", c.parallel.context, 1, 4096),

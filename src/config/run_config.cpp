@@ -108,8 +108,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
   const auto unless = [&](bool built, const std::string& key, const auto& value) {
     if (!built) lines.push_back(text(key, " = ", value, ": not built yet"));
   };
-  unless(c.parallel.tensor == 1, "parallel.tensor", c.parallel.tensor);
-  unless(c.parallel.context == 1, "parallel.context", c.parallel.context);
   unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
   unless(c.train.recompute == Recompute::none, "train.recompute",
          c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");

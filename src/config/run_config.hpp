@@ -94,10 +94,12 @@ struct Blend {
   std::string prefix;                  ///< prefix of .bin/.idx, or "mock"
   bool operator==(const Blend&) const = default;
 };
+enum class Borders { concatenated, packed };
 struct DataSection {
   std::vector<Blend> train;            ///< [[weight, prefix], ...]
   std::vector<Blend> validation;       ///< empty: the second share of `split`
   std::array<int64_t, 3> split = {99990, 8, 2};
+  Borders documents = Borders::concatenated;   ///< packed: attention stays inside a document
 };
 
 struct ParallelSection {

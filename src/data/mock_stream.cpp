@@ -7,7 +7,8 @@ namespace upcycle {
 MockStream::MockStream(int64_t vocab, const Random& noise)
     : states_(std::min<int64_t>(vocab, 1024)), spread_(vocab / states_), noise_(noise) {}
 
-void MockStream::sample(int64_t index, std::span<int64_t> out) const {
+void MockStream::sample(int64_t index, std::span<int64_t> out, std::span<int64_t> starts) const {
+  std::fill(starts.begin(), starts.end(), 0);
   const uint64_t first = static_cast<uint64_t>(index) * out.size();
   auto state = static_cast<int64_t>(noise_.below(states_, first));
   for (size_t t = 0; t < out.size(); ++t) {

@@ -7,12 +7,12 @@ namespace upcycle {
 /// Synthetic text without files: a Markov chain over at most 1024 states, spread over the vocabulary. From state s it
 /// goes to (5 s + 7 + e) mod states with e uniform in 0 .. 3, so a perfect model has a loss of ln 4 = 1.386 per token
 /// after the first, and one that knows nothing ln(vocab). The rule is the same for every seed; the numbers drawn are
-/// not.
+/// not. A sample is one document.
 class MockStream : public Source {
  public:
   MockStream(int64_t vocab, const Random& noise);
 
-  void sample(int64_t index, std::span<int64_t> out) const override;
+  void sample(int64_t index, std::span<int64_t> out, std::span<int64_t> starts) const override;
   void check(int64_t) const override {}
   int64_t tokens() const noexcept override { return 0; }
   int64_t samples() const noexcept override { return 0; }

@@ -43,11 +43,12 @@ struct Sampler::State {
   BlendSchedule schedule;
   std::vector<std::unique_ptr<Source>> sources;
   int64_t sequence;
+  Borders borders;
 };
 
 Sampler::Sampler(const std::vector<Blend>& blend, const std::array<int64_t, 3>& split, Split part, int64_t sequence,
-                 int64_t vocab, uint64_t seed)
-    : state_(new State{BlendSchedule(blend), {}, sequence}) {
+                 int64_t vocab, uint64_t seed, Borders borders)
+    : state_(new State{BlendSchedule(blend), {}, sequence, borders}) {
   for (size_t place = 0; place < blend.size(); ++place) {
     const std::string name = text("data/", place);
     if (blend[place].prefix == "mock") {
@@ -68,13 +69,16 @@ Sampler::~Sampler() = default;
 Batch Sampler::batch(int64_t first, int64_t count) const {
   if (first < 0 || count < 0) throw std::out_of_range(text("samples ", first, " to ", first + count));
   const int64_t S = state_->sequence;
-  Batch batch{at::empty({count, S}, at::kLong), at::empty({count, S}, at::kLong)};
+  const bool packed = state_->borders == Borders::packed;
+  Batch batch{at::empty({count, S}, at::kLong), at::empty({count, S}, at::kLong), {}};
+  if (packed) batch.starts_BS = at::empty({count, S}, at::kLong);
+  auto* starts = packed ? batch.starts_BS.mutable_data_ptr<int64_t>() : nullptr;
   auto* tokens = batch.tokens_BS.mutable_data_ptr<int64_t>();
   auto* labels = batch.labels_BS.mutable_data_ptr<int64_t>();
   std::vector<int64_t> sample(S + 1);
   for (int64_t b = 0; b < count; ++b) {
     const auto [dataset, index] = state_->schedule.at(first + b);
-    state_->sources[dataset]->sample(index, sample);
+    state_->sources[dataset]->sample(index, sample, packed ? std::span(starts + b * S, static_cast<size_t>(S)) : std::span<int64_t>());
     std::copy_n(sample.begin(), S, tokens + b * S);
     std::copy_n(sample.begin() + 1, S, labels + b * S);
   }

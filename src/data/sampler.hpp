@@ -11,10 +11,12 @@
 
 namespace upcycle {
 
-/// Tokens and what to predict from them. `tokens`, `labels`: int64 [sequences, sequence]; labels are the next tokens.
+/// Tokens and what to predict from them. `tokens`, `labels`: int64 [sequences, sequence]; labels are the next tokens, in the next
+/// document after the last of one.
 struct Batch {
   Tensor tokens_BS;
   Tensor labels_BS;
+  Tensor starts_BS;   ///< int64, the place in its sequence of the first token of each token's document; undefined where borders don't matter
 };
 
 enum class Split { train, validation, test };
@@ -37,9 +39,10 @@ class Sampler {
   /// shares of documents; data sets of which all is for one part, e.g. [data].validation, come with {0, 1, 0} and
   /// Split::validation. For mock data `part` and seed decide which samples of the same language come: {1, 0, 0} with
   /// Split::train would validate on what is trained on. Throws UserError when files or weights are wrong, or a part of
-  /// the data is shorter than one sample.
+  /// the data is shorter than one sample. Batches tell where documents start when they are `packed`; a sample of mock data is one
+  /// document.
   Sampler(const std::vector<Blend>& blend, const std::array<int64_t, 3>& split, Split part, int64_t sequence,
-          int64_t vocab, uint64_t seed);
+          int64_t vocab, uint64_t seed, Borders borders = Borders::concatenated);
   Sampler(Sampler&&) noexcept;
   ~Sampler();
 

@@ -45,11 +45,12 @@ ShuffledDocuments::Epoch ShuffledDocuments::order(int64_t epoch) const {
   return order;
 }
 
-void ShuffledDocuments::read_stream(const Epoch& epoch, int64_t begin, std::span<int64_t> out) const {
+void ShuffledDocuments::read_stream(const Epoch& epoch, int64_t begin, std::span<int64_t> out, std::span<int64_t> starts) const {
   // The last block that begins at or before `begin`; blocks of empty documents begin where the next one does.
   const auto block =
       std::upper_bound(epoch.block_begin.begin(), epoch.block_begin.end(), begin) - epoch.block_begin.begin() - 1;
   int64_t skip = begin - epoch.block_begin[block];
+  int64_t start = 0;
   for (int64_t i = block * kBlock; !out.empty(); ++i) {
     const int64_t document = begin_ + epoch.documents(i), length = data_.length(document);
     if (skip >= length) {
@@ -62,12 +63,16 @@ void ShuffledDocuments::read_stream(const Epoch& epoch, int64_t begin, std::span
       if (part[t] < 0 || part[t] >= vocab_)
         fail_token(data_, document, skip + static_cast<int64_t>(t), part[t], vocab_);
     }
+    const size_t marked = std::min(starts.size(), part.size());
+    std::fill_n(starts.begin(), marked, start);
+    starts = starts.subspan(marked);
     out = out.subspan(part.size());
+    start += static_cast<int64_t>(part.size());
     skip = 0;
   }
 }
 
-void ShuffledDocuments::sample(int64_t index, std::span<int64_t> out) const {
+void ShuffledDocuments::sample(int64_t index, std::span<int64_t> out, std::span<int64_t> starts) const {
   const std::lock_guard lock(mutex_);
   const int64_t number = index / samples_;
   if (epoch_.empty() || epoch_.front().number != number) {
@@ -75,7 +80,7 @@ void ShuffledDocuments::sample(int64_t index, std::span<int64_t> out) const {
     epoch_.push_back(order(number));
   }
   const Epoch& epoch = epoch_.front();
-  read_stream(epoch, epoch.skipped + epoch.samples(index % samples_) * sequence_, out);
+  read_stream(epoch, epoch.skipped + epoch.samples(index % samples_) * sequence_, out, starts);
 }
 
 void ShuffledDocuments::check(int64_t vocab) const {

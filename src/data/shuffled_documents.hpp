@@ -22,7 +22,7 @@ class ShuffledDocuments : public Source {
   ShuffledDocuments(IndexedDataset data, int64_t begin, int64_t end, int64_t sequence, int64_t vocab, uint64_t seed,
                     const std::string& name, const std::string& share);
 
-  void sample(int64_t index, std::span<int64_t> out) const override;
+  void sample(int64_t index, std::span<int64_t> out, std::span<int64_t> starts) const override;
   void check(int64_t vocab) const override;
   int64_t tokens() const noexcept override { return tokens_; }
   int64_t samples() const noexcept override { return samples_; }
@@ -37,7 +37,7 @@ class ShuffledDocuments : public Source {
     std::vector<int64_t> block_begin;
   };
   Epoch order(int64_t epoch) const;
-  void read_stream(const Epoch&, int64_t begin, std::span<int64_t> out) const;
+  void read_stream(const Epoch&, int64_t begin, std::span<int64_t> out, std::span<int64_t> starts) const;
 
   IndexedDataset data_;
   int64_t begin_, end_, sequence_, vocab_, tokens_, samples_;

@@ -9,8 +9,9 @@ class Source {
  public:
   virtual ~Source() = default;
 
-  /// Sample `index` >= 0: out.size() = sequence + 1 tokens, each in 0 .. vocab - 1.
-  virtual void sample(int64_t index, std::span<int64_t> out) const = 0;
+  /// Sample `index` >= 0: out.size() = sequence + 1 tokens, each in 0 .. vocab - 1. starts[t], for the first starts.size() <=
+  /// out.size() of them: the place in the sample of the first token of token t's document; 0 for one that began before.
+  virtual void sample(int64_t index, std::span<int64_t> out, std::span<int64_t> starts) const = 0;
   /// Throws UserError when a token id is outside of the vocabulary. See Sampler::check.
   virtual void check(int64_t vocab) const = 0;
 

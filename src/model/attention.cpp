@@ -20,10 +20,21 @@ std::vector<std::string> names(const std::string& prefix, const std::vector<std:
   return out;
 }
 
+// Keys and values of all context ranks, in one call. An all-gather, not a ring of partial attentions: with few key/value heads they
+// are small beside the queries, and any mask, that of packed documents too, works on them as they are. So does Llama 3, for both
+// reasons (arXiv 2407.21783, section 3.3.2).
+std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD) {
+  if (context.size() == 1) return {k_BSGD, v_BSGD};
+  const int64_t groups = k_BSGD.size(2);
+  const Tensor both = gather_sequence(context, at::cat({k_BSGD, v_BSGD}, 2));
+  return {both.narrow(2, 0, groups), both.narrow(2, groups, groups)};
+}
+
 }  // namespace
 
 Attention::Attention(Weights& weights, const Mesh& mesh, const std::string& prefix)
     : tensor_(mesh.along(Axis::tensor)),
+      context_(mesh.along(Axis::context)),
       head_dim_(weights.architecture().head_dim),
       eps_(weights.architecture().rms_eps),
       qkv_(weights.add(shares_heads(weights, mesh) ? names(prefix, {"q"}) : names(prefix, {"q", "k", "v"}))),
@@ -47,7 +58,8 @@ Tensor Attention::forward(const Tensor& x_TW, const Positions& positions) {
   const Tensor q_BSHD = rotate(rms_norm(heads(0, q_width_), q_norm_, eps_), positions.rotary);
   const Tensor k_BSGD = rotate(rms_norm(heads(q_width_, kv_width_), k_norm_, eps_), positions.rotary);
   const Tensor v_BSGD = heads(q_width_ + kv_width_, kv_width_);
-  const Tensor out_BSHD = attention(q_BSHD, k_BSGD, v_BSGD).out_BSHD;
+  const auto [k_BPGD, v_BPGD] = whole_sequence(context_, k_BSGD, v_BSGD);
+  const Tensor out_BSHD = attention(q_BSHD, k_BPGD, v_BPGD, positions.segments).out_BSHD;
   return reduce_scatter_along(tensor_, linear(out_BSHD.reshape({batch * length, q_width_}), out_), 0);
 }
 

@@ -4,8 +4,8 @@
 #include "model/positions.hpp"
 #include "parallel/mesh.hpp"
 
-// Shapes: T token rows of this rank, B sequences, S positions, H query heads and G key/value heads of this rank, D head width,
-// W width of the model.
+// Shapes: T token rows of this rank, B sequences, S positions of each on this context rank and P in all, H query heads and G key/value
+// heads of this rank, D head width, W width of the model.
 namespace upcycle {
 
 /// Qwen3's attention: grouped queries, an RMS norm on each head of q and k, rotary positions. Heads are cut over `tensor`; with
@@ -13,11 +13,12 @@ namespace upcycle {
 class Attention {
  public:
   Attention(Weights&, const Mesh&, const std::string& prefix);
-  /// **Collective** over the tensor group. x [T, W] -> [T, W].
+  /// **Collective** over the tensor and context groups. x [T, W] -> [T, W].
   Tensor forward(const Tensor& x_TW, const Positions& positions);
 
  private:
   const Communicator& tensor_;
+  const Communicator& context_;
   int64_t head_dim_;
   double eps_;
   Parameter& qkv_;              ///< q alone where there is a kv_

@@ -10,7 +10,7 @@
 namespace upcycle {
 
 Stage::Stage(const Architecture& architecture, const Layout& layout, const Mesh& mesh)
-    : tensor_(mesh.along(Axis::tensor)), weights_(architecture, layout, mesh.here()) {
+    : tensor_(mesh.along(Axis::tensor)), context_(mesh.along(Axis::context)), weights_(architecture, layout, mesh.here()) {
   const int here = mesh.here()[Axis::pipeline], last = layout.stages() - 1;
   if (here == 0 || (here == last && architecture.tied)) embedding_ = vocabulary("model.embed_tokens.weight");
   for (int64_t layer = 0; layer < architecture.layers; ++layer) {
@@ -28,12 +28,17 @@ Parameter* Stage::vocabulary(const std::string& name) {
   return parameter;
 }
 
-Positions Stage::positions(int64_t sequences, int64_t length) {
+Positions Stage::positions(int64_t sequences, int64_t held, const Tensor& starts_BS) {
   const at::Device device = weights_.all().front().parameter.value.device();
-  if (!rotary_.cos_SD.defined() || rotary_.cos_SD.size(0) != length || rotary_.cos_SD.device() != device) {
-    rotary_ = rotary_table(length, architecture().head_dim, architecture().rope_theta, device);
+  const int ranks = context_.size(), rank = context_.rank();
+  const int64_t length = held * ranks;
+  if (!rotary_.cos_SD.defined() || rotary_.cos_SD.size(0) != held || rotary_.cos_SD.device() != device) {
+    const RotaryTable whole = rotary_table(length, architecture().head_dim, architecture().rope_theta, device);
+    const auto mine = [&](const Tensor& x_SD) { return take_zigzag(x_SD.unsqueeze(0), ranks, rank).squeeze(0); };
+    rotary_ = {mine(whole.cos_SD), mine(whole.sin_SD)};
   }
-  return {sequences, rotary_};
+  // Positions count from the beginning of the sample also inside packed documents: rotary attention sees only their differences.
+  return {sequences, rotary_, segments_of(sequences, length, zigzag(length, ranks, rank), starts_BS, device)};
 }
 
 Tensor Stage::embed(const Tensor& tokens_BS) { return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_); }

@@ -3,7 +3,8 @@
 
 #include "model/block.hpp"
 
-// Shapes: B sequences, S positions, N = B*S token rows, T of them on this rank of the tensor group, W width of the model, V vocabulary.
+// Shapes: B sequences, S positions of each on this context rank, N = B*S token rows, T of them on this rank of the tensor group,
+// W width of the model, V vocabulary.
 namespace upcycle {
 
 /// The part of the model that one pipeline stage holds: the layers of its chunks, and at the ends the embedding and the head.
@@ -12,8 +13,9 @@ class Stage {
   /// Nothing is allocated until weights().allocate(). `mesh` must outlive the stage.
   Stage(const Architecture&, const Layout&, const Mesh& mesh);
 
-  /// Where the rows of `sequences` sequences of `length` positions stand.
-  Positions positions(int64_t sequences, int64_t length);
+  /// Where the rows of `sequences` sequences stand, of each of which this context rank holds `held` positions. starts [B, S], on the
+  /// host: where in its sequence the document of each of these begins (undefined: attention crosses the borders of documents).
+  Positions positions(int64_t sequences, int64_t held, const Tensor& starts_BS = {});
   /// **Collective** over the tensor group, as all that follow. int64 ids [B, S] -> [T, W], in the compute dtype.
   Tensor embed(const Tensor& tokens_BS);
   /// Through the layers of `chunk` (see Layout), which is one of this stage's.
@@ -38,13 +40,14 @@ class Stage {
   Parameter* vocabulary(const std::string& name);
 
   const Communicator& tensor_;
+  const Communicator& context_;
   Weights weights_;
   Parameter* embedding_ = nullptr;
   std::deque<Block> blocks_;
   Parameter* final_norm_ = nullptr;
   Parameter* head_ = nullptr;     ///< the embedding itself where the model is tied
   int64_t first_token_ = 0;       ///< embedding and head hold the rows of this token and the following
-  RotaryTable rotary_;
+  RotaryTable rotary_;            ///< of the positions that positions() was last asked for
 };
 
 }  // namespace upcycle

@@ -1,7 +1,8 @@
 #pragma once
-#include "base/tensor.hpp"
+#include "ops/segments.hpp"
 
-// Shapes: B sequences, S positions, H query heads, G key/value heads (H a multiple of G), D head width.
+// Shapes: B sequences, S queries and P keys of each (the same without segments), H query heads, G key/value heads (H a multiple of G),
+// D head width.
 namespace upcycle {
 
 struct Attended {
@@ -9,11 +10,12 @@ struct Attended {
   Tensor log_sum_exp_BHS;  ///< fp32, natural logarithm; not differentiable; merges of partial attentions need it
 };
 
-/// Causal grouped-query attention, softmax(q k^T / sqrt(D)) v. q [B, S, H, D], k and v [B, S, G, D], one dtype.
+/// Causal grouped-query attention, softmax(q k^T / sqrt(D)) v, where each query sees the keys of its segment up to its own (without
+/// segments: all up to its own). q [B, S, H, D], k and v [B, P, G, D], one dtype. No mask of S x P lies in memory.
 /// CPU: ATen's flash kernel. CUDA: its flash kernel for bf16 and fp16 where D is a multiple of 8 up to 256; else written out.
-Attended attention(const Tensor& q, const Tensor& k, const Tensor& v);
+Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {});
 
-/// The same, written out: every score in memory, in fp32. What `attention` is tested against.
-Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v);
+/// The same, written out: every score of a segment in memory, in fp32. What `attention` is tested against.
+Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {});
 
 }  // namespace upcycle

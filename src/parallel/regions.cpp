@@ -6,6 +6,7 @@
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "parallel/zigzag.hpp"
 
 namespace upcycle {
 namespace {
@@ -84,6 +85,13 @@ Tensor reduce_scatter_along(const Communicator& group, const Tensor& x, int64_t 
   return region(
       x, [&](const Tensor& x) { return group.reduce_scatter(x, dim); },
       [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
+}
+
+Tensor gather_sequence(const Communicator& group, const Tensor& x_BC) {
+  if (group.size() == 1) return x_BC;
+  return region(
+      x_BC, [&](const Tensor& x) { return in_sequence_order(group.all_gather(x.unsqueeze(0), 0)); },
+      [&group](const Tensor& dy_BS) { return group.reduce_scatter(in_rank_order(dy_BS, group.size()), 0).squeeze(0); });
 }
 
 Tensor exchange(const Communicator& group, const Tensor& x_ND, const Splits& splits) {

@@ -15,6 +15,8 @@ Tensor reduce_from(const Communicator&, const Tensor& partial);            // al
 Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim);    // all-gather     | reduce-scatter
 Tensor scatter_along(const Communicator&, const Tensor& x, int64_t dim);   // own slice      | all-gather
 Tensor reduce_scatter_along(const Communicator&, const Tensor&, int64_t dim);  // reduce-scatter | all-gather
+Tensor gather_sequence(const Communicator&, const Tensor& x_BC);           // all-gather     | reduce-scatter
 Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);   // all-to-all     | its reverse
+// gather_sequence: a context rank's positions, [B, C, ...], become the whole sequence's, [B, S, ...], in its order (zigzag.hpp).
 
 }  // namespace upcycle

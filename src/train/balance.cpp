@@ -12,6 +12,7 @@
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "parallel/zigzag.hpp"
 
 namespace upcycle {
 namespace {
@@ -52,11 +53,7 @@ Balance::Balance(const RunConfig& config, const Mesh& mesh, Stage& stage) : conf
 // flattened; a tensor rank has one of equal slices.
 Tensor Balance::token_rows(const Tensor& of_sequence_B, const Tensor& of_position_S) const {
   const int64_t context = mesh_.grid().size(Axis::context), here = mesh_.here()[Axis::context];
-  Tensor own_S = of_position_S;
-  if (context > 1) {   // an early chunk and a late one
-    const auto chunks = of_position_S.chunk(2 * context);
-    own_S = at::cat({chunks[static_cast<size_t>(here)], chunks[static_cast<size_t>(2 * context - 1 - here)]});
-  }
+  const Tensor own_S = take_zigzag(of_position_S.unsqueeze(0), context, here).squeeze(0);
   const Tensor rows = (of_sequence_B.unsqueeze(1) + own_S).reshape({-1});
   return rows.chunk(mesh_.grid().size(Axis::tensor))[static_cast<size_t>(mesh_.here()[Axis::tensor])];
 }
@@ -68,7 +65,7 @@ RouterContext Balance::context(int64_t first_sample) const {
   const double micro_batches = static_cast<double>(config_.train.global_batch / config_.train.micro_batch);   // over all ranks
   const int64_t sequences = config_.train.micro_batch, length = config_.train.sequence;
   const auto int64 = at::TensorOptions(at::kLong).device(device_of(stage_));
-  context.balance = {.aux = balance.aux / micro_batches, .z = balance.z / micro_batches, .scope = balance.scope, .sequences = sequences};
+  context.balance = {.aux = balance.aux / micro_batches, .z = balance.z / micro_batches, .scope = balance.scope, .sequences = sequences, .sequence_T = {}};
   if (balance.scope == BalanceScope::sequence) {
     context.balance.sequence_T = token_rows(at::arange(sequences, int64), at::zeros({length}, int64));
   }

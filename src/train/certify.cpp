@@ -10,6 +10,7 @@
 #include "base/log.hpp"
 #include "ops/linear.hpp"
 #include "ops/swiglu.hpp"
+#include "train/context_batch.hpp"
 
 // Shapes: T token rows of this rank, W width of the model, N experts, F dense width.
 namespace upcycle {
@@ -69,7 +70,7 @@ FunctionLevel compare(Stage& stage, const Mesh& mesh, const Recipe& recipe, cons
   const Communicator& stages = mesh.along(Axis::pipeline);
   const Layout& layout = stage.weights().layout();
   const auto on = [&](int64_t layer) { return layout.stage_of(std::clamp<int64_t>(layer, 0, recipe.moe.layers - 1)); };
-  const Positions positions = stage.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+  const Positions positions = stage.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1), batch.starts_BS);
   const auto room = [&] { return stage.room(batch.tokens_BS.numel()); };
   FunctionLevel level;
   level.precision = long_name(room().scalar_type());
@@ -114,12 +115,16 @@ Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const 
   // Every data rank looks at sequences of its own; all ranks of an expert group take part in each exchange.
   const at::Device device = stage.weights().all().front().parameter.value.device();
   const int64_t tensor = mesh.grid().size(Axis::tensor);
-  const int64_t length = std::min(config.train.sequence, (config.upcycle.certify_tokens + tensor - 1) / tensor * tensor);
+  const int64_t context = mesh.grid().size(Axis::context);
+  const int64_t pieces = tensor * (context > 1 ? 2 * context : 1);   // what train.sequence is a multiple of
+  const int64_t length = std::min(config.train.sequence, (config.upcycle.certify_tokens + pieces - 1) / pieces * pieces);
   const int64_t data = mesh.grid().size(Axis::data);
   const int64_t sequences = std::max<int64_t>(1, config.upcycle.certify_tokens / (length * data));
   const Batch all = tokens.batch(mesh.here()[Axis::data] * sequences, sequences);
-  const Batch batch{all.tokens_BS.narrow(1, 0, length).contiguous().to(device),
-                    all.labels_BS.narrow(1, 0, length).contiguous().to(device)};
+  const auto prefix = [&](const Tensor& x_BS) { return x_BS.defined() ? x_BS.narrow(1, 0, length).contiguous() : x_BS; };
+  const Batch mine = of_context_rank({prefix(all.tokens_BS), prefix(all.labels_BS), prefix(all.starts_BS)}, static_cast<int>(context),
+                                     mesh.here()[Axis::context]);
+  const Batch batch{mine.tokens_BS.to(device), mine.labels_BS.to(device), mine.starts_BS};
   {
     const ComputeWithMasters fp32(stage.weights());
     certificate.functions.push_back(compare(stage, mesh, recipe, read, batch, alive));

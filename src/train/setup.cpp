@@ -45,13 +45,15 @@ void open_data(const RunConfig& config, Setup& setup, bool checks) {
   const int64_t vocab = setup.target.architecture.vocab, sequence = config.train.sequence;
   const auto seed = static_cast<uint64_t>(config.run.seed);
   if (config.data.train.empty()) fail("data.train is missing: name the data, or say data.train = \"mock\"");
-  setup.train.emplace(config.data.train, config.data.split, Split::train, sequence, vocab, seed);
+  const Borders borders = config.data.documents;
+  setup.train.emplace(config.data.train, config.data.split, Split::train, sequence, vocab, seed, borders);
   if (checks) setup.train->check(vocab);
   if (config.validate.every == 0) return;
   if (config.data.validation.empty()) {
-    setup.validation.emplace(config.data.train, config.data.split, Split::validation, sequence, vocab, seed);
+    setup.validation.emplace(config.data.train, config.data.split, Split::validation, sequence, vocab, seed, borders);
   } else {
-    setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{0, 1, 0}, Split::validation, sequence, vocab, seed);
+    setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{0, 1, 0}, Split::validation, sequence, vocab, seed,
+                             borders);
   }
   if (checks) setup.validation->check(vocab);
 }

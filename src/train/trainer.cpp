@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "base/shutdown.hpp"
+#include "train/context_batch.hpp"
 #include "train/learning_rate.hpp"
 
 namespace upcycle {
@@ -75,7 +76,7 @@ double Trainer::validate(const Sampler& sampler, int64_t batches) {
 
 Tensor Trainer::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context) {
   const Batch batch = micro_batch(sampler, first_sample);
-  const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1));
+  const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1), batch.starts_BS);
   const Tensor y_TW = stage_.blocks(chunk == 0 ? stage_.embed(batch.tokens_BS) : x_TW, positions, context, chunk);
   return is_last(chunk) ? stage_.token_losses(y_TW, batch.labels_BS) : y_TW;
 }
@@ -83,9 +84,10 @@ Tensor Trainer::forward(const Sampler& sampler, int64_t first_sample, int chunk,
 bool Trainer::is_last(int chunk) const { return chunk == stage_.weights().layout().chunks() - 1; }
 
 Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
-  const Batch batch = sampler.batch(first_sample, config_.train.micro_batch);
+  const Batch batch = of_context_rank(sampler.batch(first_sample, config_.train.micro_batch), mesh_.grid().size(Axis::context),
+                                      mesh_.here()[Axis::context]);
   const at::Device device = stage_.weights().all().front().parameter.value.device();
-  return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device)};
+  return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device), batch.starts_BS};
 }
 
 StepReport read(const PendingReport& pending) {

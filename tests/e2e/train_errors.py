@@ -33,7 +33,7 @@ class Layouts(TrainCase):
 
     def test_what_is_not_built(self):
         path, _ = self.run_file("run", "[parallel]\ntensor = 2\n[balance]\ncapacity_factor = 1.25\n", recompute='"full"')
-        self.refused("train", path, ranks=2, words=["parallel.tensor = 2", "train.recompute = \"full\"", "balance.capacity_factor = 1.25"])
+        self.refused("train", path, ranks=2, words=["train.recompute = \"full\"", "balance.capacity_factor = 1.25"])
 
     def test_too_little_space(self):
         """A model of petabytes: the free space is asked for before anything is allocated."""

@@ -158,6 +158,32 @@ TEST(OpsOnGpu, EmbeddingAndCrossEntropy) {
   }, 1);
 }
 
+// Documents of one token and many, a document alone, and what context parallelism asks for: keys before the queries, seen twice.
+TEST(OpsOnGpu, AttentionSegments) {
+  struct Form {
+    std::vector<std::vector<Segment>> segments;
+    int64_t queries, keys;
+  };
+  const std::vector<Form> forms = {
+      {{{{0, 1, 0, 1}, {1, 70, 1, 70}, {70, 71, 70, 71}, {71, 201, 71, 201}}, {{0, 201, 0, 201}}}, 201, 201},
+      {{{{0, 64, 0, 128}, {64, 128, 0, 320}}}, 128, 384},
+      {{{{0, 33, 30, 66}, {33, 66, 132, 198}}, {{0, 33, 0, 66}, {33, 65, 164, 197}, {65, 66, 197, 198}}}, 66, 264}};
+  for (const auto& [heads, groups, width] : {std::tuple{4, 4, 16}, {8, 1, 64}, {16, 2, 128}, {4, 2, 10}}) {
+    for (const Form& f : forms) {
+      SCOPED_TRACE(testing::Message() << f.queries << " queries, " << f.keys << " keys, " << heads << "/" << groups << " heads of " << width);
+      const Shape q = {2, f.queries, heads, width}, kv = {2, f.keys, groups, width};
+      expect_same([&](const Place& p) {
+        const Segments segments(f.segments, 2, f.queries, f.keys, p.device);
+        return with_gradients(p, [&](const auto& x, auto&) { return attention(x[0], x[1], x[2], segments).out_BSHD; }, {q, kv, kv}, {});
+      }, 3);
+      expect_same([&](const Place& p) {
+        const Segments segments(f.segments, 2, f.queries, f.keys, p.device);
+        return Results{attention(p.draw(q, 1), p.draw(kv, 2), p.draw(kv, 3), segments).log_sum_exp_BHS};
+      }, 1);
+    }
+  }
+}
+
 // Bit for bit: where a token goes must not depend on the device.
 TEST(OpsOnGpu, ChooseExperts) {
   for (const auto& [experts, top_k] : {std::pair{8, 2}, {64, 8}, {128, 8}, {5, 5}}) {

@@ -121,6 +121,18 @@ TEST_F(Regions, ScatterAlong) {
   }
 }
 
+TEST_F(Regions, GatherSequence) {
+  // Chunks 0 .. size-1 are the first halves of what the ranks hold, in their order; the others their second halves, backwards.
+  check(
+      all({2, 6, 3}), [&](const Tensor& x) { return gather_sequence(world, x); },
+      [&](const std::vector<Tensor>& x) {
+        std::vector<Tensor> chunks;
+        for (int r = 0; r < size; ++r) chunks.push_back(x[static_cast<size_t>(r)].narrow(1, 0, 3));
+        for (int r = size - 1; r >= 0; --r) chunks.push_back(x[static_cast<size_t>(r)].narrow(1, 3, 3));
+        return std::vector<Tensor>(x.size(), at::cat(chunks, 1));
+      });
+}
+
 TEST_F(Regions, ExchangeWithRanksThatHaveNoRows) {
   using Rows = std::function<int64_t(int from, int to)>;
   const std::vector<Rows> plans = {
@@ -180,7 +192,7 @@ TEST_F(Regions, AGroupOfOneReturnsItsArgument) {
   const Tensor x = whole_numbers(1, {2, 2}).requires_grad_();
   for (const Tensor& y :
        {copy_into(alone, x), reduce_from(alone, x), gather_along(alone, x, 0), scatter_along(alone, x, 0),
-        reduce_scatter_along(alone, x, 0), exchange(alone, x, {{2}, {2}})}) {
+        reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{2}, {2}})}) {
     EXPECT_TRUE(y.is_same(x));
   }
 }

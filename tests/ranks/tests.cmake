@@ -33,3 +33,8 @@ ranks_test(pipeline RANKS 1 2 4 LINK train)
 target_compile_definitions(ranks_pipeline PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/pipeline")
 set_tests_properties(ranks.pipeline.1 PROPERTIES FIXTURES_SETUP pipeline_reference)
 set_tests_properties(ranks.pipeline.2 ranks.pipeline.4 PROPERTIES FIXTURES_REQUIRED pipeline_reference)
+
+ranks_test(context RANKS 1 2 4 LINK train)
+target_compile_definitions(ranks_context PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/context")
+set_tests_properties(ranks.context.1 PROPERTIES FIXTURES_SETUP context_reference)
+set_tests_properties(ranks.context.2 ranks.context.4 PROPERTIES FIXTURES_REQUIRED context_reference)

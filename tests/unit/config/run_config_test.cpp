@@ -62,6 +62,7 @@ router_lr_scale = 0.25
 train = [[1, "a"], [0.5, "mock"]]
 validation = "mock"
 split = [1, 0, 0]
+documents = "packed"
 )",
                                   "run.toml");
   EXPECT_EQ(run.run.directory, "/somewhere");
@@ -77,6 +78,7 @@ split = [1, 0, 0]
   EXPECT_EQ(run.router_lr_scale(), 0.25);
   EXPECT_EQ(run.data.train, (std::vector<Blend>{{1.0, "a"}, {0.5, "mock"}}));
   EXPECT_EQ(run.data.validation, (std::vector<Blend>{{1.0, "mock"}}));
+  EXPECT_EQ(run.data.documents, Borders::packed);
 }
 
 TEST(RunFile, RouterLearningRateFollowsTheGranularity) {

@@ -100,6 +100,43 @@ TEST(Sampler, EpochsAndSeedsDifferButRepeatThemselves) {
   EXPECT_EQ(rows(a.batch(0, n)), rows(b.batch(0, n))) << "back to the first epoch";
 }
 
+// Where a document starts is said for every token, the same for any way of reading; the tokens are those without borders.
+TEST(Sampler, PackedSamplesTellWhereDocumentsStart) {
+  const Scratch scratch;
+  Documents documents = numbered(60);
+  std::map<int64_t, size_t> document_of;
+  for (size_t d = 0; d < documents.size(); ++d) {
+    for (const int64_t token : documents[d]) document_of[token] = d;
+  }
+  const std::string prefix = write_documents(scratch, documents);
+  for (const int64_t S : {1, 5, 16, 64, 500}) {
+    const Sampler packed({{1.0, prefix}}, kAll, Split::train, S, 1 << 20, 1, Borders::packed);
+    const Batch batch = packed.batch(0, 2 * packed.samples()), plain = one(prefix, S).batch(0, 2 * packed.samples());
+    EXPECT_FALSE(plain.starts_BS.defined());
+    EXPECT_TRUE(batch.tokens_BS.equal(plain.tokens_BS) && batch.labels_BS.equal(plain.labels_BS));
+    ASSERT_EQ(batch.starts_BS.sizes(), batch.tokens_BS.sizes());
+    int64_t borders = 0;
+    for (int64_t b = 0; b < batch.tokens_BS.size(0); ++b) {
+      const int64_t* token = batch.tokens_BS.const_data_ptr<int64_t>() + b * S;
+      const int64_t* start = batch.starts_BS.const_data_ptr<int64_t>() + b * S;
+      for (int64_t s = 0; s < S; ++s) {
+        const bool begins = s == 0 || document_of.at(token[s]) != document_of.at(token[s - 1]);
+        ASSERT_EQ(start[s], begins ? s : start[s - 1]) << "sample " << b << ", place " << s;
+        borders += begins && s > 0;
+      }
+    }
+    EXPECT_GT(borders, S == 1 ? -1 : 20);
+    EXPECT_TRUE(packed.batch(3, 2).starts_BS.equal(batch.starts_BS.narrow(0, 3, 2)));
+  }
+}
+
+TEST(Mock, ASampleIsOneDocument) {
+  const Sampler sampler({{1.0, "mock"}}, kAll, Split::train, 16, 100, 1, Borders::packed);
+  const Batch batch = sampler.batch(0, 3);
+  EXPECT_EQ(batch.starts_BS.sizes(), batch.tokens_BS.sizes());
+  EXPECT_EQ(batch.starts_BS.abs().max().item<int64_t>(), 0);
+}
+
 // The neighbours of a document change from epoch to epoch, not only the order of samples.
 TEST(Sampler, DocumentsGetNewNeighbours) {
   const Scratch scratch;

@@ -1,0 +1,198 @@
+// Context parallelism and packed documents: with each sequence's positions spread over context ranks, losses, norms and gradients are
+// those of one rank, whether attention crosses the borders of documents or not; and packed documents train as if each were alone.
+// The run on one rank leaves its numbers in the build tree for the others (a CTest fixture).
+#include <ATen/ops/cat.h>
+#include <ATen/ops/randint.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
+#include <fstream>
+#include <map>
+
+#include "base/error.hpp"
+#include "base/rng.hpp"
+#include "support/numbers.hpp"
+#include "train/start.hpp"
+#include "train/trainer.hpp"
+#include "unit/data/indexed_files.hpp"
+
+namespace upcycle {
+namespace {
+
+constexpr int64_t kSteps = 5, kVocab = 96;
+
+Architecture tiny(bool tied) {
+  Architecture a;
+  a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = 16, a.ffn = 48, a.vocab = kVocab, a.tied = tied;
+  a.experts = 8, a.top_k = 2, a.expert_ffn = 24, a.dense_layers = {1};
+  return a;
+}
+
+/// Matrices keep the size of what they multiply; routers are random and decided.
+void fill(const ParameterSpec& spec, const Box& box, Tensor target) {
+  Tensor x = normal(spec.shape, Random(3, spec.name).bits(0));
+  const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
+  x = spec.role == Role::norm ? 1 + 0.2 * x : x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
+  for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
+  target.copy_(x);
+}
+
+Documents documents() {
+  Documents text = numbered(60);   // of 0 to 40 tokens
+  for (auto& document : text) {
+    for (int64_t& token : document) token = (token * 7919 + token * token) % kVocab;
+  }
+  return text;
+}
+
+struct Numbers {
+  std::vector<double> losses, norms;
+  std::map<std::string, Tensor> gradients;   ///< of the first step, this rank's boxes; on one rank the whole
+  std::map<std::string, Box> boxes;
+};
+
+Numbers train(Borders borders, const ParallelSection& parallel) {
+  RunConfig run;
+  run.train.steps = kSteps, run.train.sequence = 32, run.train.global_batch = 4, run.train.micro_batch = 1;
+  run.train.precision = Precision::fp32;
+  run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.clip = 0.0;
+  run.balance.aux = 0.05, run.balance.z = 0.01;
+  run.data.documents = borders;
+  run.parallel = parallel;
+  const Scratch scratch;
+  const Mesh mesh(Grid(run.parallel, world_size()));
+  const Architecture architecture = tiny(true);
+  Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
+  stage.weights().allocate(at::kFloat, at::kCPU);
+  fill_masters(stage.weights(), fill);
+  Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
+  const Sampler sampler({{1.0, write_documents(scratch, documents())}}, {1, 0, 0}, Split::train, run.train.sequence, kVocab, 5, borders);
+  Trainer trainer(run, mesh, stage, optimizer, sampler);
+  Numbers numbers;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    const StepReport report = read(trainer.step());
+    numbers.losses.push_back(report.loss);
+    numbers.norms.push_back(report.gradient_norm);
+    if (step > 0) continue;
+    for (const Weight& weight : stage.weights().all()) {
+      for (const Part& part : weight.parts) {
+        numbers.gradients[part.spec.name] = part.of(weight.parameter.main_grad).clone();
+        numbers.boxes[part.spec.name] = part.box;
+      }
+    }
+  }
+  // The same on all ranks, so it takes its place beside the losses.
+  numbers.losses.push_back(trainer.validate(sampler, 2));
+  return numbers;
+}
+
+const char* name_of(Borders borders) { return borders == Borders::packed ? "packed" : "concatenated"; }
+
+std::filesystem::path reference_of(Borders borders) { return std::filesystem::path(UPCYCLE_REFERENCE_DIR) / name_of(borders); }
+
+void store_reference(const Numbers& numbers, Borders borders) {
+  std::string curve(reinterpret_cast<const char*>(numbers.losses.data()), numbers.losses.size() * sizeof(double));
+  curve.append(reinterpret_cast<const char*>(numbers.norms.data()), numbers.norms.size() * sizeof(double));
+  store(reference_of(borders) / "curve", curve);
+  for (const auto& [name, gradient] : numbers.gradients) {
+    const Tensor dense = gradient.contiguous();
+    store(reference_of(borders) / name, std::string(static_cast<const char*>(dense.const_data_ptr()), dense.nbytes()));
+  }
+}
+
+void expect_reference(const Numbers& numbers, Borders borders, const Architecture& architecture) {
+  const std::string curve = contents(reference_of(borders) / "curve");
+  ASSERT_EQ(curve.size(), (2 * kSteps + 1) * sizeof(double)) << "run this test on one rank first";
+  std::vector<double> expected(2 * kSteps + 1);
+  std::memcpy(expected.data(), curve.data(), curve.size());
+  for (size_t i = 0; i < numbers.losses.size(); ++i) EXPECT_NEAR(numbers.losses[i], expected[i], 1e-6 * expected[i]) << "loss " << i;
+  for (size_t i = 0; i < numbers.norms.size(); ++i) {
+    const double norm = expected[numbers.losses.size() + i];
+    EXPECT_NEAR(numbers.norms[i], norm, 1e-5 * norm) << "gradient norm of step " << i;
+  }
+  for (const ParameterSpec& spec : catalogue(architecture)) {
+    if (!numbers.gradients.contains(spec.name)) continue;   // of another rank
+    const std::string bytes = contents(reference_of(borders) / spec.name);
+    Tensor whole = at::empty(spec.shape, at::kFloat);
+    ASSERT_EQ(bytes.size(), whole.nbytes());
+    std::memcpy(whole.mutable_data_ptr(), bytes.data(), bytes.size());
+    const Box& box = numbers.boxes.at(spec.name);
+    for (size_t d = 0; d < box.begin.size(); ++d) whole = whole.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
+    EXPECT_LE(distance(numbers.gradients.at(spec.name), whole), 1e-5) << spec.name;
+  }
+}
+
+class Context : public testing::TestWithParam<Borders> {};
+
+TEST_P(Context, LossesNormsAndGradientsAreThoseOfOneRank) {
+  const Borders borders = GetParam();
+  const int ranks = world_size();
+  if (ranks == 1) store_reference(train(borders, {}), borders);
+  std::vector<ParallelSection> layouts(2);
+  layouts[0].context = ranks;
+  layouts[1].context = ranks, layouts[1].expert = ranks;
+  if (ranks == 4) {
+    layouts.emplace_back().context = 2;                                    // beside data
+    layouts.emplace_back().context = 2, layouts.back().tensor = 2;
+  }
+  for (const ParallelSection& layout : layouts) {
+    SCOPED_TRACE(text("context ", layout.context, ", tensor ", layout.tensor, ", expert ", layout.expert));
+    expect_reference(train(borders, layout), borders, tiny(true));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Borders, Context, testing::Values(Borders::concatenated, Borders::packed),
+                         [](const auto& info) { return std::string(name_of(info.param)); });
+
+TEST(Packing, MattersToTheLoss) {
+  if (world_size() > 1) GTEST_SKIP() << "on one rank";
+  const double a = train(Borders::concatenated, {}).losses[0], b = train(Borders::packed, {}).losses[0];
+  EXPECT_GT(std::abs(a - b), 1e-4 * a);
+}
+
+TEST(Packing, GradientsAreTheSumOfThoseOfTheDocumentsAlone) {
+  if (world_size() > 1) GTEST_SKIP() << "documents of odd lengths are for one rank";
+  const Mesh mesh(Grid({}, 1));
+  const Architecture architecture = tiny(false);
+  Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
+  stage.weights().allocate(at::kFloat, at::kCPU);
+  fill_masters(stage.weights(), fill);
+  const Tensor tokens = at::randint(kVocab, {2, 47}, at::detail::createCPUGenerator(1), at::kLong);
+  const Tensor labels = at::randint(kVocab, {2, 47}, at::detail::createCPUGenerator(2), at::kLong);
+  const std::vector<std::vector<int64_t>> borders = {{0, 1, 2, 19, 47}, {0, 33, 46, 47}};
+  Tensor starts = at::zeros({2, 47}, at::kLong);
+  for (int64_t b = 0; b < 2; ++b) {
+    for (const int64_t border : borders[b]) starts.select(0, b).narrow(0, border, 47 - border).fill_(border);
+  }
+  // Adds into the gradients; the sum of the losses.
+  const auto pass = [&](const Tensor& tokens, const Tensor& labels, const Tensor& starts) {
+    const Positions positions = stage.positions(tokens.size(0), tokens.size(1), starts);
+    const Tensor loss = stage.token_losses(stage.blocks(stage.embed(tokens), positions, {}), labels).sum();
+    torch::autograd::backward({loss}, {});
+    return loss.item<double>();
+  };
+  const auto take_gradients = [&] {
+    std::map<std::string, Tensor> gradients;
+    for (Weight& weight : stage.weights().all()) {
+      gradients[weight.spec().name] = weight.parameter.main_grad.clone();
+      weight.parameter.main_grad.zero_();
+    }
+    return gradients;
+  };
+  const double packed_loss = pass(tokens, labels, starts);
+  const auto packed = take_gradients();
+  double loss = 0.0;
+  for (int64_t b = 0; b < 2; ++b) {
+    for (size_t d = 0; d + 1 < borders[b].size(); ++d) {
+      const int64_t begin = borders[b][d], size = borders[b][d + 1] - begin;
+      const auto alone = [&](const Tensor& x) { return x.narrow(0, b, 1).narrow(1, begin, size).contiguous(); };
+      loss += pass(alone(tokens), alone(labels), {});
+    }
+  }
+  EXPECT_NEAR(packed_loss, loss, 1e-5 * loss);
+  for (const auto& [name, gradient] : take_gradients()) EXPECT_LE(distance(packed.at(name), gradient), 1e-5) << name;
+}
+
+}  // namespace
+}  // namespace upcycle
