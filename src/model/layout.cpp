@@ -32,7 +32,7 @@ Layout Layout::even(const Grid& grid, const Architecture& a) {
 }
 
 Layout make_layout(const Architecture& a, const Grid& grid, const ParallelSection& parallel) {
-  Layout layout{.grid = grid, .virtual_stages = static_cast<int>(parallel.virtual_stages), .tied = a.tied};
+  Layout layout{.grid = grid, .chunk_of_layer = {}, .virtual_stages = static_cast<int>(parallel.virtual_stages), .tied = a.tied};
   const std::vector<int64_t> counts = parallel.layout.empty() ? spread(a, layout.chunks(), parallel) : parallel.layout;
   const int64_t sum = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   if (static_cast<int>(counts.size()) != layout.chunks() || sum != a.layers) {

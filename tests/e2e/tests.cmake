@@ -37,3 +37,8 @@ add_test(NAME e2e.rank_failure
 add_test(NAME e2e.agreement COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/agreement.py $<TARGET_FILE:upcycle>)
 set_tests_properties(e2e.rank_failure e2e.agreement PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
   ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
+
+# Layouts through the executable: 8 ranks from the command line, and the 14B example's 32 ranks at a small width.
+add_test(NAME e2e.layouts COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/layouts.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.layouts PROPERTIES LABELS e2e TIMEOUT 900 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")

@@ -41,3 +41,17 @@ if(UPCYCLE_CUDA)
   set_tests_properties(gpu.rank_failure PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
+
+# Layouts on one or more GPUs; the numbers of one rank are what the others are held against.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_layouts SOURCES gpu/layouts_test.cpp support/mpi_main.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
+  target_compile_definitions(gpu_layouts PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/gpu_layouts")
+  add_dependencies(gpu_tests gpu_layouts)
+  foreach(ranks 1 2 4)
+    add_test(NAME gpu.layouts.${ranks} COMMAND ${UPCYCLE_MPIRUN} -np ${ranks} $<TARGET_FILE:gpu_layouts>)
+    set_tests_properties(gpu.layouts.${ranks} PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endforeach()
+  set_tests_properties(gpu.layouts.1 PROPERTIES FIXTURES_SETUP gpu_layouts)
+  set_tests_properties(gpu.layouts.2 gpu.layouts.4 PROPERTIES FIXTURES_REQUIRED gpu_layouts)
+endif()

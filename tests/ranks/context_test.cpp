@@ -3,6 +3,7 @@
 // The run on one rank leaves its numbers in the build tree for the others (a CTest fixture).
 #include <ATen/ops/cat.h>
 #include <ATen/ops/randint.h>
+#include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 

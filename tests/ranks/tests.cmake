@@ -38,3 +38,12 @@ ranks_test(context RANKS 1 2 4 LINK train)
 target_compile_definitions(ranks_context PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/context")
 set_tests_properties(ranks.context.1 PROPERTIES FIXTURES_SETUP context_reference)
 set_tests_properties(ranks.context.2 ranks.context.4 PROPERTIES FIXTURES_REQUIRED context_reference)
+
+# Every layout; the numbers of one rank are what the others are held against.
+ranks_test(layouts RANKS 1 2 4 8 LINK train)
+target_compile_definitions(ranks_layouts PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/layouts")
+set_tests_properties(ranks.layouts.1 PROPERTIES FIXTURES_SETUP layouts_reference)
+set_tests_properties(ranks.layouts.2 ranks.layouts.4 ranks.layouts.8 PROPERTIES FIXTURES_REQUIRED layouts_reference PROCESSORS 2)
+if(DEFINED ENV{UPCYCLE_ALL_LAYOUTS})
+  set_tests_properties(ranks.layouts.2 ranks.layouts.4 ranks.layouts.8 PROPERTIES TIMEOUT 3600)
+endif()

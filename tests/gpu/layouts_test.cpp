@@ -1,0 +1,70 @@
+// Every axis alone and every pair of axes, on as many ranks as the test is started with, over NCCL and over MPI through host memory:
+// one rank's losses, gradient norms and parameters, in fp32 on the GPU. Ranks that share a GPU are made to look like different hosts
+// to NCCL. The run on one rank leaves its numbers in the build tree for the others (a CTest fixture).
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <chrono>
+#include <iostream>
+
+#include "device/device.hpp"
+#include "parallel/every_layout.hpp"
+#include "support/reference.hpp"
+
+namespace upcycle {
+namespace {
+
+class LayoutsOnGpu : public testing::TestWithParam<Transport> {
+ protected:
+  static void SetUpTestSuite() {
+    if (device::count() == 0 || world_size() <= device::count()) return;
+    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);   // NCCL reads it once
+    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
+    setenv("NCCL_IB_DISABLE", "1", 1);
+    setenv("NCCL_NVLS_ENABLE", "0", 1);
+  }
+};
+
+/// Axes of more than one rank: those that were asked for, and data, which is what remains.
+int axes_of(const ParallelSection& p) {
+  const int64_t data = world_size() / (p.tensor * p.context * p.pipeline);
+  return (p.tensor > 1) + (p.context > 1) + (p.pipeline > 1) + (p.expert > 1) + (p.expert_tensor > 1) +
+         (data > 1 && p.expert == 1 && p.expert_tensor == 1);
+}
+
+TEST_P(LayoutsOnGpu, TrainTheSameModel) {
+  if (device::count() == 0) GTEST_SKIP() << "no GPU here";
+  const at::Device gpu = device::choose("cuda", host_rank());
+  device::set_tf32(false);
+  const std::vector<TinyModel> models = tiny_models();
+  if (world_size() == 1) {
+    for (const TinyModel& m : models) make_reference(m, gpu);
+  }
+  std::vector<Reference> references;
+  for (const TinyModel& m : models) references.push_back(load_reference(m));
+  size_t ran = 0;
+  for (const ParallelSection& layout : every_layout(world_size())) {
+    // Experts that span tensor or context ranks are a pair by themselves, a pipeline of them a triple.
+    if (axes_of(layout) > 2) continue;
+    const auto start = std::chrono::steady_clock::now();
+    const size_t which = ran % models.size();
+    RunConfig run = models[which].run;
+    run.parallel = layout;
+    run.train.recompute = std::array{Recompute::none, Recompute::selective, Recompute::full}[ran % 3];
+    SCOPED_TRACE(text(models[which].name, ", ", describe(layout), ", recompute ", static_cast<int>(run.train.recompute)));
+    expect_same(models[which], run, references[which], 1e-6, gpu, GetParam());
+    ++ran;
+    if (world_rank() == 0) {
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      std::cout << text(models[which].name, ": ", describe(layout), ": ", std::round(seconds.count() * 100) / 100, " s\n") << std::flush;
+    }
+  }
+  EXPECT_GT(ran, 0U);
+}
+
+INSTANTIATE_TEST_SUITE_P(Transports, LayoutsOnGpu, testing::Values(Transport::nccl, Transport::mpi), [](const auto& transport) {
+  return std::string(transport.param == Transport::nccl ? "nccl" : "mpi");
+});
+
+}  // namespace
+}  // namespace upcycle

@@ -1,0 +1,128 @@
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "base/autograd.hpp"
+#include "base/rng.hpp"
+#include "parallel/mesh.hpp"
+#include "support/numbers.hpp"
+#include "train/layout_check.hpp"
+#include "train/start.hpp"
+#include "train/trainer.hpp"
+
+namespace upcycle {
+
+/// A tiny model and a run of it, whose numbers must not depend on how many ranks train it, nor on how.
+struct TinyModel {
+  const char* name;
+  Architecture architecture;
+  RunConfig run;
+  int64_t tied_routers = 1;   ///< so many experts in a row share a router row, as the shards of a copy do
+  uint64_t seed = 1;          ///< one at which no router ever chooses by a hair's breadth: tests assert it
+};
+
+/// Between them: tied and untied, layers all mixtures or mixed with dense ones, 1 and 2 key/value heads, granularity 4, a vocabulary
+/// that does not divide, every scope of the balance loss, biases, dropped tokens. Eight layers and heads, so that each axis reaches 8.
+inline std::vector<TinyModel> tiny_models() {
+  const auto model = [](const char* name, uint64_t seed) {
+    TinyModel m{.name = name, .architecture = {}, .run = {}, .seed = seed};
+    Architecture& a = m.architecture;
+    a.hidden = 32, a.layers = 8, a.heads = 8, a.kv_heads = 2, a.head_dim = 8, a.ffn = 48, a.vocab = 96, a.tied = true;
+    a.experts = 8, a.top_k = 2, a.expert_ffn = 24;
+    RunConfig& run = m.run;
+    run.train.steps = 5, run.train.sequence = 32, run.train.global_batch = 8, run.train.micro_batch = 1;
+    run.train.precision = Precision::fp32;
+    run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.router_lr_scale = 1.0;
+    run.balance.aux = 0.05, run.balance.z = 0.01;
+    run.moe_given = true, run.moe.experts = a.experts, run.moe.top_k = a.top_k;
+    return m;
+  };
+  TinyModel tied = model("tied", 1);
+
+  TinyModel mixed = model("mixed", 2);
+  mixed.architecture.tied = false, mixed.architecture.kv_heads = 1, mixed.architecture.vocab = 91;
+  mixed.architecture.dense_layers = {1, 4}, mixed.architecture.renormalise = false;
+  mixed.run.balance.scope = BalanceScope::sequence;
+
+  TinyModel granular = model("granular", 3);
+  granular.architecture.experts = 16, granular.architecture.top_k = 4, granular.architecture.expert_ffn = 16;
+  granular.run.moe.experts = 16, granular.run.moe.top_k = 4, granular.run.moe.granularity = 4;
+  granular.run.balance.scope = BalanceScope::global;
+  granular.tied_routers = 4;
+
+  TinyModel biased = model("biased", 4);
+  biased.architecture.tied = false, biased.architecture.dense_layers = {0};
+  biased.run.balance.bias_rate = 0.01, biased.run.balance.capacity_factor = 1.25;
+  return {tied, mixed, granular, biased};
+}
+
+/// Matrices keep the size of what they multiply; routers are random and decided.
+inline Fill weights_of(const TinyModel& m) {
+  return [&m](const ParameterSpec& spec, const Box& box, Tensor target) {
+    Tensor x = normal(spec.shape, Random(m.seed, spec.name).bits(0));
+    if (spec.role == Role::router) {
+      x = x.narrow(0, 0, spec.shape[0] / m.tied_routers).repeat_interleave(m.tied_routers, 0);
+    }
+    const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
+    x = spec.role == Role::norm ? 1 + 0.2 * x : x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
+    for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
+    target.copy_(x);
+  };
+}
+
+/// `model` with everything that a step needs, on the layout of `run.parallel`. **Collective** over the world.
+class TinyTraining {
+ public:
+  TinyTraining(const TinyModel& model, const RunConfig& run, at::Device device = at::kCPU, Transport transport = Transport::automatic)
+      : run_(run), mesh_(Grid(run.parallel, world_size())),
+        stage_(model.architecture, make_layout(model.architecture, mesh_.grid(), run.parallel), mesh_) {
+    mesh_.prepare(device, transport);
+    stage_.weights().allocate(run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device, run.parallel.zero);
+    fill_masters(stage_.weights(), weights_of(model));
+    optimizer_ = std::make_unique<Optimizer>(stage_.weights(), run_.optimizer, run_.router_lr_scale());
+    sampler_ = std::make_unique<Sampler>(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train,
+                                         run.train.sequence, model.architecture.vocab, model.seed);
+    trainer_ = std::make_unique<Trainer>(run_, mesh_, stage_, *optimizer_, *sampler_);
+  }
+
+  StepReport step() { return read(trainer_->step()); }
+  Trainer& trainer() { return *trainer_; }
+  Stage& stage() { return stage_; }
+  const Mesh& mesh() const { return mesh_; }
+  const Sampler& sampler() const { return *sampler_; }
+
+  /// On one rank: the smallest distance between the last chosen and the first rejected logit that differs from it in kind, over the
+  /// tokens of the next step. Ties inside a copy are no choice.
+  double smallest_gap(int64_t tied_routers) {
+    const Unrecorded guard;
+    double smallest = std::numeric_limits<double>::infinity();
+    const Positions positions = stage_.positions(run_.train.global_batch, run_.train.sequence);
+    const at::Device device = stage_.weights().all().front().parameter.value.device();
+    Tensor x = stage_.embed(sampler_->batch(trainer_->state().position, run_.train.global_batch).tokens_BS.to(device));
+    for (Block& block : stage_.layers()) {
+      const Tensor attended = block.attend(x, positions), h = block.feed_forward_input(attended);
+      if (MoeLayer* moe = block.moe()) {
+        Tensor logits = moe->router().logits(h);
+        if (moe->router().state().bias_E.defined()) logits = logits + moe->router().state().bias_E;
+        const Tensor copies = logits.view({logits.size(0), -1, tied_routers}).select(2, 0);
+        const Tensor best = std::get<0>(copies.sort(int64_t{1}, /*descending=*/true));
+        const int64_t chosen = stage_.architecture().top_k / tied_routers;
+        smallest = std::min(smallest, (best.select(1, chosen - 1) - best.select(1, chosen)).min().item<double>());
+      }
+      x = attended + block.feed_forward(h, {});
+    }
+    return smallest;
+  }
+
+ private:
+  RunConfig run_;
+  Mesh mesh_;
+  Stage stage_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<Sampler> sampler_;
+  std::unique_ptr<Trainer> trainer_;
+};
+
+}  // namespace upcycle
