@@ -35,24 +35,25 @@ inline std::vector<TinyModel> tiny_models() {
     run.train.steps = 5, run.train.sequence = 32, run.train.global_batch = 8, run.train.micro_batch = 1;
     run.train.precision = Precision::fp32;
     run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.router_lr_scale = 1.0;
+    run.optimizer.eps = 1e-6;   // at 1e-8 a gradient that is zero but for rounding moves a weight by the whole learning rate, either way
     run.balance.aux = 0.05, run.balance.z = 0.01;
     run.moe_given = true, run.moe.experts = a.experts, run.moe.top_k = a.top_k;
     return m;
   };
-  TinyModel tied = model("tied", 1);
+  TinyModel tied = model("tied", 5);
 
-  TinyModel mixed = model("mixed", 2);
+  TinyModel mixed = model("mixed", 24);
   mixed.architecture.tied = false, mixed.architecture.kv_heads = 1, mixed.architecture.vocab = 91;
   mixed.architecture.dense_layers = {1, 4}, mixed.architecture.renormalise = false;
   mixed.run.balance.scope = BalanceScope::sequence;
 
-  TinyModel granular = model("granular", 3);
+  TinyModel granular = model("granular", 8);
   granular.architecture.experts = 16, granular.architecture.top_k = 4, granular.architecture.expert_ffn = 16;
   granular.run.moe.experts = 16, granular.run.moe.top_k = 4, granular.run.moe.granularity = 4;
   granular.run.balance.scope = BalanceScope::global;
   granular.tied_routers = 4;
 
-  TinyModel biased = model("biased", 4);
+  TinyModel biased = model("biased", 16);
   biased.architecture.tied = false, biased.architecture.dense_layers = {0};
   biased.run.balance.bias_rate = 0.01, biased.run.balance.capacity_factor = 1.25;
   return {tied, mixed, granular, biased};
