@@ -48,4 +48,32 @@ class Unrecorded {
   bool before_;
 };
 
+/// Memory for time (Chen et al., 1604.06174), of a whole function: `output` is what `again(inputs)` gives, computed without recording.
+/// Until backward only the inputs are kept; then `again` runs once more, recording, and backward goes through what it recorded. It must
+/// compute the same, bit for bit, and make the same collective calls. What it adds into Parameter::main_grad is added once, as ever.
+/// Call it where recording() holds.
+Tensor recomputed(Tensor output, const std::vector<Tensor>& inputs, std::function<Tensor(const std::vector<Tensor>& inputs)> again);
+
+/// The same of single tensors on the way: their memory is given back after forward, and what kept them for backward finds it filled
+/// again. For tensors that cost much memory and little time.
+class Remade {
+ public:
+  explicit Remade(bool on) : on_(on && recording()) {}
+
+  /// `value` can be had `again`, bit for bit, from tensors that are kept, or were added before. It must own all of its memory, and nobody
+  /// may read it after `before`. Added twice (a collective of one rank returns its argument), the first counts.
+  void add(const Tensor& value, std::function<Tensor()> again);
+  /// The end of the stretch: returns `output`, gives the memory back, and fills it before backward goes through `output`, in the order
+  /// of addition. All that kept a value lies before `output` in the graph.
+  Tensor before(const Tensor& output);
+
+ private:
+  struct Value {
+    Tensor tensor;
+    std::function<Tensor()> again;
+  };
+  bool on_;
+  std::vector<Value> values_;
+};
+
 }  // namespace upcycle

@@ -27,6 +27,8 @@ std::vector<Field> describe(RunConfig& c) {
       integer("moe.granularity", c.moe.granularity, 1, 65536),
       flag("moe.pre_softmax", c.moe.pre_softmax),
       layers("moe.layers", c.moe.layers_text),
+      choice<Dispatch>("moe.dispatcher", c.moe.dispatcher,
+                       {{"auto", Dispatch::automatic}, {"all-to-all", Dispatch::all_to_all}, {"all-gather", Dispatch::all_gather}}),
       number("moe.max_parameters", c.moe.max_parameters, kPositive),
 
       choice<Scaling>("upcycle.scaling", c.upcycle.scaling,
@@ -74,6 +76,9 @@ std::vector<Field> describe(RunConfig& c) {
       number("balance.bias_rate", c.balance.bias_rate, kNotNegative),
       number("balance.jitter", c.balance.jitter, kShare),
       number("balance.capacity_factor", c.balance.capacity_factor, kNotNegative),
+      choice<DropPolicy>("balance.drop_policy", c.balance.drop_policy,
+                         {{"probs", DropPolicy::weight}, {"position", DropPolicy::position}}),
+      flag("balance.pad_to_capacity", c.balance.pad_to_capacity),
 
       blend("data.train", c.data.train),
       blend("data.validation", c.data.validation),

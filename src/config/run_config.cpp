@@ -66,6 +66,9 @@ std::vector<Problem> check_together(const RunConfig& c) {
   if (c.moe_given && c.moe.experts > 0 && c.moe.top_k > c.moe.experts) {
     add("moe.top_k", " = ", c.moe.top_k, " is more than moe.experts = ", c.moe.experts);
   }
+  if (c.balance.pad_to_capacity && c.balance.capacity_factor == 0) {
+    add("balance.pad_to_capacity", " = true needs balance.capacity_factor > 0");
+  }
   if (c.parallel.virtual_stages > 1 && c.parallel.pipeline == 1) {
     add("parallel.virtual_stages", " = ", c.parallel.virtual_stages, " needs parallel.pipeline > 1");
   }
@@ -108,10 +111,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
   const auto unless = [&](bool built, const std::string& key, const auto& value) {
     if (!built) lines.push_back(text(key, " = ", value, ": not built yet"));
   };
-  unless(c.parallel.expert_tensor == 1, "parallel.expert_tensor", c.parallel.expert_tensor);
-  unless(c.train.recompute == Recompute::none, "train.recompute",
-         c.train.recompute == Recompute::full ? "\"full\"" : "\"selective\"");
-  unless(c.balance.capacity_factor == 0.0, "balance.capacity_factor", c.balance.capacity_factor);
   unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");
   unless(!c.log.tensorboard, "log.tensorboard", "true");
   return lines;

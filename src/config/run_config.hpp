@@ -30,12 +30,14 @@ struct SourceSection {
   std::string tokenizer;               ///< directory; default: the model's
 };
 
+enum class Dispatch { automatic, all_to_all, all_gather };
 struct MoeSection {
   int64_t experts = 0;                 ///< N; 0: no experts asked for
   int64_t top_k = 2;                   ///< K
   int64_t granularity = 1;             ///< G
   bool pre_softmax = false;            ///< weights are softmax probabilities over all experts, not renormalised
   std::string layers_text = "all";     ///< "all", "every:2", "first-dense:1", or a list "[0, 1, 2]" of MoE layers
+  Dispatch dispatcher = Dispatch::automatic;
   double max_parameters = 140e9;
 };
 
@@ -79,6 +81,7 @@ struct OptimizerSection {
   std::optional<double> router_lr_scale;  ///< default 0.1 for granularity > 1, else 1
 };
 
+enum class DropPolicy { weight, position };
 enum class BalanceScope { batch, sequence, global };
 struct BalanceSection {
   double aux = 1e-3;
@@ -86,7 +89,9 @@ struct BalanceSection {
   double z = 0.0;
   double bias_rate = 0.0;              ///< 0: a bias that a checkpoint has stays as it is
   double jitter = 0.0;
-  double capacity_factor = 0.0;
+  double capacity_factor = 0.0;        ///< 0: dropless
+  DropPolicy drop_policy = DropPolicy::weight;
+  bool pad_to_capacity = false;
 };
 
 struct Blend {

@@ -23,10 +23,12 @@ std::vector<std::string> names(const std::string& prefix, const std::vector<std:
 // Keys and values of all context ranks, in one call. An all-gather, not a ring of partial attentions: with few key/value heads they
 // are small beside the queries, and any mask, that of packed documents too, works on them as they are. So does Llama 3, for both
 // reasons (arXiv 2407.21783, section 3.3.2).
-std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD) {
+std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD, Remade& remade) {
   if (context.size() == 1) return {k_BSGD, v_BSGD};
   const int64_t groups = k_BSGD.size(2);
-  const Tensor both = gather_sequence(context, at::cat({k_BSGD, v_BSGD}, 2));
+  const auto of_all = [&context](const Tensor& k, const Tensor& v) { return gather_sequence(context, at::cat({k, v}, 2)); };
+  const Tensor both = of_all(k_BSGD, v_BSGD);
+  remade.add(both, [of_all, k = k_BSGD.detach(), v = v_BSGD.detach()] { return of_all(k, v); });
   return {both.narrow(2, 0, groups), both.narrow(2, groups, groups)};
 }
 
@@ -48,19 +50,30 @@ Attention::Attention(Weights& weights, const Mesh& mesh, const std::string& pref
   kv_width_ = std::max<int64_t>(a.kv_heads / ranks, 1) * head_dim_;
 }
 
-Tensor Attention::forward(const Tensor& x_TW, const Positions& positions) {
-  const Tensor x = gather_along(tensor_, x_TW, 0);   // all rows, this rank's heads
-  const Tensor qkv = kv_ ? at::cat({linear(x, qkv_), linear(x, *kv_)}, -1) : linear(x, qkv_);
+Tensor Attention::forward(const Tensor& x_TW, const Positions& positions, Remade& remade) {
+  const Tensor rows = gather_along(tensor_, x_TW, 0);   // all rows, this rank's heads
+  remade.add(rows, [this, x = x_TW.detach()] { return gather_along(tensor_, x, 0); });
+  const Tensor qkv = kv_ ? at::cat({linear(rows, qkv_), linear(rows, *kv_)}, -1) : linear(rows, qkv_);
   const int64_t batch = positions.sequences, length = qkv.size(0) / batch;
-  const auto heads = [&](int64_t begin, int64_t width) {
-    return qkv.narrow(-1, begin, width).view({batch, length, width / head_dim_, head_dim_});
+  const auto heads = [batch, length, head_dim = head_dim_](const Tensor& qkv, int64_t begin, int64_t width) {
+    return qkv.narrow(-1, begin, width).view({batch, length, width / head_dim, head_dim});
   };
-  const Tensor q_BSHD = rotate(rms_norm(heads(0, q_width_), q_norm_, eps_), positions.rotary);
-  const Tensor k_BSGD = rotate(rms_norm(heads(q_width_, kv_width_), k_norm_, eps_), positions.rotary);
-  const Tensor v_BSGD = heads(q_width_ + kv_width_, kv_width_);
-  const auto [k_BPGD, v_BPGD] = whole_sequence(context_, k_BSGD, v_BSGD);
+  const auto rotated = [&](int64_t begin, int64_t width, Parameter& norm) {
+    const auto of = [heads, begin, width, &norm, eps = eps_, table = positions.rotary](const Tensor& qkv) {
+      return rotate(rms_norm(heads(qkv, begin, width), norm, eps), table);
+    };
+    const Tensor x = of(qkv);
+    remade.add(x, [of, qkv = qkv.detach()] { return of(qkv); });
+    return x;
+  };
+  const Tensor q_BSHD = rotated(0, q_width_, q_norm_), k_BSGD = rotated(q_width_, kv_width_, k_norm_);
+  const Tensor v_BSGD = heads(qkv, q_width_ + kv_width_, kv_width_);
+  const auto [k_BPGD, v_BPGD] = whole_sequence(context_, k_BSGD, v_BSGD, remade);
   const Tensor out_BSHD = attention(q_BSHD, k_BPGD, v_BPGD, positions.segments).out_BSHD;
-  return reduce_scatter_along(tensor_, linear(out_BSHD.reshape({batch * length, q_width_}), out_), 0);
+  const auto flat = [shape = Shape{batch * length, q_width_}](const Tensor& out) { return out.reshape(shape); };
+  const Tensor out_NH = flat(out_BSHD);
+  if (!out_NH.is_alias_of(out_BSHD)) remade.add(out_NH, [flat, out = out_BSHD.detach()] { return flat(out); });
+  return reduce_scatter_along(tensor_, linear(out_NH, out_), 0);
 }
 
 }  // namespace upcycle

@@ -1,4 +1,5 @@
 #pragma once
+#include "base/autograd.hpp"
 #include "config/architecture.hpp"
 #include "model/weights.hpp"
 #include "model/positions.hpp"
@@ -13,8 +14,8 @@ namespace upcycle {
 class Attention {
  public:
   Attention(Weights&, const Mesh&, const std::string& prefix);
-  /// **Collective** over the tensor and context groups. x [T, W] -> [T, W].
-  Tensor forward(const Tensor& x_TW, const Positions& positions);
+  /// **Collective** over the tensor and context groups. x [T, W] -> [T, W]. Adds what it can make again to `remade`, from x on.
+  Tensor forward(const Tensor& x_TW, const Positions& positions, Remade& remade);
 
  private:
   const Communicator& tensor_;

@@ -9,12 +9,12 @@
 
 namespace upcycle {
 
-Stage::Stage(const Architecture& architecture, const Layout& layout, const Mesh& mesh)
+Stage::Stage(const Architecture& architecture, const Layout& layout, const Mesh& mesh, const ModelSettings& settings)
     : tensor_(mesh.along(Axis::tensor)), context_(mesh.along(Axis::context)), weights_(architecture, layout, mesh.here()) {
   const int here = mesh.here()[Axis::pipeline], last = layout.stages() - 1;
   if (here == 0 || (here == last && architecture.tied)) embedding_ = vocabulary("model.embed_tokens.weight");
   for (int64_t layer = 0; layer < architecture.layers; ++layer) {
-    if (layout.stage_of(layer) == here) blocks_.emplace_back(weights_, mesh, layer);
+    if (layout.stage_of(layer) == here) blocks_.emplace_back(weights_, mesh, layer, settings);
   }
   if (here == last) {
     final_norm_ = &weights_.add({"model.norm.weight"});

@@ -11,7 +11,7 @@ namespace upcycle {
 class Stage {
  public:
   /// Nothing is allocated until weights().allocate(). `mesh` must outlive the stage.
-  Stage(const Architecture&, const Layout&, const Mesh& mesh);
+  Stage(const Architecture&, const Layout&, const Mesh& mesh, const ModelSettings& settings = {});
 
   /// Where the rows of `sequences` sequences stand, of each of which this context rank holds `held` positions. starts [B, S], on the
   /// host: where in its sequence the document of each of these begins (undefined: attention crosses the borders of documents).

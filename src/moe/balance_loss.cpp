@@ -2,11 +2,10 @@
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 
 #include "base/autograd.hpp"
+#include "ops/permute.hpp"
 
 namespace upcycle {
 namespace {
@@ -33,12 +32,6 @@ Tensor shares(const Communicator& sharing, const BalanceLoss& loss, const Tensor
 }
 
 }  // namespace
-
-Tensor count_choices(const Tensor& expert_TK, int64_t experts) {
-  const Tensor choice_R = expert_TK.reshape({-1});
-  Tensor count_E = at::zeros({experts}, choice_R.options());   // by hand, for bincount makes the host wait for a GPU
-  return count_E.scatter_add_(0, choice_R, at::ones_like(choice_R));
-}
 
 Measures measure(const Communicator& sharing, const BalanceLoss& loss, const Tensor& logits_TE, const Tensor& probability_TE,
                  const Tensor& expert_TK, const Tensor& count_E, const Tensor& last_E) {

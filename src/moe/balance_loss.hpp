@@ -33,9 +33,6 @@ struct Measures {
 Measures measure(const Communicator& sharing, const BalanceLoss& loss, const Tensor& logits_TE, const Tensor& probability_TE,
                  const Tensor& expert_TK, const Tensor& count_E, const Tensor& last_E);
 
-/// How many of the choices fall to each expert: int64 [E]. Nothing waits.
-Tensor count_choices(const Tensor& expert_TK, int64_t experts);
-
 /// `bias_E` after a step whose global batch made `count_E` choices: bias + rate * sign(mean count - count) (Wang et al., 2408.15664),
 /// unchanged where `applied` (bool scalar) is false.
 Tensor moved_bias(const Tensor& bias_E, const Tensor& count_E, double rate, const Tensor& applied);

@@ -1,12 +1,23 @@
 #include "moe/dispatcher.hpp"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
+#include <algorithm>
+#include <numeric>
 #include <vector>
+
+#include "base/autograd.hpp"
 
 namespace upcycle {
 namespace {
+
+std::vector<int64_t> numbers(const Tensor& host) {
+  const int64_t* first = host.const_data_ptr<int64_t>();
+  return {first, first + host.numel()};
+}
 
 // Rows arrive ordered by (sender, expert); the permutation that orders them by (expert, sender).
 Tensor by_expert(const std::vector<int64_t>& count_SL, int64_t senders, int64_t local, at::Device device) {
@@ -27,48 +38,110 @@ Tensor by_expert(const std::vector<int64_t>& count_SL, int64_t senders, int64_t 
   return permutation.to(device);
 }
 
-Tensor inverse_permutation(const Tensor& permutation) { return std::get<1>(permutation.sort()); }
+/// The one that receives fewer bytes, forward: a row counts 2 on its way (bf16), and 4 where partial sums come home in fp32.
+///   all-to-all: T*K rows, of which (S-1)/S cross, there and back; the P parts of a width gather and reduce all that arrived.
+///   all-gather: the T rows of all other ranks there; their partial sums back.
+Dispatch cheaper(int64_t top_k, int64_t ranks, int64_t peers) {
+  const double k = static_cast<double>(top_k), s = static_cast<double>(ranks), p = static_cast<double>(peers);
+  const double all_to_all = (2 + 2) * k * ((s - 1) / s + p - 1), all_gather = (2 + 4) * (s * p - 1);
+  return all_gather < all_to_all ? Dispatch::all_gather : Dispatch::all_to_all;
+}
 
 }  // namespace
 
-Dispatcher::Dispatcher(const Communicator& experts, int64_t num_experts)
-    : group_(experts), num_local_(num_experts / experts.size()) {}
+Dispatcher::Dispatcher(const Communicator& experts, const Communicator& expert_tensor, DispatcherSettings settings)
+    : experts_(experts),
+      expert_tensor_(expert_tensor),
+      num_experts_(settings.experts),
+      num_local_(settings.experts / experts.size()),
+      how_(settings.how == Dispatch::automatic ? cheaper(settings.top_k, experts.size(), expert_tensor.size()) : settings.how),
+      pad_(settings.pad) {}
 
-Arrived Dispatcher::dispatch(const Tensor& x_TD, const Routing& routing) const {
-  const int64_t ranks = group_.size();
-  Arrived arrived;
-  arrived.weight_TK = routing.weight_TK;
-  arrived.order = sort_by_expert(routing.expert_TK);
-  const Tensor x_ND = spread_rows(x_TD, arrived.order);
-  if (ranks == 1) {
-    arrived.x_RD = x_ND;
-    arrived.end_L = at::cumsum(routing.count_E, 0, at::kInt);
-    return arrived;
-  }
-  // count_SE: how many rows each rank has for each expert. The one place where the host must know: split sizes.
-  const Tensor count_SE = group_.all_gather(routing.count_E.unsqueeze(0), 0).cpu();
-  const Tensor count_SL = count_SE.narrow(1, group_.rank() * num_local_, num_local_).contiguous();
-  const Tensor sent_S = count_SE[group_.rank()].view({ranks, num_local_}).sum(1);
-  const Tensor received_S = count_SL.sum(1);
-  const int64_t* sent = sent_S.const_data_ptr<int64_t>();
-  const int64_t* received = received_S.const_data_ptr<int64_t>();
-  arrived.splits = {{sent, sent + ranks}, {received, received + ranks}};
-  const Tensor arrival_RD = exchange(group_, x_ND, arrived.splits);
-  const int64_t* counts = count_SL.const_data_ptr<int64_t>();
-  arrived.by_expert_R = by_expert({counts, counts + count_SL.numel()}, ranks, num_local_, x_TD.device());
-  arrived.by_sender_R = inverse_permutation(arrived.by_expert_R);
-  arrived.x_RD = permute_rows(arrival_RD, arrived.by_expert_R);
-  arrived.end_L = at::cumsum(count_SL.sum(0), 0, at::kInt).to(x_TD.device());
-  return arrived;
+// A token chooses an expert once, so T tokens fill T slots at most.
+int64_t Dispatcher::slots(const Routing& routing) const {
+  return pad_ && routing.capacity > 0 ? std::min(routing.capacity, routing.expert_TK.size(0)) : 0;
 }
 
-Tensor Dispatcher::combine(const Tensor& y_RD, const Arrived& arrived) const {
-  Tensor y_ND = y_RD;
-  if (arrived.by_sender_R.defined()) {
-    const Splits home{arrived.splits.receive, arrived.splits.send};
-    y_ND = exchange(group_, permute_rows(y_RD, arrived.by_sender_R), home);
+Route Dispatcher::plan(const Routing& routing) const {
+  const Unrecorded guard;
+  return how_ == Dispatch::all_gather ? plan_all_gather(routing) : plan_all_to_all(routing);
+}
+
+Route Dispatcher::plan_all_to_all(const Routing& routing) const {
+  const int64_t ranks = experts_.size(), peers = expert_tensor_.size(), slots = this->slots(routing);
+  const at::Device device = routing.expert_TK.device();
+  Route route;
+  if (ranks * peers == 1 && routing.capacity == 0) {
+    route.order = sort_by_expert(routing.expert_TK);
+    route.end_L = at::cumsum(routing.count_E, 0, at::kInt);
+    return route;
   }
-  return weigh_and_sum(y_ND, arrived.weight_TK, arrived.order);
+  // count_SE: how many rows each rank has for each expert. The one place where the host must know: split sizes.
+  const Tensor count_SE = slots > 0 ? at::full({ranks, num_experts_}, slots, at::kLong)
+                                    : experts_.all_gather(routing.count_E.unsqueeze(0), 0).cpu();
+  const Tensor count_SL = count_SE.narrow(1, experts_.rank() * num_local_, num_local_).contiguous();
+  const Tensor count_PSL = slots > 0 ? count_SL.expand({peers, ranks, num_local_}).contiguous()
+                                     : expert_tensor_.all_gather(count_SL.unsqueeze(0), 0);
+  const Tensor sent_S = count_SE[experts_.rank()].view({ranks, num_local_}).sum(1);
+  route.splits = {numbers(sent_S), numbers(count_SL.sum(1))};
+  route.rows_P = numbers(count_PSL.flatten(1).sum(1));
+  if (slots > 0) {
+    route.order = slots_by_expert(routing.expert_TK, 0, num_experts_, slots);
+  } else if (routing.capacity > 0) {
+    route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_S.sum().item<int64_t>());
+  } else {
+    route.order = sort_by_expert(routing.expert_TK);
+  }
+  if (ranks * peers > 1) {
+    route.by_expert_R = by_expert(numbers(count_PSL), peers * ranks, num_local_, device);
+    route.by_sender_R = inverse_of(route.by_expert_R);
+  }
+  route.end_L = at::cumsum(count_PSL.flatten(0, 1).sum(0), 0, at::kInt).to(device);
+  return route;
+}
+
+Route Dispatcher::plan_all_gather(const Routing& routing) const {
+  const int64_t ranks = experts_.size(), peers = expert_tensor_.size(), slots = this->slots(routing) * ranks * peers;
+  const int64_t tokens = routing.expert_TK.size(0), first = experts_.rank() * num_local_;
+  Route route;
+  route.tokens_S = slots > 0 ? Rows(static_cast<size_t>(ranks), tokens) : experts_.all_gather(tokens);
+  const int64_t of_group = std::accumulate(route.tokens_S.begin(), route.tokens_S.end(), int64_t{0});
+  route.rows_P = slots > 0 ? Rows(static_cast<size_t>(peers), of_group) : expert_tensor_.all_gather(of_group);
+  const Tensor expert_TK = of_all(routing.expert_TK, route);
+  if (slots > 0) {
+    route.order = slots_by_expert(expert_TK, first, num_local_, slots);
+    route.end_L = (at::arange(1, num_local_ + 1, expert_TK.options()) * slots).to(at::kInt);
+  } else {
+    const Tensor end_L = count_choices(expert_TK, num_local_, first).cumsum(0);
+    route.order = sort_by_expert(expert_TK, first, num_local_, end_L[-1].item<int64_t>());
+    route.end_L = end_L.to(at::kInt);
+  }
+  return route;
+}
+
+Tensor Dispatcher::of_all(const Tensor& x_TD, const Route& route) const {
+  return gather_rows(expert_tensor_, gather_rows(experts_, x_TD, route.tokens_S), route.rows_P);
+}
+
+Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route) const {
+  if (how_ == Dispatch::all_gather) return spread_rows(of_all(x_TD, route), route.order);
+  const Tensor x_ND = spread_rows(x_TD, route.order);
+  if (!route.by_expert_R.defined()) return x_ND;
+  return permute_rows(gather_rows(expert_tensor_, exchange(experts_, x_ND, route.splits), route.rows_P), route.by_expert_R);
+}
+
+Tensor Dispatcher::combine(const Tensor& y_RD, const Tensor& weight_TK, const Route& route) const {
+  if (how_ == Dispatch::all_gather) {
+    const Tensor partial = weigh_and_sum(y_RD, of_all(weight_TK, route), route.order, at::kFloat);
+    const Tensor y_TD = reduce_scatter_rows(experts_, reduce_scatter_rows(expert_tensor_, partial, route.rows_P), route.tokens_S);
+    return y_TD.to(y_RD.scalar_type());
+  }
+  Tensor y_ND = y_RD;
+  if (route.by_expert_R.defined()) {
+    const Splits home{route.splits.receive, route.splits.send};
+    y_ND = exchange(experts_, reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P), home);
+  }
+  return weigh_and_sum(y_ND, weight_TK, route.order);
 }
 
 }  // namespace upcycle

@@ -1,38 +1,66 @@
 #pragma once
+#include "config/run_config.hpp"
 #include "moe/router.hpp"
 #include "ops/permute.hpp"
 #include "parallel/regions.hpp"
 
-// Shapes: T tokens here, K choices of each, E experts of the layer, L of them on this rank, N = T*K rows that leave,
-// R rows that arrive, D width.
+// Shapes: T tokens here, K choices of each, E experts of the layer, L of them on this rank, N rows that leave, R rows that arrive, D width;
+// S ranks of the expert group, P ranks that share an expert's width (the expert_tensor group).
 namespace upcycle {
 
-/// Rows at their experts, and the receipt that combine() needs to bring them home.
-struct Arrived {
-  Tensor x_RD;          ///< sorted by local expert
-  Tensor end_L;         ///< int32: expert l owns rows end[l-1] .. end[l]; on the device of the rows
-  // the receipt
-  RowOrder order;       ///< how the rows were sorted before they left
-  Splits splits;        ///< how many went to and came from each rank
-  Tensor by_expert_R;   ///< arrival order -> sorted by local expert; undefined when they arrive sorted (one rank)
+/// Where each row goes and how it comes home: made once for a routing, good for any pass over the same tokens.
+struct Route {
+  Tensor end_L;         ///< int32: expert l owns rows end[l-1] .. end[l] of those that arrive; on the device of the rows
+  RowOrder order;       ///< how choices become rows: all-to-all, of this rank's tokens; all-gather, of everyone's
+  Splits splits;        ///< all-to-all: how many rows go to and come from each rank of the expert group
+  Tensor by_expert_R;   ///< all-to-all: order of arrival -> sorted by local expert; undefined when they arrive sorted (one rank)
   Tensor by_sender_R;   ///< its inverse
-  Tensor weight_TK;
+  Rows tokens_S;        ///< all-gather: the tokens of each rank of the expert group
+  Rows rows_P;          ///< rows that each rank of the expert_tensor group brings: arrived ones (all-to-all), tokens (all-gather)
 };
 
-/// Sends each token's row to its experts' ranks and brings the results back, weighed and summed. The group's ranks hold equal
-/// consecutive shares of the experts. Ranks without rows take part in every exchange, forward and backward.
+struct DispatcherSettings {
+  int64_t experts = 0;
+  int64_t top_k = 0;
+  Dispatch how = Dispatch::automatic;
+  bool pad = false;     ///< limited routings: every rank sends each expert min(capacity, T) rows, zeros where it has fewer
+};
+
+/// Brings each token's row to its experts' ranks and the results back, weighed and summed. The expert group's ranks hold equal
+/// consecutive shares of the experts, the expert_tensor group's ranks equal parts of each one's width.
+/// all-to-all: K rows of a token travel to the ranks of its experts. all-gather: every rank gets all tokens' rows once, computes those of
+/// its own experts, and the weighed parts are summed where the tokens live. Both give the same numbers but for rounding.
+/// Ranks without rows take part in every exchange, forward and backward.
 class Dispatcher {
  public:
-  Dispatcher(const Communicator& experts, int64_t num_experts);
+  Dispatcher(const Communicator& experts, const Communicator& expert_tensor, DispatcherSettings);
 
-  /// **Collective** over the expert group. With one rank nothing is read on the host; with several, counts cross once.
-  Arrived dispatch(const Tensor& x_TD, const Routing& routing) const;
-  /// **Collective** over the expert group. y_TD = sum_k weight * y; `y_RD` in the order of arrived.x_RD.
-  Tensor combine(const Tensor& y_RD, const Arrived& arrived) const;
+  /// **Collective** over both groups. With one rank nothing is read on the host unless choices were dropped; with several, counts cross
+  /// once. When padding, nothing crosses and nothing is read; all ranks must have as many tokens then.
+  Route plan(const Routing& routing) const;
+  /// **Collective** over both groups. [T, D] -> [R, D] sorted by local expert.
+  Tensor dispatch(const Tensor& x_TD, const Route& route) const;
+  /// **Collective** over both groups. y_TD = sum_k weight * y; `y_RD` in the order of dispatch's rows; each expert_tensor rank's are
+  /// its part of a sum.
+  Tensor combine(const Tensor& y_RD, const Tensor& weight_TK, const Route& route) const;
+
+  /// The one in use; Dispatch::automatic was decided when it was made.
+  Dispatch how() const noexcept { return how_; }
+  /// Rows never leave this rank.
+  bool at_home() const noexcept { return experts_.size() * expert_tensor_.size() == 1; }
 
  private:
-  const Communicator& group_;
+  Route plan_all_to_all(const Routing& routing) const;
+  Route plan_all_gather(const Routing& routing) const;
+  int64_t slots(const Routing& routing) const;
+  Tensor of_all(const Tensor& x_TD, const Route& route) const;
+
+  const Communicator& experts_;
+  const Communicator& expert_tensor_;
+  int64_t num_experts_;
   int64_t num_local_;
+  Dispatch how_;
+  bool pad_;
 };
 
 }  // namespace upcycle

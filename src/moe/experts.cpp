@@ -5,9 +5,10 @@
 
 namespace upcycle {
 
-Tensor Experts::forward(const Tensor& x_RD, const Tensor& end_L) {
-  const Tensor gate_up_RF = grouped_matmul(x_RD, gate_up_, end_L);
-  return grouped_matmul(swiglu(gate_up_RF), down_, end_L);
+Tensor Experts::forward(const Tensor& x_RD, const Tensor& end_L, Remade& remade) {
+  const Tensor gate_up_RF = grouped_matmul(x_RD, gate_up_, end_L), product_RF = swiglu(gate_up_RF);
+  remade.add(product_RF, [gate_up_RF = gate_up_RF.detach()] { return swiglu(gate_up_RF); });
+  return grouped_matmul(product_RF, down_, end_L);
 }
 
 }  // namespace upcycle

@@ -1,15 +1,17 @@
 #pragma once
+#include "base/autograd.hpp"
 #include "ops/parameter.hpp"
 
-// Shapes: R rows sorted by expert, L experts of this rank, F width of one expert, D width of the model.
+// Shapes: R rows sorted by expert, L experts of this rank, F width of one expert here, D width of the model.
 namespace upcycle {
 
-/// The feed-forwards of this rank's experts: down(silu(gate x) * up x), each as one grouped product.
+/// The feed-forwards of this rank's experts: down(silu(gate x) * up x), each as one grouped product. With a width cut over several ranks,
+/// this rank's part of that sum.
 class Experts {
  public:
   Experts(Parameter& gate_up_LFD, Parameter& down_LDF) : gate_up_(gate_up_LFD), down_(down_LDF) {}
-  /// `x` [R, D] -> [R, D]; `end_L` as in Arrived.
-  Tensor forward(const Tensor& x_RD, const Tensor& end_L);
+  /// `x` [R, D] -> [R, D]; `end_L` as in Route. Adds the product silu(gate x) * up x to `remade`.
+  Tensor forward(const Tensor& x_RD, const Tensor& end_L, Remade& remade);
 
  private:
   Parameter& gate_up_;

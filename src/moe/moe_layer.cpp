@@ -2,11 +2,36 @@
 
 namespace upcycle {
 
+Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Routed& routed, Remade& remade) {
+  RouterContext told = context;
+  told.expert_TK = routed.expert_TK;
+  const Routing routing = router_.forward(x_TD, told);
+  if (!routed.expert_TK.defined()) decide(routing, context.token_T, routed);
+  if (recording() && routed.dropped.defined()) router_.statistics().dropped.add_(routed.dropped);
+  const Tensor x_RD = dispatcher_.dispatch(x_TD, routed.route);
+  if (dispatcher_.at_home()) {
+    remade.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
+  }
+  const Tensor y_RD = experts_.forward(x_RD, routed.route.end_L, remade);
+  return dispatcher_.combine(y_RD, routing.weight_TK, routed.route);
+}
+
 Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context) {
-  const Routing routing = router_.forward(x_TD, context);
-  const Arrived arrived = dispatcher_.dispatch(x_TD, routing);
-  const Tensor y_RD = experts_.forward(arrived.x_RD, arrived.end_L);
-  return dispatcher_.combine(y_RD, arrived);
+  Routed routed;
+  Remade nothing(false);
+  return forward(x_TD, context, routed, nothing);
+}
+
+void MoeLayer::decide(const Routing& routing, const Tensor& token_T, Routed& routed) const {
+  const Unrecorded guard;
+  routed.expert_TK = routing.expert_TK;
+  if (capacity_.factor == 0 || !token_T.defined()) {
+    routed.route = dispatcher_.plan(routing);
+    return;
+  }
+  const Routing kept = limited(routing, token_T, sharing_, capacity_);
+  routed.dropped = (routing.count_E - kept.count_E).sum();
+  routed.route = dispatcher_.plan(kept);
 }
 
 }  // namespace upcycle

@@ -11,6 +11,7 @@
 #include "base/autograd.hpp"
 #include "base/rng.hpp"
 #include "ops/linear.hpp"
+#include "ops/permute.hpp"
 #include "ops/uniform.hpp"
 
 namespace upcycle {
@@ -24,10 +25,10 @@ Tensor attach_loss(const Tensor& weight_TK, const Tensor& loss, double coefficie
   });
 }
 
-Tensor shaken(const Tensor& x_TD, const Jitter& jitter, int64_t layer) {
+Tensor shaken(const Tensor& x_TD, const Jitter& jitter, const Tensor& token_T, int64_t layer) {
   if (jitter.size == 0) return x_TD;
   const Random random(jitter.seed, "model.layers." + std::to_string(layer) + ".mlp.gate/jitter");
-  return x_TD.to(at::kFloat) * uniform(random, jitter.token_T, x_TD.size(1)).mul_(2 * jitter.size).add_(1 - jitter.size);
+  return x_TD.to(at::kFloat) * uniform(random, token_T, x_TD.size(1)).mul_(2 * jitter.size).add_(1 - jitter.size);
 }
 
 }  // namespace
@@ -56,10 +57,10 @@ void Router::count(const Tensor& count_E, const Measures& measures) {
   }
 }
 
-Tensor Router::logits(const Tensor& x_TD) { return linear(x_TD.to(at::kFloat), weight_ED_); }
+Tensor Router::logits(const Tensor& x_TD) { return linear(x_TD, weight_ED_); }
 
 Routing Router::forward(const Tensor& x_TD, const RouterContext& context) {
-  const Tensor logits_TE = logits(shaken(x_TD, context.jitter, settings_.layer));
+  const Tensor logits_TE = logits(shaken(x_TD, context.jitter, context.token_T, settings_.layer));
   const Tensor expert_TK = context.expert_TK.defined() ? context.expert_TK : choose_experts(biased(logits_TE), settings_.top_k);
   const Tensor probability_TE = at::softmax(logits_TE, -1);
   Tensor weight_TK = settings_.renormalise ? at::softmax(logits_TE.gather(1, expert_TK), -1)

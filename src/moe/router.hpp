@@ -10,6 +10,8 @@ struct Routing {
   Tensor expert_TK;   ///< int64; best first
   Tensor weight_TK;   ///< fp32, differentiable
   Tensor count_E;     ///< int64, choices per expert; device tensor
+  /// Choices of a micro-batch that an expert takes; 0: all of them. Those it did not take name expert E (see capacity.hpp).
+  int64_t capacity = 0;
 };
 
 /// Noise on what the router sees in training (Switch Transformer, 2101.03961, section 2.4): each element times 1 + size * U[-1, 1).
@@ -17,13 +19,13 @@ struct Routing {
 struct Jitter {
   double size = 0.0;
   uint64_t seed = 0;
-  Tensor token_T;     ///< int64, the number of each token in the training stream; unused without noise
 };
 
 /// What a router is told of the micro-batch, the same for all layers. Nothing of it for validation: {}.
 struct RouterContext {
   BalanceLoss balance;
   Jitter jitter;
+  Tensor token_T;     ///< int64, the number of each token in the training stream; for jitter and capacities
   /// The choice of an earlier pass over the same tokens of this layer; undefined: the router chooses. For layers that are computed
   /// again: losses are attached, and tokens counted, in the pass that records, once, whoever chose.
   Tensor expert_TK;

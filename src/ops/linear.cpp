@@ -22,13 +22,14 @@ Tensor linear(const Tensor& x, Parameter& weight) {
   Tensor y;
   {
     const Unrecorded guard;
-    y = at::linear(x, weight.arrived());
+    const Tensor& value = weight.arrived();
+    y = at::linear(x.to(value.scalar_type()), value);
   }
   return record(y, {x}, [x = x.detach(), &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_TO = dy[0].reshape({-1, dy[0].size(-1)});
-    add_weight_gradient(weight.main_grad, dy_TO, x.reshape({-1, x.size(-1)}));
+    add_weight_gradient(weight.main_grad, dy_TO, x.reshape({-1, x.size(-1)}).to(dy_TO.scalar_type()));
     weight.ready();
-    return {at::matmul(dy[0], weight.value)};
+    return {at::matmul(dy[0], weight.value).to(x.scalar_type())};
   });
 }
 

@@ -1,7 +1,11 @@
 #include "parallel/regions.hpp"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "base/autograd.hpp"
@@ -37,6 +41,43 @@ Tensor own_slice(const Communicator& group, const Tensor& x, int64_t dim) {
   }
   const int64_t part = x.size(dim) / group.size();
   return x.narrow(dim, group.rank() * part, part).contiguous();
+}
+
+/// `rows` of all ranks as blocks of one height.
+struct Blocks {
+  const Rows& rows;
+  int64_t height = *std::max_element(rows.begin(), rows.end());
+  bool even() const { return std::all_of(rows.begin(), rows.end(), [this](int64_t n) { return n == height; }); }
+  Tensor padded(const Tensor& x) const {
+    std::vector<int64_t> pad(static_cast<size_t>(2 * x.dim()), 0);   // last dim first: dim 0's end comes last
+    pad.back() = height - x.size(0);
+    return at::constant_pad_nd(x, pad);
+  }
+};
+
+void want_rows(const char* call, const Communicator& group, const Tensor& x, const Rows& rows, int64_t here) {
+  if (static_cast<int>(rows.size()) == group.size() && x.size(0) == here) return;
+  throw std::logic_error(text(call, ": ", rows.size(), " numbers of rows on ", group.size(), " ranks, and ", here, " rows where ",
+                              x.sizes(), " came"));
+}
+
+Tensor gathered_rows(const Communicator& group, const Tensor& x, const Rows& rows) {
+  want_rows("gather_rows", group, x, rows, rows[static_cast<size_t>(group.rank())]);
+  const Blocks blocks{rows};
+  if (blocks.even()) return group.all_gather(x, 0);
+  const Tensor all = group.all_gather(blocks.padded(x), 0);
+  std::vector<Tensor> parts;
+  for (size_t r = 0; r < rows.size(); ++r) parts.push_back(all.narrow(0, static_cast<int64_t>(r) * blocks.height, rows[r]));
+  return at::cat(parts, 0);
+}
+
+Tensor reduced_rows(const Communicator& group, const Tensor& x, const Rows& rows) {
+  want_rows("reduce_scatter_rows", group, x, rows, std::accumulate(rows.begin(), rows.end(), int64_t{0}));
+  const Blocks blocks{rows};
+  if (blocks.even()) return group.reduce_scatter(x, 0);
+  std::vector<Tensor> parts;
+  for (const Tensor& part : x.split_with_sizes(rows, 0)) parts.push_back(blocks.padded(part));
+  return group.reduce_scatter(at::cat(parts, 0), 0).narrow(0, 0, rows[static_cast<size_t>(group.rank())]).contiguous();
 }
 
 /// The op `forward(x)` with `backward(dy)`, neither recorded by ATen.
@@ -99,6 +140,20 @@ Tensor exchange(const Communicator& group, const Tensor& x_ND, const Splits& spl
   return region(
       x_ND, [&](const Tensor& x) { return group.all_to_all(x, splits.send, splits.receive); },
       [&group, splits](const Tensor& dy_ND) { return group.all_to_all(dy_ND, splits.receive, splits.send); });
+}
+
+Tensor gather_rows(const Communicator& group, const Tensor& x_ND, const Rows& rows) {
+  if (group.size() == 1) return x_ND;
+  return region(
+      x_ND, [&](const Tensor& x) { return gathered_rows(group, x, rows); },
+      [&group, rows](const Tensor& dy_ND) { return reduced_rows(group, dy_ND, rows); });
+}
+
+Tensor reduce_scatter_rows(const Communicator& group, const Tensor& x_ND, const Rows& rows) {
+  if (group.size() == 1) return x_ND;
+  return region(
+      x_ND, [&](const Tensor& x) { return reduced_rows(group, x, rows); },
+      [&group, rows](const Tensor& dy_ND) { return gathered_rows(group, dy_ND, rows); });
 }
 
 }  // namespace upcycle

@@ -19,4 +19,10 @@ Tensor gather_sequence(const Communicator&, const Tensor& x_BC);           // al
 Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);   // all-to-all     | its reverse
 // gather_sequence: a context rank's positions, [B, C, ...], become the whole sequence's, [B, S, ...], in its order (zigzag.hpp).
 
+// The same along dim 0 where ranks have different numbers of rows: rows[r] of rank r, the same list on all of them. They travel
+// padded to the most of any rank, so that each is one ordinary collective.
+using Rows = std::vector<int64_t>;
+Tensor gather_rows(const Communicator&, const Tensor& x_ND, const Rows&);          // all-gather     | reduce-scatter
+Tensor reduce_scatter_rows(const Communicator&, const Tensor& x_ND, const Rows&);  // reduce-scatter | all-gather
+
 }  // namespace upcycle

@@ -68,9 +68,10 @@ RouterContext Balance::context(int64_t first_sample) const {
   if (balance.scope == BalanceScope::sequence) {
     context.balance.sequence_T = token_rows(at::arange(sequences, int64), at::zeros({length}, int64));
   }
-  if (balance.jitter > 0) {
+  if (balance.jitter > 0 || balance.capacity_factor > 0) {
     const Tensor first_B = at::arange(first_sample, first_sample + sequences, int64) * length;
-    context.jitter = {balance.jitter, static_cast<uint64_t>(config_.run.seed), token_rows(first_B, at::arange(length, int64))};
+    context.jitter = {balance.jitter, static_cast<uint64_t>(config_.run.seed)};
+    context.token_T = token_rows(first_B, at::arange(length, int64));
   }
   return context;
 }

@@ -38,7 +38,8 @@ class Run {
         watchdog_(watchdog),
         lock_(lock),
         checkpoints_(setup.directory / "checkpoints"),
-        stage_(setup.target.architecture, make_layout(setup.target.architecture, mesh.grid(), config.parallel), mesh) {
+        stage_(setup.target.architecture, make_layout(setup.target.architecture, mesh.grid(), config.parallel), mesh,
+               model_settings(config)) {
     stage_.weights().allocate(compute_dtype(config.train.precision), device, config.parallel.zero);
   }
 

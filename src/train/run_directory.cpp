@@ -18,7 +18,8 @@ bool may_change(const std::string& section, const std::string& key) {
   static const std::set<std::string> kKeys = {"run.directory", "run.timeout", "run.transport", "run.device", "run.share_gpu", "run.signal",
                                               "train.steps", "train.micro_batch", "train.recompute", "train.nan_limit",
                                               "train.nan_policy", "upcycle.certify", "upcycle.certify_tokens",
-                                              "source.architecture", "source.tokenizer", "moe.max_parameters"};
+                                              "source.architecture", "source.tokenizer", "moe.max_parameters", "moe.dispatcher",
+                                              "balance.pad_to_capacity"};
   return kSections.contains(section) || kKeys.contains(section + "." + key);
 }
 

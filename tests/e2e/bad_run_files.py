@@ -123,10 +123,7 @@ class RunFiles(Case):
                          "hidden_size: 64 here, 128 there", "rope_theta: 1000000.0 here, 10000.0 there", commands=["plan"])
 
     def test_what_train_cannot_do_yet(self):
-        for section, key, value in (("parallel", "tensor", 2), ("parallel", "context", 2),
-                                    ("parallel", "expert_tensor", 2), ("parallel", "zero", 1), ("train", "recompute", '"full"'),
-                                    ("balance", "capacity_factor", 1.25),
-                                    ("checkpoint", "asynchronous", "true"), ("log", "tensorboard", "true")):
+        for section, key, value in (("checkpoint", "asynchronous", "true"), ("log", "tensorboard", "true")):
             self.refused_run(GOOD + f"[{section}]\n{key} = {value}\n", f"{section}.{key} = {value}", commands=["train"])
 
     def test_several_ranks_tell_it_once(self):

@@ -224,7 +224,8 @@ TEST(OpsOnGpu, MoeLayer) {
   expect_same([&](const Place& p) {
     Parameter router = trained(normal({kExperts, kHidden}, 1).to(p.device));  // fp32 in any precision
     Parameter gate_up = p.weight({kExperts, 2 * kWidth, kHidden}, 2), down = p.weight({kExperts, kHidden, kWidth}, 3);
-    MoeLayer layer(Router(router, alone, {.top_k = 2}), Dispatcher(alone, kExperts), Experts(gate_up, down));
+    MoeLayer layer(Router(router, alone, {.top_k = 2}), Dispatcher(alone, alone, {kExperts, 2}), Experts(gate_up, down),
+                   alone);
     const Tensor x = p.input({kTokens, kHidden}, 4), y = layer.forward(x, context);
     run_backward(y, p.draw({kTokens, kHidden}, 5));
     return Results{y.detach(), x.grad(), router.main_grad, gate_up.main_grad, down.main_grad, layer.router().statistics().count_E,

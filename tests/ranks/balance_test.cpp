@@ -36,9 +36,9 @@ Seen route(const Communicator& sharing, BalanceScope scope, int64_t first, int64
   if (scope == BalanceScope::global) router.state().count_E = at::arange(1, 7, at::kLong);
   router.state().bias_E = normal({6}, 4) * 0.3;
   const Tensor x = all.narrow(0, first, rows).clone().requires_grad_();
-  RouterContext context{.balance = {.aux = 0.7, .z = 0.2, .scope = scope, .sequences = 3}, .jitter = {0.1, 5, {}}};
+  RouterContext context{.balance = {.aux = 0.7, .z = 0.2, .scope = scope, .sequences = 3}, .jitter = {0.1, 5}};
   context.balance.sequence_T = at::arange(3, at::kLong).repeat_interleave(8).narrow(0, first, rows);
-  context.jitter.token_T = at::arange(first, first + rows, at::kLong);
+  context.token_T = at::arange(first, first + rows, at::kLong);
   run_backward(router.forward(x, context).weight_TK, dy.narrow(0, first, rows));
   return {weight.main_grad, x.grad(), router.statistics().measures_3, router.statistics().count_E};
 }
@@ -194,7 +194,7 @@ TEST(Balance, RowsKnowTheirSequenceAndToken) {
     const int64_t rows = static_cast<int64_t>(token.size()) / run.parallel.tensor, first = mesh.here()[Axis::tensor] * rows;
     const RouterContext told = Balance(run, mesh, stage).context(100);
     EXPECT_TRUE(told.balance.sequence_T.equal(at::tensor(sequence).narrow(0, first, rows)));
-    EXPECT_TRUE(told.jitter.token_T.equal(at::tensor(token).narrow(0, first, rows)));
+    EXPECT_TRUE(told.token_T.equal(at::tensor(token).narrow(0, first, rows)));
     EXPECT_EQ(told.jitter.seed, 11U);
   }
 }

@@ -27,6 +27,7 @@ struct Case {
   int64_t micro_batch;
   BalanceScope scope;
   double bias_rate;
+  double capacity_factor;   ///< > 0: experts are full at times; and on several ranks all layers are computed again
   uint64_t seed;   ///< one at which no router ever chooses by a hair's breadth; the test asserts it
 };
 
@@ -43,6 +44,8 @@ RunConfig run_of(const Case& c, int64_t expert) {
   run.train.precision = Precision::fp32;
   run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.clip = 1.0;
   run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = c.scope, run.balance.bias_rate = c.bias_rate;
+  run.balance.capacity_factor = c.capacity_factor;
+  if (c.capacity_factor > 0 && world_size() > 1) run.train.recompute = Recompute::full;
   run.parallel.expert = expert;
   return run;
 }
@@ -94,7 +97,7 @@ Curve train(const Case& c, int64_t expert) {
   const RunConfig run = run_of(c, expert);
   const Mesh mesh(Grid(run.parallel, world_size()));
   const Architecture architecture = tiny(c);
-  Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
+  Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh, model_settings(run));
   stage.weights().allocate(at::kFloat, at::kCPU);
   fill_masters(stage.weights(), weights_of(c));
   Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
@@ -151,6 +154,7 @@ TEST_P(LayoutInvariance, LossesAreThoseOfOneRank) {
       EXPECT_NEAR(a.router_entropy, b.router_entropy, bound * b.router_entropy);
       EXPECT_NEAR(a.gradient_norm, b.gradient_norm, 10 * bound * b.gradient_norm);
       EXPECT_FALSE(a.skipped);
+      EXPECT_EQ(a.dropped > 0, c.capacity_factor > 0);
       ASSERT_EQ(a.tokens_per_expert.size(), 2U);
       for (const auto& layer : a.tokens_per_expert) EXPECT_EQ(std::accumulate(layer.begin(), layer.end(), int64_t{0}), 8 * 16 * 2);
     }
@@ -158,9 +162,10 @@ TEST_P(LayoutInvariance, LossesAreThoseOfOneRank) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, LayoutInvariance,
-                         testing::Values(Case{"renormalised", true, true, 1, BalanceScope::batch, 0.0, 1},
-                                         Case{"plain", false, false, 2, BalanceScope::sequence, 0.0, 2},
-                                         Case{"biased", true, false, 2, BalanceScope::global, 0.01, 3}),
+                         testing::Values(Case{"renormalised", true, true, 1, BalanceScope::batch, 0.0, 0.0, 1},
+                                         Case{"plain", false, false, 2, BalanceScope::sequence, 0.0, 0.0, 2},
+                                         Case{"biased", true, false, 2, BalanceScope::global, 0.01, 0.0, 3},
+                                         Case{"dropping", true, false, 2, BalanceScope::batch, 0.0, 0.75, 4}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

@@ -173,6 +173,31 @@ TEST_F(Regions, ExchangeWithRanksThatHaveNoRows) {
   }
 }
 
+TEST_F(Regions, UnevenRows) {
+  using Plan = std::function<int64_t(int rank)>;
+  const std::vector<Plan> plans = {
+      [](int r) -> int64_t { return 2 + 3 * r; },
+      [&](int r) -> int64_t { return r == size - 1 ? 0 : 4; },  // the last rank has none
+      [](int r) -> int64_t { return r == 0 ? 5 : 0; },          // only rank 0 has some
+      [](int) -> int64_t { return 3; },
+      [](int) -> int64_t { return 0; },
+  };
+  for (const Plan& plan : plans) {
+    Rows rows;
+    for (int r = 0; r < size; ++r) rows.push_back(plan(r));
+    const int64_t total = std::accumulate(rows.begin(), rows.end(), int64_t{0});
+    check(
+        [&](int r) {
+          return std::vector<int64_t>{plan(r), 3, 2};
+        },
+        [&](const Tensor& x) { return gather_rows(world, x, rows); },
+        [&](const std::vector<Tensor>& x) { return std::vector<Tensor>(x.size(), at::cat(x, 0)); });
+    check(
+        all({total, 3}), [&](const Tensor& x) { return reduce_scatter_rows(world, x, rows); },
+        [&](const std::vector<Tensor>& x) { return sum(x).split_with_sizes(rows, 0); });
+  }
+}
+
 TEST_F(Regions, AStridedArgumentAndGradientTravelWell) {
   const Tensor x = whole_numbers(10 + static_cast<uint64_t>(rank), {4, 3}).requires_grad_();
   const Tensor y = gather_along(world, x.t(), 0);  // [3 * size, 4], from a transposed view
@@ -192,7 +217,8 @@ TEST_F(Regions, AGroupOfOneReturnsItsArgument) {
   const Tensor x = whole_numbers(1, {2, 2}).requires_grad_();
   for (const Tensor& y :
        {copy_into(alone, x), reduce_from(alone, x), gather_along(alone, x, 0), scatter_along(alone, x, 0),
-        reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{2}, {2}})}) {
+        reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{2}, {2}}), gather_rows(alone, x, {2}),
+        reduce_scatter_rows(alone, x, {2})}) {
     EXPECT_TRUE(y.is_same(x));
   }
 }
@@ -201,6 +227,8 @@ TEST_F(Regions, RefusesSlicesThatDoNotDivide) {
   if (size == 1) GTEST_SKIP() << "one rank divides everything";
   EXPECT_THROW(scatter_along(world, at::zeros({2 * size + 1}), 0), std::logic_error);
   EXPECT_THROW(reduce_scatter_along(world, at::zeros({2 * size + 1}), 0), std::logic_error);
+  EXPECT_THROW(gather_rows(world, at::zeros({3}), Rows(static_cast<size_t>(size), 2)), std::logic_error);
+  EXPECT_THROW(reduce_scatter_rows(world, at::zeros({2 * size + 1}), Rows(static_cast<size_t>(size), 2)), std::logic_error);
 }
 
 }  // namespace

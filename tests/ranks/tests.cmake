@@ -21,6 +21,7 @@ ranks_test(replicas RANKS 1 2 4 LINK train)
 ranks_test(checkpoint RANKS 1 2 4 LINK checkpoint)
 target_compile_definitions(ranks_checkpoint PRIVATE UPCYCLE_PYTHON="${UPCYCLE_PYTHON}")
 ranks_test(dispatcher RANKS 1 2 4 LINK moe)
+ranks_test(recompute RANKS 2 4 LINK model)
 ranks_test(balance RANKS 1 2 4 LINK train)
 
 # The numbers of one rank are what the others are held against.

@@ -139,5 +139,97 @@ TEST(Record, ErrorsOfBackwardComeOutAsTheyAre) {
   EXPECT_THROW(run_backward({y.sum()}), std::domain_error);
 }
 
+/// x^2 the hand-written way: keeps x.
+Tensor squared(const Tensor& x) {
+  Tensor y;
+  {
+    const Unrecorded guard;
+    y = x * x;
+  }
+  return record(y, {x}, [x = x.detach()](const std::vector<Tensor>& dy) -> Gradients { return {dy[0] * x * 2}; });
+}
+
+TEST(Recomputed, GradientsAreThoseOfTheFunctionAndItRunsTwice) {
+  const Tensor x = leaf(), z = leaf() * 1;
+  int runs = 0;
+  const auto function = [&runs](const std::vector<Tensor>& in) {
+    ++runs;
+    return squared(squared(in[0]) + in[0] * in[1]);
+  };
+  Tensor y;
+  {
+    const Unrecorded guard;
+    y = function({x, z});
+  }
+  y = recomputed(y, {x, z}, [&](const std::vector<Tensor>& in) {
+    EXPECT_TRUE(recording());
+    return function(in);
+  });
+  EXPECT_EQ(runs, 1);
+  run_backward({(y * 3).sum()});
+  EXPECT_EQ(runs, 2);
+  const Tensor same = leaf();
+  run_backward({(function({same, at::ones({3})}) * 3).sum()});
+  EXPECT_TRUE(x.grad().equal(same.grad()));
+}
+
+TEST(Recomputed, KeepsItsInputsOnlyUntilBackward) {
+  const auto token = std::make_shared<Token>();
+  const Tensor x = leaf();
+  const Tensor y = recomputed(at::ones({3}), {x}, [token](const std::vector<Tensor>& in) { return squared(in[0]); });
+  EXPECT_EQ(token.use_count(), 2);
+  run_backward({y.sum()});
+  EXPECT_EQ(token.use_count(), 1);
+}
+
+TEST(Recomputed, OfOneInsideAnotherAndErrorsComeOut) {
+  const Tensor x = leaf();
+  const auto inner = [](const std::vector<Tensor>& in) { return squared(in[0]); };
+  const auto outer = [inner](const std::vector<Tensor>& in) { return recomputed(at::ones({3}), {in[0] * 5}, inner); };
+  run_backward({recomputed(at::ones({3}), {x}, outer).sum()});
+  EXPECT_TRUE(x.grad().equal(at::ones({3}) * 50));
+  const Tensor bad = recomputed(at::ones({3}), {x}, [](const auto&) -> Tensor { throw std::domain_error("mine"); });
+  EXPECT_THROW(run_backward({bad.sum()}), std::domain_error);
+}
+
+TEST(Remade, MemoryGoesAndComesBackInTime) {
+  const Tensor x = leaf();
+  Remade remade(true);
+  const Tensor a = x * 3, raw = a.detach();
+  remade.add(a, [x = x.detach()] { return x * 3; });
+  const Tensor b = squared(a), raw_b = b.detach();
+  remade.add(b, [raw] { return raw * raw; });   // from one that was added before
+  const Tensor y = remade.before(squared(b) * 2);
+  EXPECT_EQ(raw.storage().nbytes(), 0U);
+  EXPECT_EQ(raw_b.storage().nbytes(), 0U);
+  run_backward({y.sum()});
+  EXPECT_TRUE(raw.equal(at::ones({3}) * 3));
+  EXPECT_TRUE(x.grad().equal(at::ones({3}) * (2 * 81 * 4)));   // 2 (3x)^4
+}
+
+TEST(Remade, TwiceTheSameStorageCountsOnceAndOffIsOff) {
+  const Tensor x = leaf(), a = x * 3, raw = a.detach();
+  Remade remade(true), off(false);
+  remade.add(a, [x = x.detach()] { return x * 3; });
+  remade.add(a.view({3, 1}), []() -> Tensor { throw std::logic_error("not the first"); });
+  off.add(a, []() -> Tensor { throw std::logic_error("off"); });
+  const Tensor y = squared(a);
+  EXPECT_TRUE(off.before(y).is_same(y));
+  run_backward({remade.before(y).sum()});
+  EXPECT_TRUE(x.grad().equal(at::ones({3}) * 18));
+  const Unrecorded guard;
+  Remade unrecorded(true);
+  unrecorded.add(raw, []() -> Tensor { throw std::logic_error("not recording"); });
+  EXPECT_TRUE(unrecorded.before(y).is_same(y));
+  EXPECT_TRUE(raw.equal(at::ones({3}) * 3));
+}
+
+TEST(Remade, RefusesWhatCameOutAnother) {
+  const Tensor x = leaf(), a = x * 3;
+  Remade remade(true);
+  remade.add(a, [] { return at::ones({4}); });
+  EXPECT_THROW(run_backward({remade.before(squared(a)).sum()}), std::logic_error);
+}
+
 }  // namespace
 }  // namespace upcycle

@@ -198,6 +198,8 @@ TEST(RunFile, FieldsAreHeldAgainstEachOther) {
                  "optimizer.decay = 500 is more than the 400 steps");
   expect_problem(kSource + "[data]\nsplit = [0, 0, 0]\n", "data.split = [0, 0, 0]: at least one share");
   expect_problem(kSource + "[moe]\nexperts = 4\ntop_k = 8\n", "moe.top_k = 8 is more than moe.experts = 4");
+  expect_problem(kSource + "[balance]\npad_to_capacity = true\n",
+                 "balance.pad_to_capacity = true needs balance.capacity_factor > 0");
   expect_problem(kSource + "[parallel]\nvirtual_stages = 2\n",
                  "parallel.virtual_stages = 2 needs parallel.pipeline > 1");
   const std::string four = kSource + "[parallel]\npipeline = 4\nlayout = ";

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "moe/router.hpp"
+#include "ops/permute.hpp"
 #include "support/numbers.hpp"
 
 // Shapes: T tokens, K choices of each, E experts, B sequences of S positions.

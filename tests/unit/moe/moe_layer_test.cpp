@@ -18,13 +18,14 @@ TEST(Dispatcher, CombineOfDispatchIsX) {
   for (const int64_t tokens : {0, 1, 37}) {
     Parameter weight = trained(normal({8, 6}, 1));
     Router router(weight, alone, {.top_k = 3});
-    const Dispatcher dispatcher(alone, 8);
+    const Dispatcher dispatcher(alone, alone, {.experts = 8, .top_k = 3});
     const Tensor x = normal({tokens, 6}, 2).requires_grad_(), dy = normal({tokens, 6}, 3);
     const Routing routing = router.forward(x.detach(), {});
-    const Arrived arrived = dispatcher.dispatch(x, routing);
-    EXPECT_EQ(arrived.x_RD.sizes(), (Shape{3 * tokens, 6}));
-    EXPECT_TRUE(arrived.end_L.equal(routing.count_E.cumsum(0).to(at::kInt)));
-    const Tensor y = dispatcher.combine(arrived.x_RD, arrived);
+    const Route route = dispatcher.plan(routing);
+    const Tensor x_RD = dispatcher.dispatch(x, route);
+    EXPECT_EQ(x_RD.sizes(), (Shape{3 * tokens, 6}));
+    EXPECT_TRUE(route.end_L.equal(routing.count_E.cumsum(0).to(at::kInt)));
+    const Tensor y = dispatcher.combine(x_RD, routing.weight_TK, route);
     EXPECT_LE(distance(y, x), 1e-6);
     run_backward(y, dy);
     EXPECT_LE(distance(x.grad(), dy), 1e-6);
@@ -37,13 +38,15 @@ TEST(Dispatcher, RowsAreWithTheirExperts) {
   Router router(weight, alone, {.top_k = 2});
   const Tensor x = normal({29, 6}, 2);
   const Routing routing = router.forward(x, {});
-  const Arrived arrived = Dispatcher(alone, 8).dispatch(x, routing);
+  const Dispatcher dispatcher(alone, alone, {.experts = 8, .top_k = 2});
+  const Route route = dispatcher.plan(routing);
+  const Tensor x_RD = dispatcher.dispatch(x, route);
   for (int64_t e = 0, row = 0; e < 8; ++e) {
     for (int64_t t = 0; t < 29; ++t) {
       if (!routing.expert_TK[t].eq(e).any().item<bool>()) continue;
-      EXPECT_TRUE(arrived.x_RD[row++].equal(x[t])) << "expert " << e << ", token " << t;
+      EXPECT_TRUE(x_RD[row++].equal(x[t])) << "expert " << e << ", token " << t;
     }
-    EXPECT_EQ(arrived.end_L[e].item<int32_t>(), row);
+    EXPECT_EQ(route.end_L[e].item<int32_t>(), row);
   }
 }
 
@@ -74,7 +77,8 @@ TEST(MoeLayer, IsTheSumOfItsExperts) {
       const int64_t width = 7, hidden = 10;
       Parameter router = trained(normal({experts, hidden}, 1)), gate_up = trained(normal({experts, 2 * width, hidden}, 2));
       Parameter down = trained(normal({experts, hidden, width}, 3));
-      MoeLayer layer(Router(router, alone, {.top_k = top_k, .renormalise = renormalise}), Dispatcher(alone, experts), Experts(gate_up, down));
+      MoeLayer layer(Router(router, alone, {.top_k = top_k, .renormalise = renormalise}), Dispatcher(alone, alone, {experts, top_k}),
+                     Experts(gate_up, down), alone);
       const Tensor x = normal({tokens, hidden}, 4).requires_grad_(), dy = normal({tokens, hidden}, 5);
       const Tensor y = layer.forward(x, {});
       run_backward(y, dy);

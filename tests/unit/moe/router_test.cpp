@@ -229,7 +229,7 @@ TEST(Router, JitterShakesWhatTheRouterSeesAndIsTheTokensOwn) {
   Parameter weight = trained(normal({6, 5}, 1));
   Router router(weight, alone, {.top_k = 2, .renormalise = false, .layer = 3});
   const Tensor x = normal({40, 5}, 2).requires_grad_(), token = at::arange(100, 140, at::kLong), dy = normal({40, 2}, 3);
-  const RouterContext context{.jitter = {0.25, 7, token}};
+  const RouterContext context{.jitter = {0.25, 7}, .token_T = token};
   const Routing routing = router.forward(x, context);
   // The same by hand: each element times 1 + 0.25 * U[-1, 1).
   const Tensor noise = 0.75 + 0.5 * uniform(Random(7, "model.layers.3.mlp.gate/jitter"), token, 5);
@@ -245,7 +245,7 @@ TEST(Router, JitterShakesWhatTheRouterSeesAndIsTheTokensOwn) {
   EXPECT_LE(distance(weight.main_grad, same.main_grad), 1e-6);
   EXPECT_LE(distance(x.grad(), shaken.grad() * noise), 1e-6);
   // A part of the tokens alone, as on another rank.
-  const Routing part = router.forward(x.narrow(0, 10, 20), {.jitter = {0.25, 7, token.narrow(0, 10, 20)}});
+  const Routing part = router.forward(x.narrow(0, 10, 20), {.jitter = {0.25, 7}, .token_T = token.narrow(0, 10, 20)});
   EXPECT_TRUE(part.expert_TK.equal(routing.expert_TK.narrow(0, 10, 20)));
   Router other(weight, alone, {.top_k = 2, .renormalise = false, .layer = 4});
   EXPECT_GT(distance(other.forward(x, context).weight_TK, routing.weight_TK), 1e-3);

@@ -37,6 +37,18 @@ TEST(Linear, OneWeightTwiceInOneGraph) {
   EXPECT_LE(distance(x.grad(), x64.grad()), 1e-6);
 }
 
+// A router: weights in fp32, activations in bf16, of which no fp32 copy is kept.
+TEST(Linear, TakesAnInputOfAnotherDtype) {
+  Parameter weight = trained(normal({6, 5}, 1)), same = trained(weight.value);
+  const Tensor x = normal({4, 5}, 2, at::kBFloat16).requires_grad_(), x32 = x.detach().to(at::kFloat).requires_grad_();
+  const Tensor y = linear(x, weight), y32 = linear(x32, same), dy = normal({4, 6}, 3);
+  EXPECT_TRUE(y.equal(y32));
+  run_backward(y, dy);
+  run_backward(y32, dy);
+  EXPECT_TRUE(weight.main_grad.equal(same.main_grad));
+  EXPECT_TRUE(x.grad().equal(x32.grad().to(at::kBFloat16)));
+}
+
 // Summed over 512 micro-batches: a bf16 sum would stop growing after 256 equal additions.
 TEST(Linear, GradientsOfBf16AreSummedInFp32) {
   Parameter weight = trained(normal({1, 1}, 1, at::kBFloat16));

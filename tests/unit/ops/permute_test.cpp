@@ -1,6 +1,7 @@
 #include "ops/permute.hpp"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/tensor.h>
 
 #include "unit/ops/reference.hpp"
@@ -18,6 +19,17 @@ TEST(RowOrder, SortsByExpertAndKeepsTheOrderOfChoices) {
   const RowOrder nobody = sort_by_expert(at::zeros({0, 2}, at::kLong));
   EXPECT_EQ(nobody.choice_R.sizes(), (Shape{0}));
   EXPECT_EQ(nobody.row_TK.sizes(), (Shape{0, 2}));
+}
+
+// Experts 1 and 2 alone: choices 2, 5 and 0, 3, 4, 7.
+TEST(RowOrder, OfSomeExpertsLeavesTheOthersChoicesWithoutARow) {
+  EXPECT_TRUE(count_choices(kExpert_TK, 2, 1).equal(at::tensor({2, 4}, at::kLong)));
+  const RowOrder order = sort_by_expert(kExpert_TK, 1, 2, 6);
+  EXPECT_TRUE(order.choice_R.equal(at::tensor({2, 5, 0, 3, 4, 7}, at::kLong)));
+  EXPECT_TRUE(order.row_TK.equal(at::tensor({2, 6, 0, 3, 4, 1, 6, 5}, at::kLong).view({4, 2})));
+  const RowOrder padded = slots_by_expert(kExpert_TK, 1, 2, 5);
+  EXPECT_TRUE(padded.choice_R.equal(at::tensor({2, 5, 8, 8, 8, 0, 3, 4, 7, 8}, at::kLong)));
+  EXPECT_TRUE(padded.row_TK.equal(at::tensor({5, 10, 0, 6, 7, 1, 10, 8}, at::kLong).view({4, 2})));
 }
 
 Tensor random_choice(int64_t tokens, int64_t experts, int64_t choices, uint64_t seed) {
@@ -46,6 +58,27 @@ TEST(WeighAndSum, BringsRowsHome) {
                      const Tensor y_TKD = x[0].index_select(0, order.row_TK.view({-1})).view({tokens, choices, width});
                      return (y_TKD * x[1].unsqueeze(2)).sum(1);
                    });
+  }
+}
+
+// Rows without a choice, choices without a row: zeros there, and no gradient.
+TEST(SpreadAndWeigh, LeaveOutWhatHasNoCounterpart) {
+  for (const auto& [tokens, choices, width] : kForms) {
+    const Tensor expert_TK = random_choice(tokens, 9, choices, 2), inside = expert_TK.ge(3).logical_and(expert_TK.lt(7));
+    const int64_t rows = inside.sum().item<int64_t>();
+    for (const RowOrder& order : {sort_by_expert(expert_TK, 3, 4, rows), slots_by_expert(expert_TK, 3, 4, tokens)}) {
+      const auto whole = [](const Tensor& x) { return at::cat({x, at::zeros({1, x.size(1)}, x.options())}, 0); };
+      expect_matches({{{tokens, width}}, {}, 1}, [&](const auto& x, auto&) { return spread_rows(x[0], order); },
+                     [&](const auto& x, const auto&) {
+                       return whole(x[0].repeat_interleave(choices, 0)).index_select(0, order.choice_R);
+                     });
+      expect_matches({{{order.choice_R.size(0), width}, {tokens, choices}}, {}, 1},
+                     [&](const auto& x, auto&) { return weigh_and_sum(x[0], x[1].to(at::kFloat), order); },
+                     [&](const auto& x, const auto&) {
+                       const Tensor y_TKD = whole(x[0]).index_select(0, order.row_TK.view({-1})).view({tokens, choices, width});
+                       return (y_TKD * (x[1] * inside).unsqueeze(2)).sum(1);
+                     });
+    }
   }
 }
 
