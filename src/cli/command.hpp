@@ -20,6 +20,7 @@ struct Arguments {
   std::vector<std::string> set = {};     ///< --set key=value
   bool json = false;
   std::optional<int> ranks = {};         ///< plan --ranks
+  std::optional<std::string> gpu_memory = {};      ///< plan --gpu-memory
   std::optional<std::string> dtype = {};           ///< export --dtype
   std::optional<std::string> max_shard_size = {};  ///< export --max-shard-size
   log::Level level = log::Level::info;

@@ -27,13 +27,13 @@ const std::vector<Usage>& usages() {
       {"plan",
        {"RUN.toml"},
        true,
-       "what a run would be: parameters, memory, FLOPs, checkpoints; touches no weights",
+       "what a run would be: parameters, memory, messages, FLOPs, checkpoints; touches no weights",
        "Accepts every key of the run file, names what does not divide and what train can't do yet, and prints the "
        "resolved run with\n"
        "the origin of each value. Needs no weights where source.architecture names a config.json. Runs without "
        "mpirun.\n"
-       "Exit code 2 when the run can't be done as it is.",
-       "upcycle plan configs/qwen3-14b-64e.toml --ranks 64 --set moe.top_k=16"},
+       "Exit code 2 when the run can't be done as it is, or does not fit the --gpu-memory that was given.",
+       "upcycle plan configs/qwen3-14b-64e.toml --ranks 64 --gpu-memory 80GB --set moe.top_k=16"},
       {"convert",
        {"RUN.toml"},
        true,
@@ -84,6 +84,8 @@ po::options_description options_of(const Usage* usage) {
   if (usage && usage->command == "plan") {
     add("ranks", po::value<std::string>()->value_name("N"),
         "ranks to plan for (default: the fewest that [parallel] allows)");
+    add("gpu-memory", po::value<std::string>()->value_name("SIZE"),
+        "memory of each rank's GPU, such as 141GB or 64GiB (default: 80GB is assumed)");
   }
   if (usage && usage->command == "export") {
     add("dtype", po::value<std::string>()->value_name("DTYPE"), "bf16, fp16 or fp32 (default: the source model's)");
@@ -220,6 +222,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   }
   if (values.count("set")) arguments.set = values["set"].as<std::vector<std::string>>();
   if (values.count("ranks")) arguments.ranks = positive_integer(values["ranks"].as<std::string>(), "--ranks");
+  if (values.count("gpu-memory")) arguments.gpu_memory = values["gpu-memory"].as<std::string>();
   if (values.count("dtype")) arguments.dtype = values["dtype"].as<std::string>();
   if (values.count("max-shard-size")) arguments.max_shard_size = values["max-shard-size"].as<std::string>();
   arguments.json = values["json"].as<bool>();

@@ -8,6 +8,7 @@
 #include "checkpoint/manifest.hpp"
 #include "cli/command.hpp"
 #include "model/flops.hpp"
+#include "train/hf_export.hpp"
 #include "train/layout_check.hpp"
 
 namespace upcycle {
@@ -48,9 +49,37 @@ Architecture source_architecture(const RunConfig& run, std::string& where) {
        all);
 }
 
+/// "1.21e+11" is no size for people: "121.3 GB".
+std::string gigabytes(int64_t bytes) {
+  char out[32];
+  std::snprintf(out, sizeof out, "%.1f GB", static_cast<double>(bytes) / 1e9);
+  return out;
+}
+
+void plan_on_grid(Plan& plan) {
+  const Architecture& architecture = plan.target.architecture;
+  const Layout layout = make_layout(architecture, *plan.grid, plan.run.parallel);
+  plan.memory = plan_memory(architecture, plan.run, layout);
+  plan.micro_batches = micro_batches_of_rank(plan.run, *plan.grid);
+  plan.bubble = pipeline_bubble(plan.run, *plan.grid);
+  plan.traffic = plan_traffic(architecture, plan.run, layout);
+  for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+    RunConfig other = plan.run;
+    other.train.recompute = recompute;
+    plan.by_recompute.push_back(largest(plan_memory(architecture, other, layout)));
+  }
+  const RankMemory& most = largest(plan.memory);
+  if (!plan.gpu_memory_given || most.total() <= plan.gpu_memory) return;
+  const RankMemory& least = plan.by_recompute.back();
+  plan.problems.push_back(text("stage ", most.stage, " needs ", gigabytes(most.total()), " on each rank, and a GPU has ", gigabytes(plan.gpu_memory),
+                               least.total() <= plan.gpu_memory
+                                   ? text(": train.recompute = \"full\" would need ", gigabytes(least.total()))
+                                   : std::string(": spread it over more ranks (parallel.pipeline, expert, tensor), or cut train.micro_batch")));
+}
+
 }  // namespace
 
-Plan make_plan(const RunConfig& run, std::optional<int> ranks) {
+Plan make_plan(const RunConfig& run, std::optional<int> ranks, std::optional<int64_t> gpu_memory) {
   Plan plan{.run = run, .has_weights = !run.source.model.empty(), .not_built = not_built(run)};
   const Architecture source = source_architecture(run, plan.source);
   plan.target = choose_target(run, source, plan.has_weights);
@@ -66,14 +95,18 @@ Plan make_plan(const RunConfig& run, std::optional<int> ranks) {
   LayoutCheck check = check_layout(run, architecture, plan.ranks);
   plan.problems = check.problems;
   plan.grid = check.grid;
+  if (gpu_memory) plan.gpu_memory = *gpu_memory, plan.gpu_memory_given = true;
   // Boxes exist where the mesh cuts the parameters evenly.
-  if (plan.grid && plan.problems.empty())
-    plan.memory = plan_memory(architecture, run, make_layout(architecture, *plan.grid, run.parallel));
+  if (plan.grid && plan.problems.empty()) plan_on_grid(plan);
   return plan;
 }
 
 int run_plan(const Arguments& arguments) {
-  const Plan plan = make_plan(read_run(arguments.positional.at(0), arguments.set), arguments.ranks);
+  std::optional<int64_t> gpu_memory;
+  if (arguments.gpu_memory) {
+    gpu_memory = while_doing("--gpu-memory", [&] { return static_cast<int64_t>(bytes_from_text(*arguments.gpu_memory)); });
+  }
+  const Plan plan = make_plan(read_run(arguments.positional.at(0), arguments.set), arguments.ranks, gpu_memory);
   if (arguments.json) {
     std::cout << to_json(plan).dump(2) << "\n";
   } else {

@@ -9,6 +9,7 @@
 #include "train/memory_plan.hpp"
 #include "train/snapshot.hpp"
 #include "train/target.hpp"
+#include "train/traffic_plan.hpp"
 
 namespace upcycle {
 
@@ -24,12 +25,18 @@ struct Plan {
   int ranks = 1;
   std::optional<Grid> grid = {};        ///< empty when the degrees fit no grid of `ranks`
   std::vector<RankMemory> memory = {};  ///< the largest rank of each pipeline stage
-  std::vector<std::string> problems = {};   ///< what does not divide
+  std::vector<RankMemory> by_recompute = {};  ///< the largest rank of all with train.recompute none, selective and full
+  int64_t gpu_memory = 80'000'000'000;  ///< of each rank; assumed unless given
+  bool gpu_memory_given = false;
+  int64_t micro_batches = 0;            ///< of each data-parallel rank in a step
+  double bubble = 0;                    ///< the pipeline's idle time over its computing time
+  std::vector<Traffic> traffic = {};    ///< bytes sent in a step
+  std::vector<std::string> problems = {};   ///< what does not divide, or not fit the memory that was given
   std::vector<std::string> not_built = {};  ///< what train can't do yet
 };
 
 /// `ranks`: default the smallest world that [parallel] allows. Throws UserError for what no number of ranks would mend.
-Plan make_plan(const RunConfig&, std::optional<int> ranks);
+Plan make_plan(const RunConfig&, std::optional<int> ranks, std::optional<int64_t> gpu_memory);
 
 /// For people and for programs.
 std::string to_text(const Plan&);

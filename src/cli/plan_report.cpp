@@ -22,6 +22,8 @@ std::string with_prefix(double number) {
   return out;
 }
 
+constexpr std::array<const char*, 3> kRecompute = {"none", "selective", "full"};
+
 std::string bytes(int64_t number) { return with_prefix(static_cast<double>(number)) + "B"; }
 
 /// Parameters as the field writes them: "89.65 B", "5.38 M".
@@ -68,22 +70,61 @@ std::string describe_grid(const Plan& plan) {
               size(Axis::expert_data));
 }
 
+template <class... Values>
+std::string line(const char* pattern, Values... values) {
+  char out[240];
+  std::snprintf(out, sizeof out, pattern, values...);
+  return out;
+}
+
 std::string memory_table(const Plan& plan) {
   std::string out = "\nMemory of a rank, the largest of each stage\n";
-  char line[200];
-  std::snprintf(line, sizeof line, "  %5s %10s %10s %10s %10s %10s %12s %10s\n", "stage", "parameters", "weights",
-                "masters", "gradients", "moments", "activations*", "total");
-  out += line;
+  out += line("  %5s %10s %9s %9s %9s %9s %9s %11s %9s %9s %9s\n", "stage", "parameters", "weights", "masters", "gradients", "moments",
+              "in flight", "activations", "buffers", "libraries", "total");
   for (const RankMemory& m : plan.memory) {
-    std::snprintf(line, sizeof line, "  %5d %10s %10s %10s %10s %10s %12s %10s\n", m.stage,
-                  with_prefix(static_cast<double>(m.parameters)).c_str(), bytes(m.weights).c_str(),
-                  bytes(m.masters).c_str(), bytes(m.gradients).c_str(), bytes(m.moments).c_str(),
-                  bytes(m.activations).c_str(), bytes(m.total()).c_str());
-    out += line;
+    out += line("  %5d %10s %9s %9s %9s %9s %9.4g %11s %9s %9s %9s\n", m.stage, with_prefix(static_cast<double>(m.parameters)).c_str(),
+                bytes(m.weights).c_str(), bytes(m.masters).c_str(), bytes(m.gradients).c_str(), bytes(m.moments).c_str(), m.in_flight,
+                bytes(m.activations).c_str(), bytes(m.buffers).c_str(), bytes(m.libraries).c_str(), bytes(m.total()).c_str());
   }
-  return out +
-         "  * an estimate: what backward keeps, experts in balance; libraries' own memory and temporaries come on "
-         "top\n";
+  out += text("  in flight: micro-batches whose activations a stage keeps at once, of the ", plan.micro_batches,
+              " it computes in a step; activations: what backward keeps of\n  them, experts in balance; buffers: the most on top of it at any "
+              "moment (logits, a layer computed anew, temporaries, messages);\n  libraries: an allowance for CUDA, cuBLAS, NCCL and gaps between tensors\n");
+  out += line("\nLargest rank%s\n", plan.gpu_memory_given ? "" : ", if a GPU has 80 GB (--gpu-memory says what it has)");
+  out += line("  %-20s %9s %9s %11s %9s\n", "train.recompute", "total", "of", "activations", "");
+  for (size_t mode = 0; mode < plan.by_recompute.size(); ++mode) {
+    const RankMemory& m = plan.by_recompute[mode];
+    const bool chosen = static_cast<size_t>(plan.run.train.recompute) == mode;
+    out += line("  %-20s %9s %9s %11s   %s\n", (std::string(kRecompute[mode]) + (chosen ? " (this run)" : "")).c_str(),
+                bytes(m.total()).c_str(), bytes(plan.gpu_memory).c_str(), bytes(m.activations).c_str(),
+                m.total() <= plan.gpu_memory ? "fits" : "does not fit");
+  }
+  return out;
+}
+
+/// "0 8 16 24", "0 1 2 .. 63".
+std::string ranks_of_group(const Grid& grid, Axis axis) {
+  const std::vector<int> ranks = grid.peers(axis, 0);
+  std::string out;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    if (ranks.size() > 5 && i == 3) out += " ..", i = ranks.size() - 1;
+    out += (out.empty() ? "" : " ") + std::to_string(ranks[i]);
+  }
+  return out;
+}
+
+std::string traffic_table(const Plan& plan) {
+  if (plan.traffic.empty()) return "";
+  std::string out = "\nWhat a rank sends in a step, the most of any stage\n";
+  out += line("  %-13s %5s  %-18s %9s %9s  %s\n", "axis", "ranks", "rank 0's group", "forward", "backward", "what");
+  for (const Traffic& t : plan.traffic) {
+    out += line("  %-13s %5d  %-18s %9s %9s  %s\n", name(t.axis), plan.grid->size(t.axis), ranks_of_group(*plan.grid, t.axis).c_str(),
+                bytes(t.forward).c_str(), bytes(t.backward).c_str(), t.what);
+  }
+  if (plan.grid->size(Axis::pipeline) > 1) {
+    out += line("  pipeline bubble: (%d - 1) / (%ld x %ld) = %.1f %% of the computing time\n", plan.grid->size(Axis::pipeline),
+                static_cast<long>(plan.run.parallel.virtual_stages), static_cast<long>(plan.micro_batches), 100 * plan.bubble);
+  }
+  return out;
 }
 
 std::string list(const std::string& title, const std::vector<std::string>& lines) {
@@ -105,14 +146,13 @@ std::string to_text(const Plan& plan) {
                          "tokens\n", "  checkpoints  ", bytes(static_cast<int64_t>(plan.checkpoint.step_zero)),
                          " step 0, ", bytes(static_cast<int64_t>(plan.checkpoint.full)), " each later one\n",
                          "  ranks        ", describe_grid(plan), "\n");
-  if (!plan.memory.empty()) out += memory_table(plan);
+  if (!plan.memory.empty()) out += memory_table(plan) + traffic_table(plan);
   out += list("What does not divide", plan.problems);
   out += list("What train can't do yet", plan.not_built);
   return out + "\nThe resolved run\n\n" + to_toml(plan.run);
 }
 
 ordered_json to_json(const Plan& plan) {
-  const RankMemory* largest = nullptr;
   ordered_json memory = ordered_json::array();
   for (const RankMemory& m : plan.memory) {
     memory.push_back({{"stage", m.stage},
@@ -122,9 +162,24 @@ ordered_json to_json(const Plan& plan) {
                       {"masters", m.masters},
                       {"gradients", m.gradients},
                       {"moments", m.moments},
-                      {"activations_estimate", m.activations},
+                      {"micro_batches_in_flight", m.in_flight},
+                      {"activations", m.activations},
+                      {"buffers", m.buffers},
+                      {"libraries", m.libraries},
                       {"total", m.total()}});
-    if (!largest || m.total() > largest->total()) largest = &m;
+  }
+  ordered_json by_recompute;
+  for (size_t mode = 0; mode < plan.by_recompute.size(); ++mode) {
+    const int64_t total = plan.by_recompute[mode].total();
+    by_recompute[kRecompute[mode]] = {{"largest_rank_bytes", total}, {"fits", total <= plan.gpu_memory}};
+  }
+  ordered_json traffic = ordered_json::array();
+  for (const Traffic& t : plan.traffic) {
+    traffic.push_back({{"axis", name(t.axis)},
+                       {"ranks", plan.grid->size(t.axis)},
+                       {"what", t.what},
+                       {"forward", t.forward},
+                       {"backward", t.backward}});
   }
   ordered_json grid;
   if (plan.grid) {
@@ -147,7 +202,12 @@ ordered_json to_json(const Plan& plan) {
           {"ranks", plan.ranks},
           {"grid", grid},
           {"bytes_per_rank", memory},
-          {"largest_rank_bytes", largest ? ordered_json(largest->total()) : ordered_json()},
+          {"largest_rank_bytes", plan.memory.empty() ? ordered_json() : ordered_json(largest(plan.memory).total())},
+          {"gpu_memory", plan.gpu_memory},
+          {"by_recompute", by_recompute},
+          {"micro_batches_per_rank", plan.micro_batches},
+          {"pipeline_bubble", plan.bubble},
+          {"bytes_sent_per_step", traffic},
           {"problems", plan.problems},
           {"not_built", plan.not_built},
           {"run", ordered_json::parse(to_json(plan.run))},

@@ -1,6 +1,7 @@
 #include "config/run_config.hpp"
 
 #include "base/error.hpp"
+#include "base/nearest.hpp"
 #include "config/fields.hpp"
 #include "config/run_checks.hpp"
 
@@ -44,7 +45,8 @@ std::vector<Problem> check_together(const RunConfig& c) {
   }
   if (c.train.global_batch % c.train.micro_batch != 0) {
     add("train.micro_batch", " = ", c.train.micro_batch,
-        " does not divide train.global_batch = ", c.train.global_batch);
+        " does not divide train.global_batch = ", c.train.global_batch, ": ",
+        nearest_divisors(c.train.micro_batch, c.train.global_batch), " would");
   }
   if (c.optimizer.min_lr > c.optimizer.lr) {
     add("optimizer.min_lr", " = ", c.optimizer.min_lr, " is more than optimizer.lr = ", c.optimizer.lr);

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "base/error.hpp"
+#include "base/nearest.hpp"
 
 namespace upcycle {
 
@@ -62,7 +63,7 @@ Interval part_of(int64_t length, const Cut& cut, int64_t parts, int64_t index) {
 }
 
 void demand(bool divides, Axis axis, int64_t parts, const char* key, int64_t number) {
-  if (!divides) fail(name(axis), " = ", parts, " does not divide ", key, " = ", number, "; choose a divisor of ", number);
+  if (!divides) fail(name(axis), " = ", parts, " does not divide ", key, " = ", number, ": ", nearest_divisors(parts, number), " would");
 }
 
 }  // namespace
@@ -92,7 +93,8 @@ void check_divides(const Architecture& a, const Grid& grid) {
   const int64_t tp = grid.size(tensor), ep = grid.size(expert), etp = grid.size(expert_tensor);
   demand(a.heads % tp == 0, tensor, tp, "num_attention_heads", a.heads);
   if (a.kv_heads % tp != 0 && tp % a.kv_heads != 0) {
-    fail("tensor = ", tp, " and num_key_value_heads = ", a.kv_heads, ": one must divide the other");
+    const auto fits = [&](int64_t t) { return a.kv_heads % t == 0 || t % a.kv_heads == 0; };
+    fail("tensor = ", tp, " and num_key_value_heads = ", a.kv_heads, ": one must divide the other, as ", nearest(tp, a.heads, fits), " would");
   }
   if (a.num_moe_layers() < a.layers) demand(a.ffn % tp == 0, tensor, tp, "intermediate_size", a.ffn);
   if (a.is_moe()) {
@@ -101,7 +103,7 @@ void check_divides(const Architecture& a, const Grid& grid) {
   } else if (ep > 1 || etp > 1) {
     fail("expert = ", ep, ", expert_tensor = ", etp, ": a dense model has no experts to spread; leave both at 1");
   }
-  if (tp > a.vocab) fail("tensor = ", tp, " ranks for vocab_size = ", a.vocab, ": each needs at least one row");
+  if (tp > a.vocab) fail("tensor = ", tp, " ranks for vocab_size = ", a.vocab, ": each needs at least one row, so ", a.vocab, " is the most");
 }
 
 bool owns(const ParameterSpec& spec, const Layout& layout, int stage) {

@@ -1,6 +1,7 @@
 #include "parallel/grid.hpp"
 
 #include "base/error.hpp"
+#include "base/nearest.hpp"
 
 namespace upcycle {
 namespace {
@@ -10,8 +11,35 @@ constexpr std::array<const char*, kAxes> kNames = {"tensor", "context",     "dat
 
 int positive(const char* key, int64_t degree, int world) {
   if (degree < 1) fail("parallel.", key, " = ", degree, ": a degree is at least 1");
-  if (degree > world) fail("parallel.", key, " = ", degree, " is more than the ", world, " ranks of this run");
+  if (degree > world) fail("parallel.", key, " = ", degree, " is more than the ", world, " ranks of this run: ", world, " is the most");
   return static_cast<int>(degree);
+}
+
+struct Degree {
+  const char* key;
+  int64_t value;
+};
+
+/// Throws where the product of `degrees` does not divide `ranks` ("ranks of this run"), naming the nearest that would: of each degree, the
+/// others left as they are, and of the ranks.
+void demand_division(const std::vector<Degree>& degrees, int64_t ranks, const std::string& of_what) {
+  int64_t product = 1, above_one = 0;
+  std::string factors;
+  for (const Degree& degree : degrees) {
+    product *= degree.value;
+    if (degree.value == 1) continue;
+    factors += text(above_one++ == 0 ? "" : " x ", degree.key, " ", degree.value);
+  }
+  if (ranks % product == 0) return;
+  std::string remedies;
+  for (const Degree& degree : degrees) {
+    const int64_t others = product / degree.value;
+    const std::string near = nearest(degree.value, ranks / others, [&](int64_t d) { return ranks % (others * d) == 0; });
+    if (degree.value == 1 || near.empty()) continue;
+    remedies += text(above_one == 1 ? "" : text(degree.key, " "), near, " would, or ");
+  }
+  fail(factors, above_one == 1 ? "" : text(" = ", product), " does not divide the ", ranks, " ranks of ", of_what, ": ", remedies,
+       nearest_multiples(ranks, product), " ranks");
 }
 
 }  // namespace
@@ -26,19 +54,11 @@ Grid::Grid(const ParallelSection& degrees, int world_size) : world_(world_size) 
   const int64_t expert_tensor = positive("expert_tensor", degrees.expert_tensor, world_size);
   const int64_t expert = positive("expert", degrees.expert, world_size);
 
-  const int64_t model = tensor * context * pipeline;
-  if (world_size % model != 0) {
-    fail("tensor ", tensor, " x context ", context, " x pipeline ", pipeline, " = ", model, " does not divide the ",
-         world_size, " ranks of this run");
-  }
-  const int64_t data = world_size / model;
+  demand_division({{"tensor", tensor}, {"context", context}, {"pipeline", pipeline}}, world_size, "this run");
+  const int64_t data = world_size / (tensor * context * pipeline);
   const int64_t stage = tensor * context * data;
-  const std::string shape = text(" does not divide the ", stage, " ranks of a stage (tensor ", tensor, " x context ",
-                                 context, " x data ", data, ")");
-  if (expert_tensor == 1 && stage % expert != 0) fail("expert = ", expert, shape);
-  if (stage % (expert_tensor * expert) != 0) {
-    fail("expert_tensor ", expert_tensor, " x expert ", expert, " = ", expert_tensor * expert, shape);
-  }
+  demand_division({{"expert_tensor", expert_tensor}, {"expert", expert}}, stage,
+                  text("a stage (tensor ", tensor, " x context ", context, " x data ", data, ")"));
 
   const auto set = [this](Axis axis, int64_t size, int64_t stride) {
     sizes_[static_cast<size_t>(axis)] = static_cast<int>(size);

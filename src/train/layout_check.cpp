@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "base/error.hpp"
+#include "base/nearest.hpp"
 #include "model/catalogue.hpp"
 
 namespace upcycle {
@@ -32,7 +33,8 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
   if (batch % (micro * data) != 0) {
     check.problems.push_back(text("train.global_batch = ", batch, " is not a multiple of train.micro_batch = ", micro,
                                   " times the ", data,
-                                  " data-parallel ranks: every rank needs the same number of micro-batches"));
+                                  " data-parallel ranks: every rank needs the same number of micro-batches; ",
+                                  nearest_multiples(batch, micro * data), " would do"));
   }
   // Context parallelism gives each rank two chunks (an early and a late one, for balance); sequence parallelism cuts
   // them again.
@@ -40,7 +42,8 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
   const int64_t pieces = tensor * (context > 1 ? 2 * context : 1);
   if (run.train.sequence % pieces != 0) {
     check.problems.push_back(text("train.sequence = ", run.train.sequence, " is not a multiple of ", pieces,
-                                  " (tensor ", tensor, context > 1 ? text(" x 2 x context ", context) : "", ")"));
+                                  " (tensor ", tensor, context > 1 ? text(" x 2 x context ", context) : "", "): ",
+                                  nearest_multiples(run.train.sequence, pieces), " would be"));
   }
   return check;
 }

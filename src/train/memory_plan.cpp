@@ -1,47 +1,75 @@
-// Per token of one layer: h hidden, q heads * head_dim, kv kv_heads * head_dim, f feed-forward width, K experts of
-// width fe.
 #include "train/memory_plan.hpp"
 
 #include <algorithm>
+#include <array>
+#include <map>
 #include <set>
 
 #include "base/box.hpp"
 #include "model/holders.hpp"
+#include "train/saved.hpp"
+#include "train/schedule.hpp"
+#include "train/traffic_plan.hpp"
 
 namespace upcycle {
 namespace {
 
-/// Numbers that backward keeps of one layer, per token: what the operations of model/ and moe/ record.
-int64_t kept_by_layer(const Architecture& a, int64_t layer, Recompute recompute) {
-  const int64_t h = a.hidden, q = a.heads * a.head_dim, kv = a.kv_heads * a.head_dim;
-  if (recompute == Recompute::full) return h;
-  const bool whole = recompute == Recompute::none;  // selective: norms and activations are cheap to do again
-  const int64_t residual = whole ? 4 * h : 2 * h;   // the two inputs, and their norms' outputs
-  const int64_t attention = whole ? 3 * q + 3 * kv : 2 * q + 2 * kv;  // product, rotated q and k, v, output
-  if (!a.is_moe_layer(layer)) return residual + attention + (whole ? 3 : 2) * a.ffn;
-  return residual + attention +
-         a.top_k * (2 * h + (whole ? 3 : 2) * a.expert_ffn);  // rows in, gate and up, product, rows out
+/// One chunk of layers at work on one micro-batch.
+struct ChunkMemory {
+  int64_t kept = 0;      ///< from its forward to its backward
+  int64_t on_top = 0;    ///< the most beside that, in forward or backward
+};
+
+ChunkMemory memory_of_chunk(const Architecture& a, const RunConfig& run, const Layout& layout, int chunk) {
+  const Grid& grid = layout.grid;
+  const MicroBatch rows(a, run, grid);
+  const int64_t row = a.hidden * rows.width;
+  const auto on = [&](Axis axis, int64_t bytes) { return grid.size(axis) > 1 ? bytes : 0; };
+  ChunkMemory memory;
+  for (int64_t layer = 0; layer < a.layers; ++layer) {
+    if (layout.chunk_of_layer[static_cast<size_t>(layer)] != chunk) continue;
+    const std::vector<Saved> saved = saved_by_layer(a, run, grid, layer);
+    const int64_t kept = saved_bytes(saved, run.train.recompute);
+    const int64_t again = saved_bytes(saved, Recompute::none) - kept;   // computed anew when this layer's backward begins
+    const int64_t messages = on(Axis::tensor, rows.gathered * row) + (a.is_moe_layer(layer) ? on(Axis::expert, rows.routed * row) : 0);
+    memory.kept += kept;
+    memory.on_top = std::max(memory.on_top, again + passing_in_layer(a, run, grid, layer) + messages);
+  }
+  if (chunk == layout.chunks() - 1) {
+    const int64_t head = saved_bytes(saved_by_head(a, run, grid), run.train.recompute);
+    memory.kept += head;
+    memory.on_top = std::max(memory.on_top - head, passing_in_head(a, run, grid));   // the head's backward is over before the layers'
+  }
+  // The embedding's backward comes when nothing else of this micro-batch is left.
+  if (chunk == 0) memory.on_top = std::max(memory.on_top, passing_in_embedding(a, run, grid) - memory.kept);
+  memory.on_top += on(Axis::pipeline, 3 * rows.own * row);   // what came, what is made and what goes
+  return memory;
 }
 
-int64_t activation_bytes(const Architecture& a, const RunConfig& run, const Layout& layout, int stage) {
-  const int64_t width = run.train.precision == Precision::bf16 ? 2 : 4;
-  const int64_t cut = layout.grid.size(Axis::tensor) * layout.grid.size(Axis::context);
-  const int64_t tokens = run.train.micro_batch * run.train.sequence / cut;
-  const int64_t stages = layout.grid.size(Axis::pipeline);
-  const int64_t micro_batches =
-      std::max<int64_t>(1, run.train.global_batch / (run.train.micro_batch * layout.grid.size(Axis::data)));
-  const int64_t in_flight = std::min(stages - stage, micro_batches);  // one forward, one backward
-
-  int64_t kept = 0, largest = 0;
-  for (int64_t layer = 0; layer < a.layers; ++layer) {
-    if (layout.stage_of(layer) != stage) continue;
-    kept += kept_by_layer(a, layer, run.train.recompute);
-    if (run.train.recompute == Recompute::full) largest = std::max(largest, kept_by_layer(a, layer, Recompute::none));
+/// Walks through the stage's plan, as the pipeline will.
+void add_activations(RankMemory& memory, const Architecture& a, const RunConfig& run, const Layout& layout) {
+  const int stages = layout.stages();
+  std::map<int, ChunkMemory> chunks;
+  for (int chunk = memory.stage; chunk < layout.chunks(); chunk += stages) chunks[chunk] = memory_of_chunk(a, run, layout, chunk);
+  // Some micro-batches per stage fill the pipeline; more of them change nothing.
+  const int64_t micro_batches = std::min<int64_t>(micro_batches_of_rank(run, layout.grid), 4 * stages);
+  int64_t kept = 0, most = 0, in_flight = 0, most_in_flight = 0;
+  for (const Step& step : one_forward_one_backward(memory.stage, stages, layout.virtual_stages, micro_batches)) {
+    for (const Action& action : step) {
+      const ChunkMemory& chunk = chunks.at(action.chunk);
+      if (action.pass == Pass::forward) {
+        kept += chunk.kept;
+        memory.activations = std::max(memory.activations, kept);
+        most_in_flight = std::max(most_in_flight, ++in_flight);
+      } else {
+        most = std::max(most, kept + chunk.on_top);
+        kept -= chunk.kept;
+        --in_flight;
+      }
+    }
   }
-  int64_t bytes = tokens * width * (kept * in_flight + largest);
-  if (stage == stages - 1)
-    bytes += tokens * a.vocab * (2 * width + 8);  // logits, their gradient, and two fp32 copies on the way
-  return bytes;
+  memory.in_flight = static_cast<double>(most_in_flight) / layout.virtual_stages;
+  memory.buffers = most - std::min(most, memory.activations);
 }
 
 }  // namespace
@@ -62,23 +90,26 @@ RankMemory rank_memory(const Architecture& a, const RunConfig& run, const Layout
     memory.gradients += count * 4;
     memory.moments += owned * 8;
   }
-  memory.activations = activation_bytes(a, run, layout, memory.stage);
+  add_activations(memory, a, run, layout);
   return memory;
 }
 
 std::vector<RankMemory> plan_memory(const Architecture& a, const RunConfig& run, const Layout& layout) {
   const Grid& grid = layout.grid;
   std::vector<RankMemory> stages(static_cast<size_t>(grid.size(Axis::pipeline)));
-  std::set<std::array<int, 4>> seen;  // ranks that differ along other axes hold the same
+  std::set<std::array<int, 2>> seen;  // ranks that differ along other axes hold as much: only the vocabulary's parts may be unequal
   for (int rank = 0; rank < grid.world(); ++rank) {
     const Coordinates at = grid.at(rank);
-    if (!seen.insert({at[Axis::tensor], at[Axis::expert_tensor], at[Axis::expert], at[Axis::pipeline]}).second)
-      continue;
+    if (!seen.insert({at[Axis::tensor], at[Axis::pipeline]}).second) continue;
     const RankMemory memory = rank_memory(a, run, layout, rank);
     RankMemory& largest = stages[static_cast<size_t>(memory.stage)];
     if (memory.parameters > largest.parameters) largest = memory;
   }
   return stages;
+}
+
+const RankMemory& largest(const std::vector<RankMemory>& ranks) {
+  return *std::max_element(ranks.begin(), ranks.end(), [](const auto& a, const auto& b) { return a.total() < b.total(); });
 }
 
 }  // namespace upcycle

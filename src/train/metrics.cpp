@@ -131,4 +131,12 @@ void Metrics::validation(int64_t step, int64_t position, double loss) {
   log::info(format("step %ld  validation loss %.4f  perplexity %.2f", static_cast<long>(step), loss, std::exp(loss)));
 }
 
+void Metrics::memory(int64_t step, const Memory& memory) {
+  if (!speaks_) return;
+  write(Json{{"kind", "memory"}, {"step", step}, {"peak_bytes", memory.peak}, {"planned_bytes", memory.planned},
+             {"device_bytes", memory.device}}.dump());
+  const auto gib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 30); };
+  log::info(format("peak memory %.2f GiB of %.1f (plan: %.2f in tensors)", gib(memory.peak), gib(memory.device), gib(memory.planned)));
+}
+
 }  // namespace upcycle

@@ -22,6 +22,13 @@ class Metrics {
   void step(const StepReport&, double seconds);
   void validation(int64_t step, int64_t position, double loss);
 
+  /// Bytes of the rank that took most: on a GPU its tensors, on a CPU the whole process; and the tensors that were planned.
+  struct Memory {
+    int64_t peak, planned;
+    int64_t device;            ///< what a device has
+  };
+  void memory(int64_t step, const Memory&);
+
   /// For the summary at the end.
   double last_loss() const noexcept { return last_loss_; }
   double tokens_per_second() const;

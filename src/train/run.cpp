@@ -12,6 +12,7 @@
 #include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
 #include "train/certify.hpp"
+#include "train/memory_plan.hpp"
 #include "train/metrics.hpp"
 #include "train/run_directory.hpp"
 #include "train/setup.hpp"
@@ -133,6 +134,7 @@ class Run {
       alive(state.step, "training");
     }
     settle({});
+    metrics.memory(state.step, peak_memory());
     if (state.step < config_.train.steps) {
       if (saved != state.step) store();
       log::info(text("stopped on request (signal) after step ", state.step, " of ", config_.train.steps,
@@ -150,6 +152,15 @@ class Run {
   void alive(int64_t step, const char* doing) {
     watchdog_.beat(step, doing);
     if (lock_) lock_->touch();
+  }
+
+  // The most that any rank took, and was planned to take.
+  Metrics::Memory peak_memory() {
+    const Weights& weights = stage_.weights();
+    const device::Memory here = device::memory(weights.all().front().parameter.value.device());
+    const RankMemory plan = rank_memory(weights.architecture(), config_, weights.layout(), mesh_.world().rank());
+    const auto most = [&](int64_t bytes) { return mesh_.world().all_reduce(bytes, Reduce::max); };
+    return {most(here.peak), most(plan.tensors()), here.total};
   }
 
   void save(Optimizer* optimizer, const TrainingState& state) {

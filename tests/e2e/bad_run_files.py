@@ -81,7 +81,7 @@ class RunFiles(Case):
 
     def test_fields_against_each_other(self):
         self.refused_run(GOOD + "[train]\nglobal_batch = 8\nmicro_batch = 3\n",
-                         "run.toml:9:15: train.micro_batch = 3 does not divide train.global_batch = 8")
+                         "run.toml:9:15: train.micro_batch = 3 does not divide train.global_batch = 8: 2 or 4 would")
 
     def test_recipes_that_cannot_be(self):
         model = '[source]\nmodel = "/nowhere/model"\narchitecture = "config.json"\n'
@@ -92,11 +92,22 @@ class RunFiles(Case):
         self.refused_run(moe.format(8, 2, 1) + "max_parameters = 1e5\n", "more than moe.max_parameters = ", commands=["plan"])
 
     def test_layouts_that_do_not_divide(self):
-        self.refused_run(GOOD + "[train]\nsequence = 33\nglobal_batch = 9\n[parallel]\ntensor = 3\n", "run.toml does not fit 6 ranks:",
-                         "tensor = 3 does not divide num_attention_heads = 4", "train.global_batch = 9 is not a multiple",
+        self.refused_run(GOOD + "[train]\nsequence = 32\nglobal_batch = 9\n[parallel]\ntensor = 3\n", "run.toml does not fit 6 ranks:",
+                         "tensor = 3 does not divide num_attention_heads = 4: 2 or 4 would",
+                         "train.global_batch = 9 is not a multiple of train.micro_batch = 1 times the 2 data-parallel ranks", "8 or 10 would do",
+                         "train.sequence = 32 is not a multiple of 3 (tensor 3): 30 or 33 would be",
                          commands=["plan"], arguments=("--ranks", "6"))
         self.refused_run(GOOD + "[parallel]\npipeline = 2\nlayout = \"1|4\"\n",
                          "parallel.layout has 5 layers in 2 chunks; the model has 4 in 2 (pipeline 2 x virtual_stages 1)", commands=["plan"])
+        self.refused_run(GOOD + "[parallel]\ntensor = 3\n", "tensor 3 does not divide the 8 ranks of this run: 2 or 4 would, or 6 or 9 ranks",
+                         commands=["plan"], arguments=("--ranks", "8"))
+        self.refused_run(GOOD + "[moe]\nexperts = 8\n[parallel]\nexpert = 6\n", "expert 6 does not divide the 8 ranks of a stage",
+                         "4 or 8 would, or 6 or 12 ranks", commands=["plan"], arguments=("--ranks", "8"))
+        self.refused_run(GOOD + "[moe]\nexperts = 8\n[parallel]\nexpert = 3\n", "expert = 3 does not divide num_experts = 8: 2 or 4 would",
+                         commands=["plan"])
+        self.refused_run(GOOD + "[moe]\nexperts = 8\n[parallel]\nexpert_tensor = 5\n",
+                         "expert_tensor = 5 does not divide moe_intermediate_size = 96: 4 or 6 would", commands=["plan"])
+        self.refused_run(GOOD + "[parallel]\npipeline = 5\n", "pipeline = 5 x virtual_stages = 1 makes 5 chunks for num_hidden_layers = 4", "4 is the most", commands=["plan"])
         self.refused_run(GOOD + "[parallel]\nexpert = 2\n", "expert = 2", "a dense model has no experts", commands=["plan"])
         self.refused_run(GOOD + "[parallel]\ntensor = 4096\ncontext = 4096\n", "[parallel] asks for 16777216 ranks", commands=["plan"])
 
@@ -148,6 +159,7 @@ class CommandLines(Case):
                 (["plan", "run.toml", "--js"], "unknown option '--js'; did you mean '--json'?"),
                 (["plan", "run.toml", "--set"], "the required argument for option '--set' is missing"),
                 (["plan", "run.toml", "--ranks", "0"], "--ranks 0: a positive integer is expected"),
+                (["plan", "run.toml", "--gpu-memory", "much"], "--gpu-memory: 'much' is no size: say 5GB, 500MB or 2GiB"),
                 (["plan", "run.toml", "--ranks", "2x"], "--ranks 2x: a positive integer is expected"),
                 (["plan", "run.toml", "--log-level", "loud"], "unknown log level 'loud'"),
                 (["--verison"], "unknown option '--verison'; did you mean '--version'?")):
@@ -185,6 +197,14 @@ class Plans(Case):
         self.assertEqual(plan["exactness"], "exact")
         self.assertEqual(plan["ranks"], 32)
         self.assertEqual(len(plan["bytes_per_rank"]), 4)
+        self.assertEqual([stage["micro_batches_in_flight"] for stage in plan["bytes_per_rank"]], [4, 3, 2, 1])
+        fits = {mode: row["fits"] for mode, row in plan["by_recompute"].items()}
+        self.assertEqual((fits["none"], fits["full"]), (False, True), "of 80 GB")
+        self.assertAlmostEqual(plan["pipeline_bubble"], 3 / 16)
+        self.assertEqual({row["axis"] for row in plan["bytes_sent_per_step"]}, {"pipeline", "expert", "replica"})
+        self.refused("plan", SOURCE / "configs/qwen3-14b-64e.toml", "--gpu-memory", "80GB", "--set", "train.recompute=none",
+                     f"source.architecture={MODELS / 'qwen3-14b.json'}",
+                     says=["stage 0 needs ", " on each rank, and a GPU has 80.0 GB: train.recompute = \"full\" would need "])
         self.assertEqual(plan["origins"]["moe.pre_softmax"], "default")
         refused = subprocess.run([PROGRAM, "plan", "configs/qwen3-14b-64e.toml", "--set", "moe.granularity=1"], cwd=SOURCE,
                                  capture_output=True, text=True)

@@ -185,7 +185,7 @@ TEST(RunFile, FieldsAreHeldAgainstEachOther) {
   expect_problem("[train]\nsteps = 3\n",
                  "run.toml: source.model: give source.model (a directory with weights), source.architecture");
   expect_problem(kSource + "[train]\nglobal_batch = 8\nmicro_batch = 3\n",
-                 "run.toml:5:15: train.micro_batch = 3 does not divide train.global_batch = 8");
+                 "run.toml:5:15: train.micro_batch = 3 does not divide train.global_batch = 8: 2 or 4 would");
   expect_problem(kSource + "[optimizer]\nmin_lr = 1.0\n", "optimizer.min_lr = 1 is more than optimizer.lr = 0.0001");
   expect_problem(kSource + "[optimizer]\nwarmup = 2000\n",
                  "run.toml:4:10: optimizer.warmup = 2000 is more than train.steps = 1000");

@@ -227,10 +227,13 @@ TEST(CheckDivides, NamesAxisKeyAndNumbers) {
   ParallelSection p;
   EXPECT_NO_THROW(check_divides(small(), Grid(p, 1)));
   p.tensor = 3;
-  expect_complaint(small(), p, 3, {"tensor = 3", "num_attention_heads = 8"});
+  expect_complaint(small(), p, 3, {"tensor = 3 does not divide num_attention_heads = 8: 2 or 4 would"});
   Architecture a = small();
   a.heads = 9, a.kv_heads = 2;
-  expect_complaint(a, p, 3, {"tensor = 3", "num_key_value_heads = 2"});
+  expect_complaint(a, p, 3, {"tensor = 3 and num_key_value_heads = 2: one must divide the other, as 2 or 4 would"});
+  a = small(), a.vocab = 2, p.tensor = 4;
+  expect_complaint(a, p, 4, {"tensor = 4 ranks for vocab_size = 2", "2 is the most"});
+  a = small(), a.heads = 9, p.tensor = 3;
   a.kv_heads = 3, a.ffn = 50;
   expect_complaint(a, p, 3, {"tensor = 3", "intermediate_size = 50"});
   p = {};

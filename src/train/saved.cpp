@@ -1,0 +1,115 @@
+// Per rank: h hidden, q and kv heads * head_dim, f feed-forward width, K experts of width fe a token, E experts, V vocabulary.
+#include "train/saved.hpp"
+
+#include <algorithm>
+
+namespace upcycle {
+namespace {
+
+constexpr int64_t kFp32 = 4, kIndex = 8;
+
+/// What one tensor rank holds of every width.
+struct Widths {
+  Widths(const Architecture& a, const Grid& grid) {
+    const int64_t tp = grid.size(Axis::tensor), etp = grid.size(Axis::expert_tensor);
+    h = a.hidden;
+    heads = a.heads / tp, kv_heads = std::max<int64_t>(1, a.kv_heads / tp);
+    q = heads * a.head_dim, kv = kv_heads * a.head_dim;
+    f = a.ffn / tp, fe = a.expert_ffn / etp;
+    V = (a.vocab + tp - 1) / tp;
+    local_experts = a.experts / grid.size(Axis::expert);
+  }
+  int64_t h, heads, kv_heads, q, kv, f, fe, V, local_experts;
+};
+
+}  // namespace
+
+MicroBatch::MicroBatch(const Architecture& a, const RunConfig& run, const Grid& grid) {
+  width = run.train.precision == Precision::bf16 ? 2 : 4;
+  keys = run.train.micro_batch * run.train.sequence;
+  gathered = keys / grid.size(Axis::context);
+  own = gathered / grid.size(Axis::tensor);
+  routed = own * a.top_k * grid.size(Axis::expert_tensor);
+}
+
+std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, const Grid& grid, int64_t layer) {
+  const Widths n(a, grid);
+  const MicroBatch rows(a, run, grid);
+  const int64_t w = rows.width, own = rows.own, all = rows.gathered;
+  const bool gathers_keys = grid.size(Axis::context) > 1, sends_rows = grid.size(Axis::expert) > 1;
+  using enum Recompute;
+  std::vector<Saved> saved = {
+      // what, its bytes (rows x bytes of a row), until which recompute; behind it whose backward needs it
+      {"layer input", own * (n.h * w + kFp32), full},                                           // rms_norm: x and 1 / rms
+      {"its norm", all * n.h * w, none},                                                        // linear to q, k, v
+      {"q, k, v", all * ((n.q + 2 * n.kv) * w + (n.heads + n.kv_heads) * kFp32), selective},    // rms_norm of q and k; v: attention
+      {"rotated q and k", all * (n.q + (gathers_keys ? 0 : n.kv)) * w, none},                   // attention
+      {"gathered k and v", gathers_keys ? rows.keys * 2 * n.kv * w : 0, none},                  // attention
+      {"attention output", all * (n.q * w + n.heads * kFp32), selective},                       // attention, log-sum-exp; linear o
+      {"attended", own * (n.h * w + kFp32), selective},                                         // rms_norm
+  };
+  if (!a.is_moe_layer(layer)) {
+    saved.push_back({"its norm", all * n.h * w, none});                                         // linear to gate and up
+    saved.push_back({"gate and up", all * 2 * n.f * w, selective});                             // swiglu
+    saved.push_back({"their product", all * n.f * w, none});                                    // linear down
+    return saved;
+  }
+  const bool keeps_probabilities = run.balance.aux != 0 || !a.renormalise, keeps_logits = run.balance.z != 0;
+  const bool keeps_shares = run.balance.aux != 0 && run.balance.scope == BalanceScope::sequence, shaken = run.balance.jitter != 0;
+  const int64_t choices = own * a.top_k;
+  saved.push_back({"its norm in fp32", own * n.h * kFp32 * (1 + shaken), none});                // linear to logits; jitter's factors
+  saved.push_back({"probabilities", own * a.experts * kFp32 * (keeps_probabilities + keeps_logits + keeps_shares), selective});
+  saved.push_back({"routing", choices * (3 * kIndex + 2 * kFp32) + (sends_rows ? rows.routed * 2 * kIndex : 0), full});
+  saved.push_back({"experts' rows", rows.routed * n.h * w, none});                              // grouped_matmul to gate and up
+  saved.push_back({"experts' gate and up", rows.routed * 2 * n.fe * w, selective});             // swiglu
+  saved.push_back({"their product", rows.routed * n.fe * w, none});                             // grouped_matmul down
+  saved.push_back({"experts' answers", choices * n.h * w, selective});                          // weigh_and_sum
+  return saved;
+}
+
+std::vector<Saved> saved_by_head(const Architecture& a, const RunConfig& run, const Grid& grid) {
+  const Widths n(a, grid);
+  const MicroBatch rows(a, run, grid);
+  using enum Recompute;
+  return {{"head input", rows.own * (n.h * rows.width + kFp32), full},                          // rms_norm
+          {"its norm", rows.gathered * n.h * rows.width, full},                                 // linear to logits
+          {"logits", rows.gathered * (n.V * rows.width + kFp32), full}};                        // cross_entropy
+}
+
+int64_t saved_bytes(const std::vector<Saved>& all, Recompute recompute) {
+  int64_t bytes = 0;
+  for (const Saved& saved : all) bytes += recompute <= saved.until ? saved.bytes : 0;
+  return bytes;
+}
+
+int64_t passing_in_layer(const Architecture& a, const RunConfig& run, const Grid& grid, int64_t layer) {
+  const Widths n(a, grid);
+  const MicroBatch rows(a, run, grid);
+  const int64_t w = rows.width;
+  // What stands before backward of this layer begins is still there; less what it has freed on the way.
+  if (!a.is_moe_layer(layer)) {
+    const int64_t weight_gradient = w < kFp32 ? 2 * n.f * n.h * kFp32 : 0;                      // linear's, fp32 before it is added
+    return rows.own * n.h * w + std::max(rows.gathered * 5 * n.f * w,                           // swiglu: d, three terms, their pair
+                                         rows.gathered * 2 * n.f * w + weight_gradient);
+  }
+  const int64_t answers = rows.own * a.top_k * n.h * w;
+  const int64_t weight_gradient = w < kFp32 ? n.local_experts * n.fe * n.h * w : 0;             // grouped_matmul's, bf16
+  return std::max({rows.own * n.h * (w + 3 * kFp32) + answers,                                  // weigh_and_sum, choice by choice
+                   rows.routed * n.fe * w + weight_gradient,                                    // grouped_matmul down
+                   rows.routed * 5 * n.fe * w - answers});                                      // swiglu
+}
+
+int64_t passing_in_head(const Architecture& a, const RunConfig& run, const Grid& grid) {
+  const Widths n(a, grid);
+  const MicroBatch rows(a, run, grid);
+  const int64_t copies = rows.width < kFp32 ? 2 : 1;   // cross_entropy: logits in fp32, and their exponentials
+  const int64_t weight_gradient = rows.width < kFp32 ? n.V * n.h * kFp32 : 0;
+  return std::max(rows.gathered * n.V * kFp32 * copies, rows.gathered * n.V * rows.width + weight_gradient);
+}
+
+int64_t passing_in_embedding(const Architecture& a, const RunConfig& run, const Grid& grid) {
+  const Widths n(a, grid);
+  return (n.V + MicroBatch(a, run, grid).gathered) * n.h * kFp32;   // embedding_dense_backward makes a whole table, then it is added
+}
+
+}  // namespace upcycle
