@@ -34,7 +34,7 @@ inline std::vector<TinyModel> tiny_models() {
     RunConfig& run = m.run;
     run.train.steps = 5, run.train.sequence = 32, run.train.global_batch = 8, run.train.micro_batch = 1;
     run.train.precision = Precision::fp32;
-    run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.router_lr_scale = 1.0;
+    run.optimizer.lr = 3e-4, run.optimizer.schedule = Schedule::constant, run.optimizer.router_lr_scale = 1.0;
     run.optimizer.eps = 1e-6;   // at 1e-8 a gradient that is zero but for rounding moves a weight by the whole learning rate, either way
     run.balance.aux = 0.05, run.balance.z = 0.01;
     run.moe_given = true, run.moe.experts = a.experts, run.moe.top_k = a.top_k;
