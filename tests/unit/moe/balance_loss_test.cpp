@@ -20,14 +20,14 @@
 namespace upcycle {
 namespace {
 
-const Communicator alone;
+const Communicator nobody_else;
 
 constexpr std::array kScopes = {BalanceScope::batch, BalanceScope::sequence, BalanceScope::global};
 
 Tensor sequences_of(int64_t sequences, int64_t positions) { return at::arange(sequences, at::kLong).repeat_interleave(positions); }
 
 Measures measure_logits(const BalanceLoss& loss, const Tensor& logits_TE, const Tensor& expert_TK, const Tensor& last_E = {}) {
-  return measure(alone, loss, logits_TE, at::softmax(logits_TE, -1), expert_TK, count_choices(expert_TK, logits_TE.size(1)), last_E);
+  return measure(nobody_else, loss, logits_TE, at::softmax(logits_TE, -1), expert_TK, count_choices(expert_TK, logits_TE.size(1)), last_E);
 }
 
 // 2 sequences of 2 tokens, 2 experts, probabilities 3/4 and 1/4. Sequence 0 chooses expert 0 twice, sequence 1 each expert once.
