@@ -78,7 +78,8 @@ class TinyTraining {
  public:
   TinyTraining(const TinyModel& model, const RunConfig& run, at::Device device = at::kCPU, Transport transport = Transport::automatic)
       : run_(run), mesh_(Grid(run.parallel, world_size())),
-        stage_(model.architecture, make_layout(model.architecture, mesh_.grid(), run.parallel), mesh_) {
+        stage_(model.architecture, make_layout(model.architecture, mesh_.grid(), run.parallel), mesh_,
+               model_settings(run)) {
     mesh_.prepare(device, transport);
     stage_.weights().allocate(run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device, run.parallel.zero);
     fill_masters(stage_.weights(), weights_of(model));
