@@ -1,9 +1,9 @@
 // Context parallelism and packed documents: with each sequence's positions spread over context ranks, losses, norms and gradients are
 // those of one rank, whether attention crosses the borders of documents or not; and packed documents train as if each were alone.
 // The run on one rank leaves its numbers in the build tree for the others (a CTest fixture).
-#include <ATen/ops/cat.h>
-#include <ATen/ops/randint.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -47,13 +47,13 @@ Documents documents() {
   return text;
 }
 
-struct Numbers {
+struct Outcome {
   std::vector<double> losses, norms;
   std::map<std::string, Tensor> gradients;   ///< of the first step, this rank's boxes; on one rank the whole
   std::map<std::string, Box> boxes;
 };
 
-Numbers train(Borders borders, const ParallelSection& parallel) {
+Outcome train(Borders borders, const ParallelSection& parallel) {
   RunConfig run;
   run.train.steps = kSteps, run.train.sequence = 32, run.train.global_batch = 4, run.train.micro_batch = 1;
   run.train.precision = Precision::fp32;
@@ -70,7 +70,7 @@ Numbers train(Borders borders, const ParallelSection& parallel) {
   Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
   const Sampler sampler({{1.0, write_documents(scratch, documents())}}, {1, 0, 0}, Split::train, run.train.sequence, kVocab, 5, borders);
   Trainer trainer(run, mesh, stage, optimizer, sampler);
-  Numbers numbers;
+  Outcome numbers;
   for (int64_t step = 0; step < kSteps; ++step) {
     const StepReport report = read(trainer.step());
     numbers.losses.push_back(report.loss);
@@ -92,7 +92,7 @@ const char* name_of(Borders borders) { return borders == Borders::packed ? "pack
 
 std::filesystem::path reference_of(Borders borders) { return std::filesystem::path(UPCYCLE_REFERENCE_DIR) / name_of(borders); }
 
-void store_reference(const Numbers& numbers, Borders borders) {
+void store_reference(const Outcome& numbers, Borders borders) {
   std::string curve(reinterpret_cast<const char*>(numbers.losses.data()), numbers.losses.size() * sizeof(double));
   curve.append(reinterpret_cast<const char*>(numbers.norms.data()), numbers.norms.size() * sizeof(double));
   store(reference_of(borders) / "curve", curve);
@@ -102,7 +102,7 @@ void store_reference(const Numbers& numbers, Borders borders) {
   }
 }
 
-void expect_reference(const Numbers& numbers, Borders borders, const Architecture& architecture) {
+void expect_reference(const Outcome& numbers, Borders borders, const Architecture& architecture) {
   const std::string curve = contents(reference_of(borders) / "curve");
   ASSERT_EQ(curve.size(), (2 * kSteps + 1) * sizeof(double)) << "run this test on one rank first";
   std::vector<double> expected(2 * kSteps + 1);
