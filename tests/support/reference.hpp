@@ -27,7 +27,7 @@ inline std::filesystem::path folder_of(const TinyModel& m) { return std::filesys
 template <class Visit>
 void for_each_part(Weights& weights, Visit&& visit) {
   for (Weight& weight : weights.all()) {
-    for (const Part& part : weight.parts) visit(part, part.of(weight.parameter.value));
+    for (const Part& part : weight.parts) visit(part, part.of(weight.parameter.arrived()));
   }
 }
 
