@@ -33,7 +33,7 @@ std::string fingerprint(const fs::path& path, int64_t small = kSample * kSamples
   } else {
     std::string sample(kSample, '\0');
     for (int64_t i = 0; i < kSamples; ++i) {
-      file.seekg(i * ((size - kSample) / (kSamples - 1)));
+      file.seekg(i * (size - kSample) / (kSamples - 1));
       file.read(sample.data(), kSample);
       content += sample;
     }

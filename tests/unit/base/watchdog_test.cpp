@@ -87,7 +87,7 @@ std::string verdict(const Scratch& scratch) {
 TEST(Watchdog, NamesTheRankThatTheOthersWaitFor) {
   const Scratch scratch;
   const Outcome outcome = run_ranks(scratch, 3, [&](int rank, const Job& job) {
-    Watchdog dog(rank, job, 2);
+    Watchdog dog(rank, job, 4);
     dog.watch(scratch.path());
     for (int64_t step = 0; step < 3; ++step) dog.beat(step);
     if (rank != 1) dog.beat(3, "summing gradients");  // and now they wait
@@ -95,7 +95,7 @@ TEST(Watchdog, NamesTheRankThatTheOthersWaitFor) {
   });
   for (const int status : outcome.status) EXPECT_TRUE(left_with(status, 1)) << status;
   EXPECT_EQ(lines(outcome.said), 1) << outcome.said;
-  EXPECT_TRUE(has(outcome.said, "ends the job after 2 s without progress (step ")) << outcome.said;
+  EXPECT_TRUE(has(outcome.said, "ends the job after 4 s without progress (step ")) << outcome.said;
   EXPECT_TRUE(has(outcome.said, "behind the others, which are at step 3: rank 1 (")) << outcome.said;
   EXPECT_TRUE(has(outcome.said, ", step 2, training, no progress for ")) << outcome.said;
   EXPECT_EQ(verdict(scratch), outcome.said);
