@@ -44,7 +44,7 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
       {"its norm", all * n.h * w, none},                                                        // linear to q, k, v
       {"q, k, v", all * ((n.q + 2 * n.kv) * w + (n.heads + n.kv_heads) * kFp32), selective},    // rms_norm of q and k; v: attention
       {"rotated q and k", all * (n.q + (gathers_keys ? 0 : n.kv)) * w, none},                   // attention
-      {"gathered k and v", gathers_keys ? rows.keys * 2 * n.kv * w : 0, none},                  // attention
+      {"gathered k and v", gathers_keys ? rows.keys * 2 * 2 * n.kv * w : 0, none},              // attention: in order, and by segments
       {"attention output", all * (n.q * w + n.heads * kFp32), selective},                       // attention, log-sum-exp; linear o
       {"attended", own * (n.h * w + kFp32), selective},                                         // rms_norm
   };
