@@ -36,7 +36,7 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
   const Widths n(a, grid);
   const MicroBatch rows(a, run, grid);
   const int64_t w = rows.width, own = rows.own, all = rows.gathered;
-  const bool gathers_keys = grid.size(Axis::context) > 1, sends_rows = grid.size(Axis::expert) > 1;
+  const bool gathers_keys = grid.size(Axis::context) > 1;
   using enum Recompute;
   std::vector<Saved> saved = {
       // what, its bytes (rows x bytes of a row), until which recompute; behind it whose backward needs it
@@ -44,7 +44,8 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
       {"its norm", all * n.h * w, none},                                                        // linear to q, k, v
       {"q, k, v", all * ((n.q + 2 * n.kv) * w + (n.heads + n.kv_heads) * kFp32), selective},    // rms_norm of q and k; v: attention
       {"rotated q and k", all * (n.q + (gathers_keys ? 0 : n.kv)) * w, none},                   // attention
-      {"gathered k and v", gathers_keys ? rows.keys * 2 * 2 * n.kv * w : 0, none},              // attention: in order, and by segments
+      {"gathered k and v", gathers_keys ? rows.keys * 2 * n.kv * w : 0, none},                  // attention
+      {"their segments' rows", gathers_keys ? rows.keys * 2 * n.kv * w : 0, selective},         // attention on a GPU: what queries see
       {"attention output", all * (n.q * w + n.heads * kFp32), selective},                       // attention, log-sum-exp; linear o
       {"attended", own * (n.h * w + kFp32), selective},                                         // rms_norm
   };
@@ -56,11 +57,13 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
   }
   const bool keeps_probabilities = run.balance.aux != 0 || !a.renormalise, keeps_logits = run.balance.z != 0;
   const bool keeps_shares = run.balance.aux != 0 && run.balance.scope == BalanceScope::sequence, shaken = run.balance.jitter != 0;
+  const bool at_home = grid.size(Axis::expert) * grid.size(Axis::expert_tensor) == 1;
   const int64_t choices = own * a.top_k;
-  saved.push_back({"its norm in fp32", own * n.h * kFp32 * (1 + shaken), none});                // linear to logits; jitter's factors
+  saved.push_back({"its norm", shaken ? 0 : own * n.h * w, none});                              // linear to the router's logits
+  saved.push_back({"shaken in fp32", shaken ? 2 * own * n.h * kFp32 : 0, selective});           // the same with jitter; its factors
   saved.push_back({"probabilities", own * a.experts * kFp32 * (keeps_probabilities + keeps_logits + keeps_shares), selective});
-  saved.push_back({"routing", choices * (3 * kIndex + 2 * kFp32) + (sends_rows ? rows.routed * 2 * kIndex : 0), full});
-  saved.push_back({"experts' rows", rows.routed * n.h * w, none});                              // grouped_matmul to gate and up
+  saved.push_back({"routing", choices * (3 * kIndex + 2 * kFp32) + (at_home ? 0 : rows.routed * 2 * kIndex), full});
+  saved.push_back({"experts' rows", rows.routed * n.h * w, at_home ? none : selective});                              // grouped_matmul to gate and up
   saved.push_back({"experts' gate and up", rows.routed * 2 * n.fe * w, selective});             // swiglu
   saved.push_back({"their product", rows.routed * n.fe * w, none});                             // grouped_matmul down
   saved.push_back({"experts' answers", choices * n.h * w, selective});                          // weigh_and_sum
