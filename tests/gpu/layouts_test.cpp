@@ -36,23 +36,19 @@ TEST_P(LayoutsOnGpu, TrainTheSameModel) {
   if (device::count() == 0) GTEST_SKIP() << "no GPU here";
   const at::Device gpu = device::choose("cuda", host_rank());
   device::set_tf32(false);
-  const std::vector<TinyModel> models = tiny_models();
-  if (world_size() == 1) {
-    for (const TinyModel& m : models) make_reference(m, gpu);
-  }
-  std::vector<Reference> references;
-  for (const TinyModel& m : models) references.push_back(load_reference(m));
+  const References references(gpu);
   size_t ran = 0;
   for (const ParallelSection& layout : every_layout(world_size())) {
     // Experts that span tensor or context ranks are a pair by themselves, a pipeline of them a triple.
     if (axes_of(layout) > 2) continue;
     const auto start = std::chrono::steady_clock::now();
+    const std::vector<TinyModel> models = models_for(layout);
     const size_t which = ran % models.size();
     RunConfig run = models[which].run;
     run.parallel = layout;
     run.train.recompute = std::array{Recompute::none, Recompute::selective, Recompute::full}[ran % 3];
     SCOPED_TRACE(text(models[which].name, ", ", describe(layout), ", recompute ", static_cast<int>(run.train.recompute)));
-    expect_same(models[which], run, references[which], 1e-6, gpu, GetParam());
+    expect_same(models[which], run, references.of(models[which]), 1e-6, gpu, GetParam());
     ++ran;
     if (world_rank() == 0) {
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;

@@ -71,6 +71,29 @@ inline Reference load_reference(const TinyModel& m) {
   return reference;
 }
 
+/// The tiny models that a layout is tried with: as many layers and sequences as it needs.
+inline std::vector<TinyModel> models_for(const ParallelSection& p) {
+  const int64_t data = world_size() / (p.tensor * p.context * p.pipeline);
+  return tiny_models(p.pipeline * p.virtual_stages <= 4 && data <= 4 ? 4 : 8);
+}
+
+/// The numbers of all tiny models: made here on one rank, else read.
+class References {
+ public:
+  explicit References(at::Device device) {
+    for (const int64_t depth : {4, 8}) {
+      for (const TinyModel& m : tiny_models(depth)) {
+        if (world_size() == 1) make_reference(m, device);
+        references_.emplace(m.name, load_reference(m));
+      }
+    }
+  }
+  const Reference& of(const TinyModel& m) const { return references_.at(m.name); }
+
+ private:
+  std::map<std::string, Reference> references_;
+};
+
 inline std::string describe(const ParallelSection& p) {
   return text("tensor ", p.tensor, ", context ", p.context, ", pipeline ", p.pipeline, " x ", p.virtual_stages, ", expert ", p.expert,
               ", expert_tensor ", p.expert_tensor, ", zero ", p.zero);

@@ -16,7 +16,7 @@ namespace upcycle {
 
 /// A tiny model and a run of it, whose numbers must not depend on how many ranks train it, nor on how.
 struct TinyModel {
-  const char* name;
+  std::string name;
   Architecture architecture;
   RunConfig run;
   int64_t tied_routers = 1;   ///< so many experts in a row share a router row, as the shards of a copy do
@@ -24,15 +24,16 @@ struct TinyModel {
 };
 
 /// Between them: tied and untied, layers all mixtures or mixed with dense ones, 1 and 2 key/value heads, granularity 4, a vocabulary
-/// that does not divide, every scope of the balance loss, biases, dropped tokens. Eight layers and heads, so that each axis reaches 8.
-inline std::vector<TinyModel> tiny_models() {
-  const auto model = [](const char* name, uint64_t seed) {
-    TinyModel m{.name = name, .architecture = {}, .run = {}, .seed = seed};
+/// that does not divide, every scope of the balance loss, biases, dropped tokens. `depth` layers and sequences a step, 4 or 8: what a
+/// pipeline and data-parallel ranks need, and no more. Eight heads, so that each axis of the layout can reach 8.
+inline std::vector<TinyModel> tiny_models(int64_t depth) {
+  const auto model = [depth](const char* name, uint64_t seed_of_4, uint64_t seed_of_8) {
+    TinyModel m{.name = text(name, '-', depth), .architecture = {}, .run = {}, .seed = depth == 4 ? seed_of_4 : seed_of_8};
     Architecture& a = m.architecture;
-    a.hidden = 32, a.layers = 8, a.heads = 8, a.kv_heads = 2, a.head_dim = 8, a.ffn = 48, a.vocab = 96, a.tied = true;
+    a.hidden = 32, a.layers = depth, a.heads = 8, a.kv_heads = 2, a.head_dim = 8, a.ffn = 48, a.vocab = 96, a.tied = true;
     a.experts = 8, a.top_k = 2, a.expert_ffn = 24;
     RunConfig& run = m.run;
-    run.train.steps = 5, run.train.sequence = 32, run.train.global_batch = 8, run.train.micro_batch = 1;
+    run.train.steps = 5, run.train.sequence = 32, run.train.global_batch = depth, run.train.micro_batch = 1;
     run.train.precision = Precision::fp32;
     run.optimizer.lr = 3e-4, run.optimizer.schedule = Schedule::constant, run.optimizer.router_lr_scale = 1.0;
     run.optimizer.eps = 1e-6;   // at 1e-8 a gradient that is zero but for rounding moves a weight by the whole learning rate, either way
@@ -40,20 +41,20 @@ inline std::vector<TinyModel> tiny_models() {
     run.moe_given = true, run.moe.experts = a.experts, run.moe.top_k = a.top_k;
     return m;
   };
-  TinyModel tied = model("tied", 5);
+  TinyModel tied = model("tied", 8, 22);
 
-  TinyModel mixed = model("mixed", 24);
+  TinyModel mixed = model("mixed", 7, 14);
   mixed.architecture.tied = false, mixed.architecture.kv_heads = 1, mixed.architecture.vocab = 91;
-  mixed.architecture.dense_layers = {1, 4}, mixed.architecture.renormalise = false;
+  mixed.architecture.dense_layers = {1, depth / 2}, mixed.architecture.renormalise = false;
   mixed.run.balance.scope = BalanceScope::sequence;
 
-  TinyModel granular = model("granular", 8);
+  TinyModel granular = model("granular", 22, 26);
   granular.architecture.experts = 16, granular.architecture.top_k = 4, granular.architecture.expert_ffn = 16;
   granular.run.moe.experts = 16, granular.run.moe.top_k = 4, granular.run.moe.granularity = 4;
   granular.run.balance.scope = BalanceScope::global;
   granular.tied_routers = 4;
 
-  TinyModel biased = model("biased", 16);
+  TinyModel biased = model("biased", 20, 10);
   biased.architecture.tied = false, biased.architecture.dense_layers = {0};
   biased.run.balance.bias_rate = 0.01, biased.run.balance.capacity_factor = 1.25;
   return {tied, mixed, granular, biased};
