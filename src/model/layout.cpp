@@ -18,7 +18,7 @@ std::vector<int64_t> spread(const Architecture& a, int64_t chunks, const Paralle
     if (count >= 1) continue;
     fail("pipeline = ", parallel.pipeline, " x virtual_stages = ", parallel.virtual_stages, " makes ", chunks,
          " chunks for num_hidden_layers = ", a.layers, embedding ? ", the embedding" : "", loss ? ", the loss" : "",
-         ": every chunk needs at least one layer, so ", all, " is the most");
+         ": every chunk needs at least one layer", embedding + loss == 0 ? text(", so ", all, " is the most") : "");
   }
   return counts;
 }

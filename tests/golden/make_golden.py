@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 BATCHES, SEQUENCES, LENGTH, STEPS = 5, 2, 24, 20
 SMALLEST_GAP = 1e-4  # of router logits: below it, rounding may choose another expert
-ADAMW = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+# eps: at 1e-8 a gradient that is zero but for rounding moves a weight by the whole learning rate, either way.
+ADAMW = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-6)
 WEIGHT_DECAY, CLIP = 0.1, 1.0
 
 

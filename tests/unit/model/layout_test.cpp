@@ -53,7 +53,7 @@ TEST(Layout, TheRunsOwnNumbersWin) {
 
 TEST(Layout, RefusalsNameTheNumbers) {
   EXPECT_EQ(refusal(5, {.pipeline = 6}),
-            "pipeline = 6 x virtual_stages = 1 makes 6 chunks for num_hidden_layers = 5: every chunk needs at least one layer");
+            "pipeline = 6 x virtual_stages = 1 makes 6 chunks for num_hidden_layers = 5: every chunk needs at least one layer, so 5 is the most");
   EXPECT_EQ(refusal(4, {.pipeline = 4, .count_loss = true}),
             "pipeline = 4 x virtual_stages = 1 makes 4 chunks for num_hidden_layers = 4, the loss: every chunk needs at least one layer");
   EXPECT_EQ(refusal(5, {.pipeline = 2, .layout = {2, 2}}),
