@@ -99,16 +99,14 @@ struct Training {
 
 TEST(Balance, BiasesMoveTheLoadTowardsBalance) {
   Training with({.aux = 0.0, .bias_rate = 0.05}), without({.aux = 0.0});
-  const double before = with.step().load_max_over_mean;
-  EXPECT_EQ(without.step().load_max_over_mean, before);
-  double after = 0.0, unmoved = 0.0;
-  for (int step = 1; step < 30; ++step) {
-    after = with.step().load_max_over_mean;
-    unmoved = without.step().load_max_over_mean;
+  EXPECT_EQ(without.step().load_max_over_mean, with.step().load_max_over_mean) << "biases start at zero";
+  double moved = 0.0, unmoved = 0.0;   // means over the last ten steps: one has 128 tokens, which is noisy
+  for (int step = 1; step < 40; ++step) {
+    const double a = with.step().load_max_over_mean, b = without.step().load_max_over_mean;
+    if (step >= 30) moved += a / 10, unmoved += b / 10;
   }
-  EXPECT_GT(before, 1.5);
-  EXPECT_LT(after, 1.3);
-  EXPECT_GT(unmoved, 1.5);
+  EXPECT_GT(unmoved, 1.3) << "routers in balance from the start prove nothing";
+  EXPECT_LT(moved - 1, 0.6 * (unmoved - 1));
   for (Router* router : with.stage->routers()) {
     const Tensor bias = router->state().bias_E;
     for (const std::string& other : with.mesh->world().all_gather(text(bias))) EXPECT_EQ(other, text(bias)) << "one bias on all ranks";
