@@ -179,6 +179,15 @@ class Run {
   Stage stage_;
 };
 
+// "tensor 2, data 4, expert 8": the axes of more than one rank.
+std::string describe(const Grid& grid) {
+  std::string out;
+  for (const Axis axis : {Axis::tensor, Axis::context, Axis::pipeline, Axis::data, Axis::expert, Axis::expert_tensor}) {
+    if (grid.size(axis) > 1) out += text(out.empty() ? "" : ", ", name(axis), " ", grid.size(axis));
+  }
+  return out.empty() ? "one rank" : out;
+}
+
 }  // namespace
 
 int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
@@ -215,9 +224,8 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
   mesh.prepare(device, config.run.transport);                            // 4. who talks to whom, by what
   watchdog.beat(-1, "starting");
   const ParameterCount count = count_parameters(setup->target.architecture);
-  log::info(text(config.run.name, ": ", count.total, " parameters, ", count.active, " active per token; ", world.size(), " ranks (data ",
-                 mesh.grid().size(Axis::data), ", expert ", mesh.grid().size(Axis::expert), ") on ", device::name(device), ", tensors by ",
-                 mesh.transport()));
+  log::info(text(config.run.name, ": ", count.total, " parameters, ", count.active, " active per token; ", world.size(), " ranks (",
+                 describe(mesh.grid()), ") on ", device::name(device), ", tensors by ", mesh.transport()));
   Run run(config, mesh, *setup, watchdog, lock ? &*lock : nullptr, device);
   if (!setup->resume) run.begin();                                       // 5. grow, certify, store step 0
   return run.train();                                                    // 6. train
