@@ -13,6 +13,7 @@
 
 #include "base/error.hpp"
 #include "base/rng.hpp"
+#include "support/decided_weights.hpp"
 #include "support/numbers.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
@@ -28,15 +29,6 @@ Architecture tiny(bool tied) {
   a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = 16, a.ffn = 48, a.vocab = kVocab, a.tied = tied;
   a.experts = 8, a.top_k = 2, a.expert_ffn = 24, a.dense_layers = {1};
   return a;
-}
-
-/// Matrices keep the size of what they multiply; routers are random and decided.
-void fill(const ParameterSpec& spec, const Box& box, Tensor target) {
-  Tensor x = normal(spec.shape, Random(3, spec.name).bits(0));
-  const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
-  x = spec.role == Role::norm ? 1 + 0.2 * x : x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
-  for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
-  target.copy_(x);
 }
 
 Documents documents() {
@@ -66,7 +58,7 @@ Outcome train(Borders borders, const ParallelSection& parallel) {
   const Architecture architecture = tiny(true);
   Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
   stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), fill);
+  fill_masters(stage.weights(), decided_weights(3));
   Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
   const Sampler sampler({{1.0, write_documents(scratch, documents())}}, {1, 0, 0}, Split::train, run.train.sequence, kVocab, 5, borders);
   Trainer trainer(run, mesh, stage, optimizer, sampler);
@@ -158,7 +150,7 @@ TEST(Packing, GradientsAreTheSumOfThoseOfTheDocumentsAlone) {
   const Architecture architecture = tiny(false);
   Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
   stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), fill);
+  fill_masters(stage.weights(), decided_weights(3));
   const Tensor tokens = at::randint(kVocab, {2, 47}, at::detail::createCPUGenerator(1), at::kLong);
   const Tensor labels = at::randint(kVocab, {2, 47}, at::detail::createCPUGenerator(2), at::kLong);
   const std::vector<std::vector<int64_t>> borders = {{0, 1, 2, 19, 47}, {0, 33, 46, 47}};

@@ -11,6 +11,7 @@
 #include "base/autograd.hpp"
 #include "base/error.hpp"
 #include "base/rng.hpp"
+#include "support/decided_weights.hpp"
 #include "support/numbers.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
@@ -50,21 +51,6 @@ RunConfig run_of(const Case& c, int64_t expert) {
   return run;
 }
 
-/// Matrices keep the size of what they multiply; routers are random and decided.
-Fill weights_of(const Case& c) {
-  return [c](const ParameterSpec& spec, const Box& box, Tensor target) {
-    Tensor x = normal(spec.shape, Random(c.seed, spec.name).bits(0));
-    const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
-    if (spec.role == Role::norm) {
-      x = 1 + 0.2 * x;
-    } else {
-      x = x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
-    }
-    for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
-    target.copy_(x);
-  };
-}
-
 /// The smallest distance between the last chosen and the first rejected logit over this rank's tokens of the next step. Collective.
 double smallest_gap(Stage& stage, const Mesh& mesh, const RunConfig& run, const Sampler& sampler, int64_t position) {
   const Unrecorded guard;
@@ -99,7 +85,7 @@ Curve train(const Case& c, int64_t expert) {
   const Architecture architecture = tiny(c);
   Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh, model_settings(run));
   stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), weights_of(c));
+  fill_masters(stage.weights(), decided_weights(c.seed));
   Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
   const Sampler sampler({{1.0, "mock"}}, {1, 0, 0}, Split::train, run.train.sequence, architecture.vocab, c.seed);
   Trainer trainer(run, mesh, stage, optimizer, sampler);

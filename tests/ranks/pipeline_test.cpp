@@ -13,6 +13,7 @@
 
 #include "base/error.hpp"
 #include "base/rng.hpp"
+#include "support/decided_weights.hpp"
 #include "support/numbers.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
@@ -48,15 +49,6 @@ RunConfig run_of(const Model& m, const ParallelSection& parallel) {
   return run;
 }
 
-/// Matrices keep the size of what they multiply; routers are random and decided.
-void fill(const ParameterSpec& spec, const Box& box, Tensor target) {
-  Tensor x = normal(spec.shape, Random(3, spec.name).bits(0));
-  const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
-  x = spec.role == Role::norm ? 1 + 0.2 * x : x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
-  for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
-  target.copy_(x);
-}
-
 std::string reference_of(const Model& m) { return std::string(UPCYCLE_REFERENCE_DIR) + "/" + m.name; }
 
 /// Five steps and a validation; `judge` sees the weights afterwards.
@@ -67,7 +59,7 @@ std::vector<StepReport> train(const Model& m, const ParallelSection& parallel, J
   const Architecture architecture = tiny(m);
   Stage stage(architecture, make_layout(architecture, mesh.grid(), run.parallel), mesh);
   stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), fill);
+  fill_masters(stage.weights(), decided_weights(3));
   Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
   const Sampler sampler({{1.0, "mock"}}, {1, 0, 0}, Split::train, run.train.sequence, architecture.vocab, 1);
   Trainer trainer(run, mesh, stage, optimizer, sampler);

@@ -7,6 +7,7 @@
 #include "base/autograd.hpp"
 #include "base/rng.hpp"
 #include "parallel/mesh.hpp"
+#include "support/decided_weights.hpp"
 #include "support/numbers.hpp"
 #include "train/layout_check.hpp"
 #include "train/start.hpp"
@@ -60,20 +61,6 @@ inline std::vector<TinyModel> tiny_models(int64_t depth) {
   return {tied, mixed, granular, biased};
 }
 
-/// Matrices keep the size of what they multiply; routers are random and decided.
-inline Fill weights_of(const TinyModel& m) {
-  return [&m](const ParameterSpec& spec, const Box& box, Tensor target) {
-    Tensor x = normal(spec.shape, Random(m.seed, spec.name).bits(0));
-    if (spec.role == Role::router) {
-      x = x.narrow(0, 0, spec.shape[0] / m.tied_routers).repeat_interleave(m.tied_routers, 0);
-    }
-    const double spread = spec.role == Role::router ? 2.0 : spec.role == Role::embedding ? 0.5 * std::sqrt(spec.shape[1]) : 1.0;
-    x = spec.role == Role::norm ? 1 + 0.2 * x : x * (spread / std::sqrt(static_cast<double>(spec.shape.back())));
-    for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
-    target.copy_(x);
-  };
-}
-
 /// `model` with everything that a step needs, on the layout of `run.parallel`. **Collective** over the world.
 class TinyTraining {
  public:
@@ -83,7 +70,7 @@ class TinyTraining {
                model_settings(run)) {
     mesh_.prepare(device, transport);
     stage_.weights().allocate(run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device, run.parallel.zero);
-    fill_masters(stage_.weights(), weights_of(model));
+    fill_masters(stage_.weights(), decided_weights(model.seed, model.tied_routers));
     optimizer_ = std::make_unique<Optimizer>(stage_.weights(), run_.optimizer, run_.router_lr_scale());
     sampler_ = std::make_unique<Sampler>(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train,
                                          run.train.sequence, model.architecture.vocab, model.seed);
