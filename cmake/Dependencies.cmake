@@ -30,7 +30,7 @@ find_package(spdlog QUIET)
 need(spdlog_FOUND "spdlog" "libspdlog-dev" "spdlog")
 
 find_package(Boost QUIET CONFIG COMPONENTS program_options)
-need(Boost_FOUND "Boost.Program_options" "libboost-program-options-dev" "boost +program_options")
+need(Boost_program_options_FOUND "Boost.Program_options" "libboost-program-options-dev" "boost +program_options")
 
 find_package(nlohmann_json QUIET)
 need(nlohmann_json_FOUND "nlohmann-json" "nlohmann-json3-dev" "nlohmann-json")

@@ -61,8 +61,8 @@ std::chrono::seconds age(const FileDescriptor& file) {
 
 /// A holder on another host may live although flock let us in.
 bool may_live_elsewhere(const json& holder, const json& me, std::chrono::seconds age) {
-  const bool same_job_started_again = !me["job"].get_ref<const std::string&>().empty() &&
-                                      holder.value("job", "") == me["job"] &&
+  const auto& job = me["job"].get_ref<const std::string&>();
+  const bool same_job_started_again = !job.empty() && holder.value("job", "") == job &&
                                       holder.value("start", 0) < me["start"].get<int>();
   return holder.contains("host") && holder["host"] != me["host"] && !same_job_started_again && age < RunLock::kStale;
 }
