@@ -94,13 +94,17 @@ void Mesh::make_nccl(c10::Device device) {
   }
 }
 
-void Mesh::prepare(c10::Device device, Transport transport) {
+void check_transport(c10::Device device, Transport transport) {
+  if (transport != Transport::nccl) return;
   if (device.is_cpu()) {
-    if (transport == Transport::nccl) {
-      fail(
-          "run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or "
-          "\"mpi\"");
-    }
+    fail("run.transport = \"nccl\" moves tensors between GPUs, but this run's device is the CPU; use \"auto\" or \"mpi\"");
+  }
+  if (!nccl::built_in()) fail("run.transport = \"nccl\", but NCCL is not built in; use \"auto\" or \"mpi\"");
+}
+
+void Mesh::prepare(c10::Device device, Transport transport) {
+  check_transport(device, transport);
+  if (device.is_cpu()) {
     transport_ = "MPI";
     return;
   }

@@ -30,6 +30,9 @@ int host_rank() noexcept;
 /// Ends all ranks. For faults only.
 [[noreturn]] void abort_all_ranks(int exit_code);
 
+/// Throws UserError when `transport` can't serve tensors on `device`, as far as one rank alone can tell.
+void check_transport(c10::Device device, Transport transport);
+
 /// The grid with one communicator per axis, of which this rank is a member.
 class Mesh {
  public:

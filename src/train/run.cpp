@@ -198,6 +198,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
   at::Device device = at::kCPU;
   world.together([&] {                                                   // 1. read and check everything
     device = device::choose(config.run.device, host_rank());
+    check_transport(device, config.run.transport);
     device::set_tf32(false);   // fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
   });
   if (!config.run.share_gpu) refuse_shared_gpus(world, device);

@@ -43,6 +43,13 @@ class Layouts(TrainCase):
         self.refused("train", path, ranks=2, words=["step 0 and one checkpoint needs", "GB free", "run.directory"])
 
 
+class Transport(TrainCase):
+    def test_nccl_without_a_gpu(self):
+        path, run = self.run_file("run")
+        self.refused("train", path, "--set", "run.transport=nccl", ranks=2, words=['run.transport = "nccl"', "device is the CPU"])
+        self.assertFalse(run.exists())
+
+
 class RunDirectories(TrainCase):
     def trained(self, extra="", **settings):
         path, run = self.run_file("run", extra, **settings)
