@@ -14,26 +14,26 @@ namespace upcycle {
 /// LibTorch's allocator of the CPU, counting.
 class Counting final : public c10::Allocator {
  public:
-  Counting() : inner_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(this, /*priority=*/100); }
+  Counting() { c10::SetCPUAllocator(this, /*priority=*/100); }
   at::DataPtr allocate(size_t bytes) override {
-    at::DataPtr memory = inner_->allocate(bytes);
+    char* const base = static_cast<char*>(inner_->raw_allocate(bytes + kHeader));
+    *reinterpret_cast<int64_t*>(base) = static_cast<int64_t>(bytes);
     live += static_cast<int64_t>(bytes);
     peak = std::max(peak, live);
-    void* data = memory.get();
-    return {data, new Block{std::move(memory), static_cast<int64_t>(bytes)}, [](void* block) {
-              live -= static_cast<Block*>(block)->bytes;
-              delete static_cast<Block*>(block);
-            }, at::Device(at::kCPU)};
+    return {base + kHeader, base + kHeader, release, at::Device(at::kCPU)};   // kernels that pack for matrix units want the address itself
   }
+  at::DeleterFnPtr raw_deleter() const override { return release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
   static inline int64_t live = 0, peak = 0;
 
  private:
-  struct Block {
-    at::DataPtr memory;
-    int64_t bytes;
-  };
-  c10::Allocator* inner_;
+  static constexpr size_t kHeader = 64;   // keeps LibTorch's alignment; holds the size
+  static void release(void* data) {
+    char* const base = static_cast<char*>(data) - kHeader;
+    live -= *reinterpret_cast<int64_t*>(base);
+    inner_->raw_deallocate(base);
+  }
+  static inline c10::Allocator* inner_ = c10::GetCPUAllocator();
 };
 
 inline Counting& counting() {
