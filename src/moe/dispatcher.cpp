@@ -38,23 +38,24 @@ Tensor by_expert(const std::vector<int64_t>& count_SL, int64_t senders, int64_t 
   return permutation.to(device);
 }
 
-/// The one that receives fewer bytes, forward: a row counts 2 on its way (bf16), and 4 where partial sums come home in fp32.
-///   all-to-all: T*K rows, of which (S-1)/S cross, there and back; the P parts of a width gather and reduce all that arrived.
-///   all-gather: the T rows of all other ranks there; their partial sums back.
-Dispatch cheaper(int64_t top_k, int64_t ranks, int64_t peers) {
+}  // namespace
+
+// A row counts 2 bytes on its way (bf16), and 4 where partial sums come home in fp32.
+//   all-to-all: T*K rows, of which (S-1)/S cross, there and back; the P parts of a width gather and reduce all that arrived.
+//   all-gather: the T rows of all other ranks there; their partial sums back.
+Dispatch chosen_dispatch(Dispatch wish, int64_t top_k, int64_t ranks, int64_t peers) {
+  if (wish != Dispatch::automatic) return wish;
   const double k = static_cast<double>(top_k), s = static_cast<double>(ranks), p = static_cast<double>(peers);
   const double all_to_all = (2 + 2) * k * ((s - 1) / s + p - 1), all_gather = (2 + 4) * (s * p - 1);
   return all_gather < all_to_all ? Dispatch::all_gather : Dispatch::all_to_all;
 }
-
-}  // namespace
 
 Dispatcher::Dispatcher(const Communicator& experts, const Communicator& expert_tensor, DispatcherSettings settings)
     : experts_(experts),
       expert_tensor_(expert_tensor),
       num_experts_(settings.experts),
       num_local_(settings.experts / experts.size()),
-      how_(settings.how == Dispatch::automatic ? cheaper(settings.top_k, experts.size(), expert_tensor.size()) : settings.how),
+      how_(chosen_dispatch(settings.how, settings.top_k, experts.size(), expert_tensor.size())),
       pad_(settings.pad) {}
 
 // A token chooses an expert once, so T tokens fill T slots at most.

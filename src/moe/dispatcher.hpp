@@ -26,6 +26,10 @@ struct DispatcherSettings {
   bool pad = false;     ///< limited routings: every rank sends each expert min(capacity, T) rows, zeros where it has fewer
 };
 
+/// `wish`, or for Dispatch::automatic the way on which a rank receives fewer bytes in forward, with `ranks` in the expert group and
+/// `peers` that share an expert's width.
+Dispatch chosen_dispatch(Dispatch wish, int64_t top_k, int64_t ranks, int64_t peers);
+
 /// Brings each token's row to its experts' ranks and the results back, weighed and summed. The expert group's ranks hold equal
 /// consecutive shares of the experts, the expert_tensor group's ranks equal parts of each one's width.
 /// all-to-all: K rows of a token travel to the ranks of its experts. all-gather: every rank gets all tokens' rows once, computes those of

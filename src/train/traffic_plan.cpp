@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "model/holders.hpp"
+#include "moe/dispatcher.hpp"
 #include "train/saved.hpp"
 
 namespace upcycle {
@@ -29,6 +30,26 @@ void add(TrafficRows& rows, Axis axis, const char* what, double forward, double 
   rows.push_back({axis, what, static_cast<int64_t>(forward), static_cast<int64_t>(backward)});
 }
 
+/// `x`: bytes of this rank's token rows, of all MoE layers and micro-batches.
+void add_experts(TrafficRows& rows, const Architecture& a, const RunConfig& run, const Grid& grid, double x, int64_t width, double again) {
+  using enum Axis;
+  const double ranks = grid.size(expert), peers = grid.size(expert_tensor);
+  if (a.is_moe() && chosen_dispatch(run.moe.dispatcher, a.top_k, grid.size(expert), grid.size(expert_tensor)) == Dispatch::all_gather) {
+    const double others = ranks * peers - 1, sums = x * 4 / static_cast<double>(width);   // partial sums travel in fp32
+    add(rows, expert, "all tokens to all ranks", x * others, x * others * (1 + again));
+    add(rows, expert, "sums of the experts' answers back", sums * others, sums * others * (1 + again));
+    return;
+  }
+  // Padded, every expert is sent its capacity, whatever was chosen.
+  const bool padded = run.balance.pad_to_capacity && run.balance.capacity_factor > 0;
+  const double sent = x * static_cast<double>(a.top_k) * (padded ? run.balance.capacity_factor : 1.0);
+  const double away = sent * (ranks - 1) / ranks;
+  add(rows, expert, "tokens to their experts", away, away * (1 + again));
+  add(rows, expert, "experts' answers back", away, away * (1 + again));
+  add(rows, expert_tensor, "rows of the experts' slices, and the sums of their answers", 2 * sent * (peers - 1),
+      2 * sent * (peers - 1) * (1 + again));
+}
+
 void add_activations(TrafficRows& rows, const Architecture& a, const RunConfig& run, const Layout& layout, int stage) {
   using enum Axis;
   const Grid& grid = layout.grid;
@@ -53,12 +74,7 @@ void add_activations(TrafficRows& rows, const Architecture& a, const RunConfig& 
   const double chunks = static_cast<double>(run.parallel.virtual_stages);
   add(rows, pipeline, "activations to the next stage, their gradients back", x * (chunks - (stage == last)), x * (chunks - (stage == 0)));
 
-  const double chosen = x * static_cast<double>(a.top_k) * layers.moe;
-  const double away = chosen * others(expert) / (others(expert) + 1);
-  add(rows, expert, "tokens to their experts", away, away * (1 + again));
-  add(rows, expert, "experts' answers back", away, away * (1 + again));
-  add(rows, expert_tensor, "rows of the experts' slices, and the sums of their answers", 2 * chosen * others(expert_tensor),
-      2 * chosen * others(expert_tensor) * (1 + again));
+  add_experts(rows, a, run, grid, x * layers.moe, batch.width, again);
 }
 
 /// Gradients after backward, and with ZeRO-1 parameters before the next forward, over the ranks that hold the same slices.

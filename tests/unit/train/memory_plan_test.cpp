@@ -213,6 +213,26 @@ TEST(TrafficPlan, BytesByHand) {
   EXPECT_EQ(sent("expert: tokens to their experts").backward, 2 * experts.backward) << "forward's messages once more";
 }
 
+TEST(TrafficPlan, DispatchersByHand) {
+  const Architecture a = small(8);   // 4 layers of experts, top-2
+  RunConfig run = run_with({.expert = 2, .expert_tensor = 2});
+  const Layout layout = Layout::even(Grid(run.parallel, 4), a);   // data 4
+  const int64_t rows = 12 * 32 * 4, row = 64;   // micro-batches x sequence x layers; numbers of a row
+  const auto traffic = [&] {
+    std::map<std::string, Traffic> by_name;
+    for (const Traffic& t : plan_traffic(a, run, layout)) by_name.emplace(t.what, t);
+    return by_name;
+  };
+  run.moe.dispatcher = Dispatch::all_to_all;
+  EXPECT_EQ(traffic().at("tokens to their experts").forward, rows * row * 2 * 2 / 2) << "bf16, top-2, half of them go away";
+  run.balance.capacity_factor = 1.5, run.balance.pad_to_capacity = true;
+  EXPECT_EQ(traffic().at("tokens to their experts").forward, rows * row * 2 * 2 / 2 * 3 / 2) << "padded to a capacity of 1.5";
+  run.moe.dispatcher = Dispatch::all_gather;
+  EXPECT_EQ(traffic().at("all tokens to all ranks").forward, rows * row * 2 * 3) << "bf16, to the three others";
+  EXPECT_EQ(traffic().at("sums of the experts' answers back").forward, rows * row * 4 * 3) << "fp32";
+  EXPECT_EQ(traffic().count("tokens to their experts"), 0u);
+}
+
 TEST(TrafficPlan, GradientsAndParameters) {
   const Architecture a = small(0);
   RunConfig run = run_with({.zero = 0}, Precision::fp32);
