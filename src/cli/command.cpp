@@ -25,7 +25,8 @@ int own_rank() { return world_size() > 1 ? world_rank() : launched_rank(); }
 }  // namespace
 
 bool needs_mpi(const Arguments& arguments) {
-  return arguments.command != "help" && arguments.command != "version" && arguments.command != "plan";
+  return arguments.command != "help" && arguments.command != "version" && arguments.command != "plan" &&
+         arguments.command != "sweep";
 }
 
 int run_command(const Arguments& arguments) {
@@ -34,6 +35,7 @@ int run_command(const Arguments& arguments) {
     return kExitDone;
   }
   if (arguments.command == "plan") return own_rank() == 0 ? run_plan(arguments) : kExitDone;
+  if (arguments.command == "sweep") return run_sweep(arguments);
   agree_on_program(Communicator::everyone(), arguments.command);
   if (arguments.command == "convert") return run_convert(arguments);
   if (arguments.command == "train") return run_train(arguments);

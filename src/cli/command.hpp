@@ -23,6 +23,10 @@ struct Arguments {
   std::optional<std::string> gpu_memory = {};      ///< plan --gpu-memory
   std::optional<std::string> dtype = {};           ///< export --dtype
   std::optional<std::string> max_shard_size = {};  ///< export --max-shard-size
+  bool dry_run = false;                  ///< sweep --dry-run
+  bool slurm = false;                    ///< sweep --slurm
+  bool run_file = false;                 ///< sweep --run-file
+  std::optional<int64_t> arm = {};       ///< sweep --arm
   log::Level level = log::Level::info;
   std::string output = {};               ///< what --help and --version print
 };
@@ -42,6 +46,7 @@ int run_train(const Arguments&);
 int run_export(const Arguments&);
 int run_inspect(const Arguments&);
 int run_verify(const Arguments&);
+int run_sweep(const Arguments&);
 
 /// Says what went wrong, and returns the exit code. A user's mistake, and a fault that all ranks meet, is told once. A fault, and a
 /// mistake that one rank meets alone, ends all ranks. For use in main's handlers, with MPI up or not.

@@ -50,6 +50,17 @@ const std::vector<Usage>& usages() {
        "leaves with\n"
        "exit code 75: run the same command again.",
        "mpirun -n 4 upcycle train configs/quickstart.toml --set train.steps=200"},
+      {"sweep",
+       {"SWEEP.toml"},
+       false,
+       "trains many variants of a run, to compare them: plans, runs and resumes its arms",
+       "A sweep file names a base run file, the keys in which its arms differ, and a dense control. Every arm is planned "
+       "first; those that\n"
+       "can't run are named and left out. Each has its own run directory in sweep.directory; asked again, the command "
+       "does what is not\n"
+       "finished. USR2 or TERM stops and saves (exit code 75: run it again). tools/report compares the arms, while they "
+       "run, too.",
+       "upcycle sweep configs/sweeps/experts.toml --dry-run"},
       {"export",
        {"CHECKPOINT", "DIRECTORY"},
        false,
@@ -86,6 +97,12 @@ po::options_description options_of(const Usage* usage) {
         "ranks to plan for (default: the fewest that [parallel] allows)");
     add("gpu-memory", po::value<std::string>()->value_name("SIZE"),
         "memory of each rank's GPU, such as 141GB or 64GiB (default: 80GB is assumed)");
+  }
+  if (usage && usage->command == "sweep") {
+    add("dry-run", po::bool_switch(), "plan every arm and leave; nothing is written");
+    add("arm", po::value<std::string>()->value_name("N"), "only arm N, as the plan counts them: for the jobs of an array");
+    add("run-file", po::bool_switch(), "print the path of the run file of --arm N and leave");
+    add("slurm", po::bool_switch(), "submit slurm/sweep.sbatch as an array, one job an arm, instead of running here");
   }
   if (usage && usage->command == "export") {
     add("dtype", po::value<std::string>()->value_name("DTYPE"), "bf16, fp16 or fp32 (default: the source model's)");
@@ -186,12 +203,19 @@ int positive_integer(const std::string& value, const std::string& option) {
   return number;
 }
 
+int64_t arm_number(const std::string& value) {
+  int64_t number = 0;
+  const auto [rest, code] = std::from_chars(value.data(), value.data() + value.size(), number);
+  if (code != std::errc() || rest != value.data() + value.size() || number < 0) fail("--arm ", value, ": a number from 0 on is expected");
+  return number;
+}
+
 Arguments without_command(const std::vector<std::string>& words) {
   std::vector<std::string> positional;
   const auto values = parse_options(words, options_of(nullptr), nullptr, positional);
   if (values["version"].as<bool>()) return {.command = "version", .output = version_page()};
   if (values["help"].as<bool>()) return {.command = "help", .output = general_help()};
-  fail("a command is missing: plan, convert, train, export, inspect or verify; see upcycle --help");
+  fail("a command is missing: plan, convert, train, sweep, export, inspect or verify; see upcycle --help");
 }
 
 }  // namespace
@@ -221,6 +245,12 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     fail("'", arguments.positional[usage->arguments.size()], "' is one argument too many: ", takes(*usage));
   }
   if (values.count("set")) arguments.set = values["set"].as<std::vector<std::string>>();
+  if (usage->command == "sweep") {
+    arguments.dry_run = values["dry-run"].as<bool>();
+    arguments.run_file = values["run-file"].as<bool>();
+    arguments.slurm = values["slurm"].as<bool>();
+    if (values.count("arm")) arguments.arm = arm_number(values["arm"].as<std::string>());
+  }
   if (values.count("ranks")) arguments.ranks = positive_integer(values["ranks"].as<std::string>(), "--ranks");
   if (values.count("gpu-memory")) arguments.gpu_memory = values["gpu-memory"].as<std::string>();
   if (values.count("dtype")) arguments.dtype = values["dtype"].as<std::string>();

@@ -71,6 +71,16 @@ Field number(std::string key, double& place, Range range) {
           [&place] { return json(place); }};
 }
 
+Field integer(std::string key, std::optional<int64_t>& place, int64_t least, std::function<int64_t()> in_force) {
+  return {std::move(key),
+          [&place, least](const json& value) {
+            const std::string problem = integer_problem(value, least, kAny);
+            if (problem.empty()) place = value.get<int64_t>();
+            return problem;
+          },
+          [in_force] { return json(in_force()); }};
+}
+
 Field number(std::string key, std::optional<double>& place, Range range, std::function<double()> in_force) {
   return {std::move(key),
           [&place, range](const json& value) {

@@ -34,6 +34,8 @@ std::string integer_problem(const nlohmann::json& value, int64_t least, int64_t 
 std::string number_problem(const nlohmann::json& value, const Range& range);
 
 Field integer(std::string key, int64_t& place, int64_t least, int64_t most = kAny);
+/// An integer whose default follows from other fields.
+Field integer(std::string key, std::optional<int64_t>& place, int64_t least, std::function<int64_t()> in_force);
 Field number(std::string key, double& place, Range range);
 /// A number whose default follows from other fields.
 Field number(std::string key, std::optional<double>& place, Range range, std::function<double()> in_force);

@@ -105,6 +105,7 @@ struct DataSection {
   std::vector<Blend> validation;       ///< empty: the second share of `split`
   std::array<int64_t, 3> split = {99990, 8, 2};
   Borders documents = Borders::concatenated;   ///< packed: attention stays inside a document
+  std::optional<int64_t> seed;         ///< of the order of the data; default: run.seed
 };
 
 struct ParallelSection {
@@ -156,6 +157,7 @@ struct RunConfig {
 
   /// Granularity > 1 wants a slow router (Upcycle's own retest of the "untie shock"); see README.
   double router_lr_scale() const { return optimizer.router_lr_scale.value_or(moe.granularity > 1 ? 0.1 : 1.0); }
+  int64_t data_seed() const { return data.seed.value_or(run.seed); }
   double timeout_seconds() const;
 };
 

@@ -43,7 +43,7 @@ void refuse_what_does_not_divide(const RunConfig& config, const Mesh& mesh, cons
 // `checks`: one rank reads the tokens for all.
 void open_data(const RunConfig& config, Setup& setup, bool checks) {
   const int64_t vocab = setup.target.architecture.vocab, sequence = config.train.sequence;
-  const auto seed = static_cast<uint64_t>(config.run.seed);
+  const auto seed = static_cast<uint64_t>(config.data_seed());
   if (config.data.train.empty()) fail("data.train is missing: name the data, or say data.train = \"mock\"");
   const Borders borders = config.data.documents;
   setup.train.emplace(config.data.train, config.data.split, Split::train, sequence, vocab, seed, borders);
