@@ -1,3 +1,4 @@
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -64,6 +65,17 @@ void claim(const SweepFile& sweep, const std::vector<SweepArm>& arms) {
     if (arm.run) write(directory / (arm.name + ".toml"), to_toml(*arm.run));
   }
   write(list, sweep_json(sweep, arms).dump(2) + "\n");
+}
+
+/// The dense model may still have to be made: by the sweep's own command.
+void prepare_source(const SweepFile& sweep, bool dry_run) {
+  const std::string model = read_run(sweep.base).source.model;
+  if (model.empty() || fs::exists(model) || sweep.prepare.empty()) return;
+  if (dry_run) fail("source.model = ", model, " is missing; the sweep makes it first, by `", sweep.prepare, "`: plan again after that");
+  std::cout << text("source.model = ", model, " is missing: ", sweep.prepare, "\n") << std::flush;
+  const int status = std::system(sweep.prepare.c_str());
+  if (status != 0) fail("sweep.prepare = \"", sweep.prepare, "\" failed with code ", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+  if (!fs::exists(model)) fail("sweep.prepare = \"", sweep.prepare, "\" was run, but source.model = ", model, " is still missing");
 }
 
 std::string this_program() { return fs::read_symlink("/proc/self/exe").string(); }
@@ -187,6 +199,7 @@ int run_sweep(const Arguments& arguments) {
     if (const char* ranks = std::getenv(size); ranks && std::string(ranks) != "1") fail("sweep starts the ranks of its arms itself: run it without mpirun");
   }
   const SweepFile sweep = read_sweep(arguments.positional.at(0));
+  prepare_source(sweep, arguments.dry_run);
   std::vector<SweepArm> arms = make_arms(sweep);
   refuse_foreign_files(sweep.directory);
   shutdown::listen("USR2");

@@ -92,6 +92,7 @@ class SweepReading {
         {"ranks", [&](const toml::node& node) { sweep.ranks = count_of(node); }},
         {"at_once", [&](const toml::node& node) { sweep.at_once = count_of(node); }},
         {"launcher", [&](const toml::node& node) { sweep.launcher = words_of(text_of(node)); }},
+        {"prepare", [&](const toml::node& node) { sweep.prepare = text_of(node); }},
         {"calibration_steps", [&](const toml::node& node) { sweep.calibration_steps = count_of(node); }},
         {"teraflops", [&](const toml::node& node) {
            const auto number = node.value<double>();

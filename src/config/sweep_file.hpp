@@ -25,6 +25,7 @@ struct SweepFile {
   int64_t ranks = 1;                     ///< MPI ranks of an arm
   int64_t at_once = 1;                   ///< arms that run at a time on this machine
   std::vector<std::string> launcher;     ///< started with `-n ranks` where an arm has several
+  std::string prepare;                   ///< shell command that makes source.model, run first where that is missing
   int64_t calibration_steps = 12;        ///< match = "time": steps that measure an arm's speed
   double teraflops = 0;                  ///< of all ranks of an arm together, for the hours before any arm has run; 0: not known
   Settings common;                       ///< [set]: for all arms, the control included

@@ -95,6 +95,17 @@ class Sweep(TrainCase):
         for file, content in finished.items():
             self.assertEqual(file.read_bytes(), content)
 
+    def test_a_source_that_has_to_be_made(self):
+        kept = self.root / "kept"
+        self.source.rename(kept)
+        path, runs = self.sweep_file("[[arms]]\nmoe.experts = 2\n", steps=1, head=f'control = false\nprepare = "cp -r {kept} {self.source}"')
+        self.refused("sweep", path, "--dry-run", words=["is missing; the sweep makes it first", "cp -r"])
+        self.assertIn("1 of 1 arms are done", self.upcycle("sweep", path))
+        path, _ = self.sweep_file("[[arms]]\nmoe.experts = 2\n", name="other", head='prepare = "false"')
+        path.write_text(path.read_text().replace("base.toml", "gone.toml"))
+        (self.root / "gone.toml").write_text((self.root / "base.toml").read_text().replace(str(self.source), str(self.root / "gone")))
+        self.refused("sweep", path, words=['sweep.prepare = "false" failed with code 1'])
+
     def test_equal_flops_and_equal_time(self):
         path, _ = self.sweep_file("[[arms]]\nmoe.experts = [2, 4]\nmoe.top_k = 2\n", name="flops", steps=60, head='match = "flops"', common="optimizer.warmup = 10")
         arms = self.plan(path)
