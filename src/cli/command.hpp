@@ -27,6 +27,7 @@ struct Arguments {
   bool slurm = false;                    ///< sweep --slurm
   bool run_file = false;                 ///< sweep --run-file
   std::optional<int64_t> arm = {};       ///< sweep --arm
+  bool dense = false;                    ///< export --dense
   log::Level level = log::Level::info;
   std::string output = {};               ///< what --help and --version print
 };

@@ -15,6 +15,7 @@ int run_export(const Arguments& arguments) {
   if (arguments.max_shard_size) {
     options.max_shard_bytes = while_doing("--max-shard-size", [&] { return bytes_from_text(*arguments.max_shard_size); });
   }
+  options.dense = arguments.dense;
   const Mesh mesh(Grid({}, world_size()));
   mesh.world().together([&] {                                                     // 2. one rank reads, checks and writes
     if (mesh.world().rank() != 0) return;

@@ -108,6 +108,8 @@ po::options_description options_of(const Usage* usage) {
     add("dtype", po::value<std::string>()->value_name("DTYPE"), "bf16, fp16 or fp32 (default: the source model's)");
     add("max-shard-size", po::value<std::string>()->value_name("SIZE"),
         "largest safetensors file, such as 500MB (default: 5GB)");
+    add("dense", po::bool_switch(),
+        "merge the experts of an upcycled model back into dense feed-forwards: the mean over copies, without routers");
   }
   if (usage) add("json", po::bool_switch(), "print JSON to standard output");
   if (usage)
@@ -255,6 +257,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   if (values.count("gpu-memory")) arguments.gpu_memory = values["gpu-memory"].as<std::string>();
   if (values.count("dtype")) arguments.dtype = values["dtype"].as<std::string>();
   if (values.count("max-shard-size")) arguments.max_shard_size = values["max-shard-size"].as<std::string>();
+  if (values.count("dense")) arguments.dense = values["dense"].as<bool>();
   arguments.json = values["json"].as<bool>();
   arguments.level = log::level_from_name(values["log-level"].as<std::string>());
   return arguments;

@@ -30,23 +30,43 @@ Architecture architecture_of_model(const fs::path& model, std::string& where) {
   return architecture_from_hf(read_manifest(*checkpoint).architecture, where);
 }
 
-Architecture source_architecture(const RunConfig& run, std::string& where) {
-  const bool model_is_there = !run.source.model.empty() && fs::exists(run.source.model);
-  if (run.source.architecture.empty()) {
-    if (!model_is_there)
-      fail("source.model = ", run.source.model,
-           " is not there; name a config.json in source.architecture to plan without it");
-    return architecture_of_model(run.source.model, where);
-  }
-  const Architecture given = read_architecture(run.source.architecture);
-  where = run.source.architecture;
-  if (!model_is_there) return given;
-  const std::vector<std::string> lines = differences(given, architecture_of_model(run.source.model, where));
-  if (lines.empty()) return given;
+void refuse_differences(const std::vector<std::string>& lines, const std::string& what) {
+  if (lines.empty()) return;
   std::string all;
   for (const std::string& line : lines) all += "\n  " + line;
-  fail("source.architecture = ", run.source.architecture, " is not the model in source.model = ", run.source.model, ":",
-       all);
+  fail(what, ":", all);
+}
+
+/// Of source.model, or of all source.models that are there: they must be of one architecture.
+std::optional<Architecture> architecture_of_models(const RunConfig& run, std::string& where) {
+  std::optional<Architecture> first;
+  for (const std::string& model : run.source.all()) {
+    if (!fs::exists(model)) continue;
+    std::string place;
+    const Architecture next = architecture_of_model(model, place);
+    if (first) {
+      refuse_differences(differences(*first, next), text("source.models: ", where, " (here) and ", place, " (there) are no models of one shape"));
+    } else {
+      first = next, where = place;
+    }
+  }
+  return first;
+}
+
+Architecture source_architecture(const RunConfig& run, std::string& where) {
+  const std::optional<Architecture> found = architecture_of_models(run, where);
+  if (run.source.architecture.empty()) {
+    if (found) return *found;
+    fail(run.source.models.empty() ? text("source.model = ", run.source.model, " is") : std::string("source.models are"),
+         " not there; name a config.json in source.architecture to plan without it");
+  }
+  const Architecture given = read_architecture(run.source.architecture);
+  if (found) {
+    refuse_differences(differences(given, *found), text("source.architecture = ", run.source.architecture, " is not the model in ",
+                                                        run.source.models.empty() ? text("source.model = ", run.source.model) : "source.models"));
+  }
+  if (!found) where = run.source.architecture;
+  return given;
 }
 
 /// "1.21e+11" is no size for people: "121.3 GB".
@@ -80,13 +100,17 @@ void plan_on_grid(Plan& plan) {
 }  // namespace
 
 Plan make_plan(const RunConfig& run, std::optional<int> ranks, std::optional<int64_t> gpu_memory) {
-  Plan plan{.run = run, .has_weights = !run.source.model.empty(), .not_built = not_built(run)};
+  Plan plan{.run = run, .has_weights = !run.source.all().empty(), .not_built = not_built(run)};
   const Architecture source = source_architecture(run, plan.source);
   plan.target = choose_target(run, source, plan.has_weights);
+  if (run.source.models.size() > 1 && !plan.target.recipe) {
+    fail("source.models names ", run.source.models.size(), " models, which become experts of one: say how many in moe.experts, or name one model");
+  }
   const Architecture& architecture = plan.target.architecture;
   plan.parameters = count_parameters(architecture);
   plan.flops_per_token = flops_per_token(architecture, run.train.sequence);
   plan.checkpoint = checkpoint_bytes(architecture, run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat);
+  if (run.upcycle.optimizer != Moments::reset) plan.checkpoint.step_zero = plan.checkpoint.full;   // moments are carried over
 
   const int64_t world = ranks ? *ranks : smallest_world(run.parallel);
   constexpr int64_t kMostRanks = 1 << 20;

@@ -52,13 +52,17 @@ std::string exactness(const Plan& plan) {
 }
 
 std::string describe_start(const Plan& plan) {
+  const char* const moments[] = {"", "; moments copied", "; moments copied, scaled"};
+  const char* const carried = moments[static_cast<size_t>(plan.run.upcycle.optimizer)];
   if (!plan.target.recipe) {
-    return plan.has_weights ? "the source as it is" : "random initialisation (no source.model)";
+    return plan.has_weights ? text("the source as it is", carried) : "random initialisation (no source.model)";
   }
   const Recipe& recipe = *plan.target.recipe;
+  const std::string sources = recipe.quotas.empty() ? "" : text(" of ", recipe.quotas.size(), " sources", recipe.sources_alike ? "" : " (exact if they are the same bytes)");
+  const char* const orders[] = {"", ", hidden units in a random order for each copy", ", hidden units in clusters"};
   return text(exactness(plan), recipe.lossless() ? ", lossless" : "", ": ", recipe.copies, " copies x ",
-              recipe.granularity, " shards; gate x ", recipe.gate_factor, ", up x ", recipe.up_factor, ", down x ",
-              recipe.down_factor);
+              recipe.of_mixture() ? text(recipe.source.experts, " experts") : text(recipe.granularity, " shards"), sources, orders[static_cast<size_t>(recipe.permutation)], "; gate x ", recipe.gate_factor, ", up x ", recipe.up_factor, ", down x ",
+              recipe.down_factor, carried);
 }
 
 std::string describe_grid(const Plan& plan) {

@@ -253,6 +253,36 @@ std::string duration_problem(const std::string& duration) {
 
 }  // namespace
 
+Field word_list(std::string key, std::vector<std::string>& place) {
+  return {std::move(key),
+          [&place](const json& value) {
+            if (!value.is_array()) return "a list of strings is expected, such as [\"a\", \"b\"], not " + shown(value);
+            std::vector<std::string> read;
+            for (const json& word : value) {
+              if (!word.is_string() || word.get<std::string>().empty()) return text("entry ", read.size() + 1, ": a text is expected, not ", shown(word));
+              read.push_back(word);
+            }
+            place = read;
+            return std::string();
+          },
+          [&place] { return json(place); }};
+}
+
+Field integer_list(std::string key, std::vector<int64_t>& place, int64_t least) {
+  return {std::move(key),
+          [&place, least](const json& value) {
+            if (!value.is_array()) return "a list of integers is expected, such as [4, 4], not " + shown(value);
+            std::vector<int64_t> read;
+            for (const json& number : value) {
+              if (const std::string found = integer_problem(number, least, kAny); !found.empty()) return text("entry ", read.size() + 1, ": ", found);
+              read.push_back(number);
+            }
+            place = read;
+            return std::string();
+          },
+          [&place] { return json(place); }};
+}
+
 Field words(std::string key, std::string& place) {
   return checked_words(std::move(key), place, [](const std::string&) { return std::string(); });
 }

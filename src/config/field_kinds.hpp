@@ -42,6 +42,10 @@ Field number(std::string key, std::optional<double>& place, Range range, std::fu
 Field flag(std::string key, bool& place);
 /// Any text.
 Field words(std::string key, std::string& place);
+/// ["a", "b"]: texts that are not empty; [] for none.
+Field word_list(std::string key, std::vector<std::string>& place);
+/// [4, 4]: integers of at least `least`; [] for none.
+Field integer_list(std::string key, std::vector<int64_t>& place, int64_t least);
 /// A name that a directory can have.
 Field name(std::string key, std::string& place);
 /// A duration, see seconds_from.

@@ -19,6 +19,8 @@ std::vector<Field> describe(RunConfig& c) {
       choice("run.signal", c.run.signal, {"USR1", "USR2", "HUP", "INT", "ALRM", "XCPU", "TERM"}),
 
       words("source.model", c.source.model),
+      word_list("source.models", c.source.models),
+      integer_list("source.quotas", c.source.quotas, 1),
       words("source.architecture", c.source.architecture),
       words("source.tokenizer", c.source.tokenizer),
 
@@ -33,11 +35,15 @@ std::vector<Field> describe(RunConfig& c) {
 
       choice<Scaling>("upcycle.scaling", c.upcycle.scaling,
                       {{"exact", Scaling::exact}, {"cube-root", Scaling::cube_root}, {"none", Scaling::none}}),
+      choice<UnitOrder>("upcycle.permutation", c.upcycle.permutation,
+                          {{"identity", UnitOrder::identity}, {"random", UnitOrder::random}, {"clusters", UnitOrder::clusters}}),
       number("upcycle.router_logit_std", c.upcycle.router_logit_std, kNotNegative),
       number("upcycle.noise", c.upcycle.noise, kNotNegative),
       number("upcycle.drop", c.upcycle.drop, kShare),
       choice<DropIndices>("upcycle.drop_indices", c.upcycle.drop_indices,
                           {{"shared", DropIndices::shared}, {"per-matrix", DropIndices::per_matrix}}),
+      choice<Moments>("upcycle.optimizer", c.upcycle.optimizer,
+                      {{"reset", Moments::reset}, {"copy", Moments::copy}, {"scaled", Moments::scaled}}),
       flag("upcycle.certify", c.upcycle.certify),
       integer("upcycle.certify_tokens", c.upcycle.certify_tokens, 2),
 

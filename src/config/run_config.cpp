@@ -40,7 +40,13 @@ std::vector<Problem> check_together(const RunConfig& c) {
   const auto add = [&](const std::string& key, const auto&... parts) {
     problems.push_back({key, text(key, parts...)});
   };
-  if (c.source.model.empty() && c.source.architecture.empty()) {
+  if (!c.source.model.empty() && !c.source.models.empty()) {
+    add("source.models", ": give source.model, one directory, or source.models, several, not both");
+  }
+  if (!c.source.quotas.empty() && c.source.quotas.size() != c.source.models.size()) {
+    add("source.quotas", text(": ", c.source.quotas.size(), " quotas for ", c.source.models.size(), " source.models: give one for each, or none"));
+  }
+  if (c.source.all().empty() && c.source.architecture.empty()) {
     add("source.model", ": give source.model (a directory with weights), source.architecture (a config.json), or both");
   }
   if (c.train.global_batch % c.train.micro_batch != 0) {

@@ -26,7 +26,11 @@ struct RunSection {
 
 struct SourceSection {
   std::string model;                   ///< Hugging Face directory or checkpoint of ours
+  std::vector<std::string> models;     ///< several of one shape, instead of `model`: experts of each, the mean of all else
+  std::vector<int64_t> quotas;         ///< of each model, how many of the copies are its own; default: spread evenly
   std::string architecture;            ///< config.json; alone: random initialisation
+  /// `model` or `models`, whichever is given; empty for a random start.
+  std::vector<std::string> all() const { return model.empty() ? models : std::vector<std::string>{model}; }
   std::string tokenizer;               ///< directory; default: the model's
 };
 
@@ -42,13 +46,17 @@ struct MoeSection {
 };
 
 enum class Scaling { exact, cube_root, none };
+enum class UnitOrder { identity, random, clusters };
 enum class DropIndices { shared, per_matrix };
+enum class Moments { reset, copy, scaled };
 struct UpcycleSection {
   Scaling scaling = Scaling::exact;
+  UnitOrder permutation = UnitOrder::identity;   ///< of a feed-forward's hidden units, before it is cut
   double router_logit_std = 1.4;
   double noise = 0.0;
   double drop = 0.0;
   DropIndices drop_indices = DropIndices::shared;
+  Moments optimizer = Moments::reset;  ///< what becomes of the Adam moments of a source that has them
   bool certify = true;
   int64_t certify_tokens = 512;        ///< tokens of the function-level certificate
 };

@@ -60,9 +60,9 @@ Facts facts_of(const RunConfig& config) {
     for (const auto& [key, value] : keys.items()) facts.emplace_back(section + "." + key, value.dump());
   }
   const auto add = [&](Facts more) { facts.insert(facts.end(), more.begin(), more.end()); };
-  if (!config.source.model.empty()) {
-    const auto checkpoint = newest_checkpoint(config.source.model);
-    add(facts_of_directory("source.model", checkpoint.value_or(config.source.model)));
+  for (const std::string& model : config.source.all()) {
+    const auto checkpoint = newest_checkpoint(model);
+    add(facts_of_directory(config.source.models.empty() ? "source.model" : "source.models", checkpoint.value_or(model)));
   }
   if (!config.source.tokenizer.empty()) add(facts_of_directory("source.tokenizer", config.source.tokenizer));
   if (!config.source.architecture.empty())

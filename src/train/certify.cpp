@@ -1,6 +1,8 @@
 #include "train/certify.hpp"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 
@@ -16,20 +18,14 @@
 namespace upcycle {
 namespace {
 
-// The dense model's feed-forward of one layer, read for as long as this lives.
-class DenseFeedForward {
+// One feed-forward of the source, read for as long as this lives: a dense layer's, or one expert's.
+class FeedForwardOfSource {
  public:
-  DenseFeedForward(const Recipe& recipe, const ReadDense& read, int64_t layer, const Tensor& like) {
-    const std::string prefix = "model.layers." + std::to_string(layer) + ".mlp.";
-    const int64_t width = recipe.dense.ffn, hidden = recipe.dense.hidden;
-    const auto load = [&](const char* name, const Shape& shape) {
-      Parameter p;
-      p.value = read(prefix + name + ".weight", whole(shape)).to(like.options());
-      return p;
-    };
-    gate_ = load("gate_proj", {width, hidden});
-    up_ = load("up_proj", {width, hidden});
-    down_ = load("down_proj", {hidden, width});
+  // `read` gives a matrix by its name in front of ".weight": "gate_proj".
+  FeedForwardOfSource(const std::function<Tensor(const char* matrix)>& read, const Tensor& like) {
+    gate_.value = read("gate_proj").to(like.options());
+    up_.value = read("up_proj").to(like.options());
+    down_.value = read("down_proj").to(like.options());
   }
   Tensor forward(const Tensor& x_TW) {
     const Tensor gate_up = at::cat({linear(x_TW, gate_), linear(x_TW, up_)}, -1);
@@ -40,23 +36,56 @@ class DenseFeedForward {
   Parameter gate_, up_, down_;
 };
 
-// The token rows of both models, between two layers.
+// What a dense source's layer makes of x.
+Tensor dense_layer(const Recipe& recipe, const ReadDense& read, const std::string& prefix, const Tensor& x_TW) {
+  const int64_t width = recipe.source.ffn, hidden = recipe.source.hidden;
+  FeedForwardOfSource feed_forward([&](const char* matrix) {
+    const bool down = matrix == std::string("down_proj");
+    return read(prefix + matrix + ".weight", whole(down ? Shape{hidden, width} : Shape{width, hidden}));
+  }, x_TW);
+  return feed_forward.forward(x_TW);
+}
+
+// What a mixture's layer makes of x: its experts one after another, each read when a token of this rank wants it; summed in fp32.
+Tensor mixture_layer(const Recipe& recipe, const ReadDense& read, const std::string& prefix, const Tensor& x_TW) {
+  const Architecture& a = recipe.source;
+  Parameter router;
+  router.value = read(prefix + "gate.weight", whole({a.experts, a.hidden})).to(x_TW.options().dtype(at::kFloat));
+  const Tensor logits_TN = linear(x_TW, router), expert_TK = choose_experts(logits_TN, a.top_k);
+  const Tensor weight_TK = a.renormalise ? at::softmax(logits_TN.gather(1, expert_TK), -1) : at::softmax(logits_TN, -1).gather(1, expert_TK);
+  const Tensor sum_TW = at::zeros_like(x_TW, x_TW.options().dtype(at::kFloat));
+  for (int64_t e = 0; e < a.experts; ++e) {
+    const Tensor chosen = expert_TK.eq(e);   // at most once by a token
+    const Tensor rows = chosen.any(1).nonzero().select(1, 0);
+    if (rows.numel() == 0) continue;
+    FeedForwardOfSource expert([&](const char* matrix) {
+      const bool down = matrix == std::string("down_proj");
+      const Box box{{e, 0, 0}, {1, down ? a.hidden : a.expert_ffn, down ? a.expert_ffn : a.hidden}};
+      return read(prefix + "experts." + matrix + ".weight", box).select(0, 0);
+    }, x_TW);
+    const Tensor weight = weight_TK.mul(chosen).sum(1).index_select(0, rows).unsqueeze(1);
+    sum_TW.index_add_(0, rows, expert.forward(x_TW.index_select(0, rows)).to(at::kFloat) * weight);
+  }
+  return sum_TW.to(x_TW.scalar_type());
+}
+
+// The token rows of both models, the source and what grew out of it, between two layers.
 struct Streams {
   Tensor dense_TW, moe_TW;
 };
 
-// Both models side by side through one layer. They share all weights but the feed-forwards, so the dense one needs only those. Each
+// Both models side by side through one layer. They share all weights but the feed-forwards, so the source needs only those. Each
 // rank judges its own rows.
 Streams compare(Block& block, const Streams& x, const Positions& positions, const Recipe& recipe, const ReadDense& read, FunctionLevel& level) {
   Tensor dense = block.attend(x.dense_TW, positions), moe = block.attend(x.moe_TW, positions);
   const Tensor dense_input = block.feed_forward_input(dense), moe_input = block.feed_forward_input(moe);
   if (MoeLayer* layer = block.moe()) {
-    DenseFeedForward feed_forward(recipe, read, block.layer(), dense_input);
-    const Tensor expected = feed_forward.forward(dense_input);
+    const std::string prefix = text("model.layers.", block.layer(), ".mlp.");
+    const Tensor expected = recipe.of_mixture() ? mixture_layer(recipe, read, prefix, dense_input) : dense_layer(recipe, read, prefix, dense_input);
     level.layers[block.layer()].add(expected, block.feed_forward(dense_input, {}));
     dense = dense + expected;
     const Tensor logits_TN = layer->router().logits(moe_input);
-    level.routing.add(logits_TN, choose_experts(logits_TN, recipe.moe.top_k), recipe.granularity);
+    level.routing.add(logits_TN, choose_experts(logits_TN, recipe.moe.top_k), recipe.tied());
   } else {
     dense = dense + block.feed_forward(dense_input, {});
   }

@@ -7,9 +7,9 @@
 
 namespace upcycle {
 
-/// **Collective** over the world. Holds the freshly grown model of `stage` against its dense source:
-/// weight level, every value that this rank holds; function level, dense and mixture on the same tokens, in fp32 (the masters) and
-/// in the run's precision. One dense feed-forward at a time is read; no dense model comes about. The verdict, by the recipe's class,
+/// **Collective** over the world. Holds the freshly grown model of `stage` against its source:
+/// weight level, every value that this rank holds; function level, source and mixture on the same tokens, in fp32 (the masters) and
+/// in the run's precision. One feed-forward of the source (of a mixture, one expert) at a time is read; no second model comes about. The verdict, by the recipe's class,
 /// is the same on all ranks. `alive` is called after each weight and layer.
 Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const ReadDense& read, const Sampler& tokens,
                     const RunConfig& config, const std::function<void()>& alive = [] {});

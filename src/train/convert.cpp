@@ -101,6 +101,7 @@ fs::path convert_to_checkpoint(const RunConfig& run, const Communicator& world) 
   const fs::path directory = run.run.directory, folder = directory / "checkpoints" / step_directory(0);
   std::optional<WeightSource> source;
   world.together([&] {
+    if (!run.source.models.empty()) fail("source.models: convert takes one model; name it in source.model");
     if (run.source.model.empty()) fail("source.model is missing: convert reads a Hugging Face directory");
     source.emplace(run.source.model);
     check(run, *source, folder);

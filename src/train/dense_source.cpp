@@ -136,13 +136,7 @@ Tensor WeightSource::read(const std::string& name, const Box& box) const {
   if (spec == specs_.end()) throw std::logic_error(name + " is no parameter of " + folder_.string());
   if (!inside(box, spec->second.shape)) throw std::logic_error(text(name, ": box ", describe(box), " of ", describe(spec->second.shape)));
   if (checkpoint_) {
-    const char* const file = checkpoint_->tensors(kMastersFile).contains(name) ? kMastersFile : kWeightsFile;
-    const auto& stored = checkpoint_->tensors(file);
-    const auto found = stored.find(name);
-    if (found == stored.end()) fail(folder_.string(), ": tensor '", name, "' is missing");
-    Piece piece{name, spec->second.shape, box, at::empty(box.size, at::TensorOptions().dtype(found->second.dtype))};
-    checkpoint_->fill(file, {&piece, 1});
-    return piece.local;
+    return read_stored(checkpoint_->tensors(kMastersFile).contains(name) ? kMastersFile : kWeightsFile, name, box);
   }
   const std::vector<Mapped> pieces = mapped(spec->second);
   const auto widest = std::max_element(pieces.begin(), pieces.end(), [](const Mapped& a, const Mapped& b) {
@@ -154,6 +148,26 @@ Tensor WeightSource::read(const std::string& name, const Box& box) const {
   }
   return out;
 }
+
+Tensor WeightSource::read_stored(const char* file, const std::string& name, const Box& box) const {
+  const auto& stored = checkpoint_->tensors(file);
+  const auto found = stored.find(name);
+  if (found == stored.end()) fail((folder_ / file).string(), ": tensor '", name, "' is missing");
+  Piece piece{name, found->second.shape, box, at::empty(box.size, at::TensorOptions().dtype(found->second.dtype))};
+  checkpoint_->fill(file, {&piece, 1});
+  return piece.local;
+}
+
+bool WeightSource::has_moments() const {
+  return checkpoint_ && !checkpoint_->tensors(kFirstMomentsFile).empty() && !checkpoint_->tensors(kSecondMomentsFile).empty();
+}
+
+Tensor WeightSource::read_moment(bool second, const std::string& name, const Box& box) const {
+  if (!has_moments()) throw std::logic_error(folder_.string() + " has no moments");
+  return read_stored(second ? kSecondMomentsFile : kFirstMomentsFile, name, box);
+}
+
+double WeightSource::updates() const { return checkpoint_ ? checkpoint_->manifest().training.value("updates", 0.0) : 0.0; }
 
 nlohmann::json WeightSource::provenance() const {
   nlohmann::json out = {{"path", fs::absolute(folder_).lexically_normal().string()}, {"config", config_}};

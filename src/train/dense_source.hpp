@@ -37,6 +37,13 @@ class WeightSource {
   /// A new CPU tensor with `box` of parameter `name`, in the dtype it is stored in (fp32 where a checkpoint has masters).
   Tensor read(const std::string& name, const Box& box) const;
 
+  /// Whether there are moments of AdamW: in a checkpoint that training wrote.
+  bool has_moments() const;
+  /// As read(), of the first moment or the `second`. Only where there are some.
+  Tensor read_moment(bool second, const std::string& name, const Box& box) const;
+  /// Updates that the optimizer had done, for its bias correction.
+  double updates() const;
+
   /// A part of a parameter, where it lies in the mapped files: nothing is read before it is touched, nothing is owned. Valid as
   /// long as the source. For Hugging Face directories.
   struct Mapped {
@@ -54,6 +61,7 @@ class WeightSource {
  private:
   void open_hugging_face(const std::filesystem::path&);
   void open_checkpoint(const std::filesystem::path&);
+  Tensor read_stored(const char* file, const std::string& name, const Box& box) const;
 
   std::filesystem::path folder_;
   Architecture architecture_;

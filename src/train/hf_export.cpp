@@ -4,6 +4,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <functional>
 #include <map>
 
 #include "base/dtype.hpp"
@@ -14,6 +15,8 @@
 #include "model/hf_names.hpp"
 #include "train/balance.hpp"
 #include "train/dense_source.hpp"
+#include "train/origin.hpp"
+#include "upcycle/merge.hpp"
 
 namespace upcycle {
 
@@ -49,6 +52,20 @@ void refuse_what_hf_lacks(const Manifest& manifest, const fs::path& checkpoint) 
     fail(checkpoint.string(), ": balance.capacity_factor = ", capacity, ": tokens beyond an expert's capacity were dropped; Hugging Face's ",
          "qwen3_moe can't express that");
   }
+}
+
+Recipe way_back(const WeightSource& source, const Manifest& manifest) {
+  const std::string where = source.folder().string();
+  if (!source.architecture().is_moe()) fail(where, ": --dense merges experts, and this model is dense already");
+  const auto recipe = recipe_of(source.folder(), manifest);
+  if (!recipe) {
+    fail(where, ": --dense needs to know which part of a dense model each expert was, and by which factor; this mixture's provenance has no ",
+         "recipe: it was not grown out of a dense model by this program (a random start, or a directory of others)");
+  }
+  if (recipe->of_mixture()) {
+    fail(where, ": --dense: this mixture grew out of a mixture of ", recipe->source.experts, " experts, not out of a dense model");
+  }
+  return *recipe;
 }
 
 void check_target(const fs::path& directory) {
@@ -90,13 +107,16 @@ std::vector<Job> jobs(const Architecture& architecture, at::ScalarType dtype) {
   return out;
 }
 
-void write_tensors(const WeightSource& source, const fs::path& directory, const std::vector<Job>& all, uint64_t max_shard_bytes) {
+/// What a job writes.
+using ReadJob = std::function<Tensor(const Job&)>;
+
+void write_tensors(const ReadJob& read, const fs::path& directory, const std::vector<Job>& all, uint64_t max_shard_bytes) {
   std::vector<SafetensorsWriter::Item> items;
   for (const Job& job : all) items.push_back(job.item);
   SafetensorsWriter writer(directory, std::move(items), max_shard_bytes, {{"format", "pt"}});  // transformers insists on "format"
   size_t done = 0;
   for (const Job& job : all) {
-    writer.write(source.read(job.parameter, job.box).reshape(job.item.shape));
+    writer.write(read(job).reshape(job.item.shape));
     log::progress(text("exporting tensor ", ++done, "/", all.size()));
   }
   writer.finish();
@@ -114,10 +134,15 @@ ExportReport export_to_hf(const fs::path& checkpoint, const fs::path& directory,
   if (!source.is_checkpoint()) fail(checkpoint.string(), ": not a checkpoint of this program");
   source.check();
   const Manifest manifest = read_manifest(source.folder());
-  refuse_what_hf_lacks(manifest, source.folder());
+  std::optional<Recipe> recipe;
+  if (options.dense) {
+    recipe = way_back(source, manifest);
+  } else {
+    refuse_what_hf_lacks(manifest, source.folder());
+  }
   check_target(directory);
 
-  Architecture architecture = source.architecture();
+  Architecture architecture = recipe ? recipe->source : source.architecture();
   architecture.dtype = options.dtype.value_or(architecture.dtype);
   const std::vector<Job> all = jobs(architecture, architecture.dtype);
   ExportReport report{source.folder(), "", architecture.dtype, static_cast<int64_t>(all.size()), 0};
@@ -133,10 +158,16 @@ ExportReport export_to_hf(const fs::path& checkpoint, const fs::path& directory,
   if (!error) fs::create_directories(staging, error);
   if (error) fail(staging.string(), ": can't be made: ", error.message());
   Partial guard(staging);
-  write_tensors(source, staging, all, options.max_shard_bytes);
+  const ReadDense from_source = [&](const std::string& name, const Box& box) { return source.read(name, box); };
+  const std::vector<ParameterSpec> specs = catalogue(architecture);
+  const ReadJob read = [&](const Job& job) {
+    return recipe ? merged(find(specs, job.parameter), *recipe, from_source) : from_source(job.parameter, job.box);
+  };
+  write_tensors(read, staging, all, options.max_shard_bytes);
   for (const fs::path& file : source.tokenizer_files()) copy_durably(file, staging / file.filename());
-  const nlohmann::json origin = {{"run_id", manifest.run_id}, {"step", manifest.step}, {"training", manifest.training},
+  nlohmann::json origin = {{"run_id", manifest.run_id}, {"step", manifest.step}, {"training", manifest.training},
                                  {"provenance", manifest.provenance}};
+  if (recipe) origin["merged"] = text(recipe->copies, " copies of each feed-forward into one, by their mean");
   write_text_durably(staging / "upcycling.json", origin.dump(2) + "\n");
   write_text_durably(staging / "config.json", config.dump(2) + "\n");
   rename_durably(staging, directory);   // replaces an empty directory

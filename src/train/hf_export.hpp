@@ -11,6 +11,7 @@ namespace upcycle {
 struct ExportOptions {
   std::optional<at::ScalarType> dtype;             ///< default: the source model's
   uint64_t max_shard_bytes = 5'000'000'000;
+  bool dense = false;                              ///< merges a mixture that was grown back into a dense model, see upcycle/merge.hpp
 };
 
 struct ExportReport {
@@ -26,7 +27,8 @@ struct ExportReport {
 /// Values come from the fp32 masters where there are some. All goes to <directory>.partial and is renamed at the end; memory holds
 /// one tensor at a time. For one rank alone.
 /// Throws UserError for a directory that holds files, for too little space, for damaged checkpoints, and, by name, for what the
-/// target cannot express: a balancing bias, dropped tokens.
+/// target cannot express: a balancing bias, dropped tokens (a dense target has no routers, and takes both). For options.dense also for a
+/// model that is dense already, and for a mixture that no recipe says the way back of.
 ExportReport export_to_hf(const std::filesystem::path& checkpoint, const std::filesystem::path& directory, const ExportOptions&);
 
 /// "5GB", "500MB", "2GiB", "1000000": bytes. Throws UserError on others.

@@ -46,9 +46,17 @@ class Run {
 
   // Step 0: the weights come from the source, are certified, and are stored before anything is trained.
   void begin() {
-    log::info(setup_.target.recipe ? "growing experts out of " + config_.source.model
-                            : (setup_.source ? "reading " + config_.source.model : std::string("random initialisation")));
-    const auto read = [&](const std::string& name, const Box& box) { return setup_.source->read(name, box); };
+    std::string sources;
+    for (const std::string& model : config_.source.all()) sources += (sources.empty() ? "" : ", ") + model;
+    log::info(setup_.target.recipe ? "growing experts out of " + sources : setup_.source ? "reading " + sources : std::string("random initialisation"));
+    if (setup_.target.recipe && setup_.target.recipe->of_mixture() && setup_.target.recipe->noise == 0 && setup_.target.recipe->drop == 0) {
+      log::warning("copies of one expert that start equal and get the same tokens stay equal: upcycle.noise or upcycle.drop tells them apart");
+    }
+    const ReadDense read = reader_of(setup_);
+    if (setup_.target.recipe && setup_.target.recipe->permutation == UnitOrder::clusters) {
+      find_clusters(*setup_.target.recipe, read, mesh_.world(), [&] { alive(0, "clustering"); });
+      setup_.record.texts[kClustersFile] = clusters_to_text(*setup_.target.recipe);
+    }
     fill_masters(stage_.weights(), setup_.target.recipe   ? grown(*setup_.target.recipe, read)
                                    : setup_.source ? as_they_are(read)
                                                    : random(setup_.target.architecture, static_cast<uint64_t>(config_.run.seed)),
@@ -65,9 +73,23 @@ class Run {
                           "the certificate failed: the grown model is not what its recipe promises (certificate.json)");
       }
     }
+    if (config_.upcycle.optimizer != Moments::reset) return;   // stored with its moments, once there is an optimizer
     TrainingState state;
     state.routers = setup_.routers;
     save(nullptr, state);
+  }
+
+  // The source's moments, as the recipe spreads them. They are part of step 0: a run that stops before its next checkpoint has them still.
+  void carry_moments(Optimizer& optimizer, const TrainingState& state) {
+    const WeightSource& source = *setup_.source;
+    const Recipe* const recipe = setup_.target.recipe ? &*setup_.target.recipe : nullptr;
+    log::info(text("carrying the moments of ", source.folder().string(), " over, after ", source.updates(), " updates"));
+    fill_moments(stage_.weights(), optimizer, [&](const ParameterSpec& spec, const Box& box, bool second, Tensor target) {
+      const auto read = [&](const std::string& name, const Box& part) { return source.read_moment(second, name, part); };
+      recipe ? grow_moment(spec, box, *recipe, config_.upcycle.optimizer, second, read, target) : void(target.copy_(read(spec.name, box)));
+    }, [&] { alive(0, "carrying moments"); });
+    optimizer.updates().fill_(source.updates());
+    save(&optimizer, state);
   }
 
   TrainingState restore(Optimizer& optimizer) {
@@ -80,7 +102,11 @@ class Run {
     Trainer trainer(config_, mesh_, stage_, optimizer, *setup_.train);
     TrainingState& state = trainer.state();
     state.routers = setup_.routers;
-    if (setup_.resume) state = restore(optimizer);
+    if (setup_.resume) {
+      state = restore(optimizer);
+    } else if (config_.upcycle.optimizer != Moments::reset) {
+      carry_moments(optimizer, state);
+    }
     trainer.balance().restore(state.routers);
     const at::Device device = stage_.weights().all().front().parameter.value.device();
     Metrics metrics(config_, setup_.directory, mesh_.world().rank(), mesh_.world().size(),

@@ -10,6 +10,7 @@
 #include "checkpoint/durable.hpp"
 #include "train/layout_check.hpp"
 #include "train/run_directory.hpp"
+#include "train/several_sources.hpp"
 
 namespace upcycle {
 namespace {
@@ -75,6 +76,65 @@ std::map<std::string, std::string> texts_of(const CheckpointReader& reader) {
   return texts;
 }
 
+// What the routers of a mixture remember (biases, counts), for each copy of an expert what it was for the expert.
+nlohmann::json copied(const nlohmann::json& routers, int64_t copies) {
+  nlohmann::json out = routers;
+  for (auto& [layer, router] : out.items()) {
+    for (auto& [what, of_expert] : router.items()) {
+      nlohmann::json all = nlohmann::json::array();
+      for (const nlohmann::json& value : of_expert) all.insert(all.end(), static_cast<size_t>(copies), value);
+      of_expert = std::move(all);
+    }
+  }
+  return out;
+}
+
+// Opens and checks what source.models names beside the first.
+void open_further(const RunConfig& config, Setup& setup) {
+  if (config.source.models.size() < 2) return;
+  if (config.moe.experts == 0) {
+    fail("source.models names ", config.source.models.size(), " models, which become experts of one: say how many in moe.experts, or name one model");
+  }
+  setup.further.reserve(config.source.models.size() - 1);
+  for (size_t i = 1; i < config.source.models.size(); ++i) {
+    const WeightSource& next = setup.further.emplace_back(config.source.models[i]);
+    check_same_kind(*setup.source, next);
+    next.check();
+  }
+}
+
+// Moments that are to be carried over must be there.
+void refuse_missing_moments(const RunConfig& config, const std::optional<WeightSource>& source) {
+  if (config.upcycle.optimizer == Moments::reset) return;
+  if (config.source.models.size() > 1) fail("upcycle.optimizer: the moments of several source.models belong to different weights; leave the key out (\"reset\")");
+  const std::string asked = text("upcycle.optimizer = \"", config.upcycle.optimizer == Moments::copy ? "copy" : "scaled", "\"");
+  if (!source) fail(asked, " carries the moments of a trained model over: name one in source.model, a checkpoint of this program");
+  if (source->has_moments()) return;
+  fail(asked, ": ", source->folder().string(), source->is_checkpoint()
+           ? " is a checkpoint without moments, as convert and a run's step 0 write them: name a later step"
+           : " is a Hugging Face directory, which has no optimizer state: name a checkpoint that this program trained",
+       ", or leave the key out (\"reset\")");
+}
+
+// A mixture that is taken as it is came out of a dense model the way it did.
+void keep_recipe(const WeightSource& source, RunRecord& record) {
+  const Manifest manifest = read_manifest(source.folder());
+  if (!manifest.provenance.is_object() || !manifest.provenance.contains("recipe")) return;
+  record.provenance["recipe"] = manifest.provenance["recipe"];
+  if (manifest.files.contains(kClustersFile)) record.texts[kClustersFile] = content_of(source.folder() / kClustersFile);
+}
+
+nlohmann::json provenance_of_source(const Setup& setup) {
+  if (!setup.source) return "random";
+  const nlohmann::json first = setup.source->provenance();
+  if (setup.further.empty()) return first;
+  nlohmann::json models = nlohmann::json::array({first});
+  for (const WeightSource& source : setup.further) models.push_back(source.provenance());
+  std::string paths;
+  for (const nlohmann::json& model : models) paths += (paths.empty() ? "" : ", ") + model["path"].get<std::string>();
+  return {{"kind", "several"}, {"path", paths}, {"files", nlohmann::json::object()}, {"models", models}};
+}
+
 // A resumed run goes on with the record of its checkpoint; a new one makes its own.
 void make_record(const RunConfig& config, Setup& setup) {
   RunRecord& record = setup.record;
@@ -88,8 +148,13 @@ void make_record(const RunConfig& config, Setup& setup) {
     return;
   }
   record.run_id = new_run_id(config.run.name);
-  record.provenance = {{"program", "upcycle"}, {"source", setup.source ? setup.source->provenance() : nlohmann::json("random")}};
-  if (setup.target.recipe) record.provenance["recipe"] = to_json(*setup.target.recipe);
+  record.provenance = {{"program", "upcycle"}, {"source", provenance_of_source(setup)}};
+  if (config.upcycle.optimizer != Moments::reset) record.provenance["optimizer"] = record.run["upcycle"]["optimizer"];
+  if (setup.target.recipe) {
+    record.provenance["recipe"] = to_json(*setup.target.recipe);
+  } else if (setup.source && setup.source->is_checkpoint()) {
+    keep_recipe(*setup.source, record);
+  }
   const nlohmann::json extra = setup.source ? setup.source->config()
                                             : nlohmann::json::parse(content_of(config.source.architecture));
   record.architecture = to_hf(setup.target.architecture, extra);
@@ -141,13 +206,21 @@ void refuse_other_model(const RunConfig& config, const CheckpointReader& resume,
       fail("it is a dense model, but [moe] asks for ", config.moe.experts, " experts. Give the mixture a run.directory of its own (",
            "source.model = \"", where, "\" works, too), or leave [moe] out to train the dense model on");
     }
-    choose_target(config, stored, true);   // refuses a mixture that [moe] contradicts
+    if (stored.is_moe()) refuse_contradiction(config.moe, stored);
   });
 }
 
 }  // namespace
 
 at::ScalarType compute_dtype(Precision precision) { return precision == Precision::bf16 ? at::kBFloat16 : at::kFloat; }
+
+ReadDense reader_of(const Setup& setup) {
+  std::vector<ReadDense::One> each;
+  const auto add = [&](const WeightSource& source) { each.emplace_back([&source](const std::string& name, const Box& box) { return source.read(name, box); }); };
+  if (setup.source) add(*setup.source);
+  for (const WeightSource& source : setup.further) add(source);
+  return ReadDense(std::move(each));
+}
 
 Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
   Setup setup;
@@ -158,18 +231,32 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
     setup.target.architecture = architecture_from_hf(setup.resume->manifest().architecture, setup.resume->folder().string());
     refuse_other_model(config, *setup.resume, setup.target.architecture);
   } else {
-    if (!config.source.model.empty()) {
-      setup.source.emplace(config.source.model);
+    if (const auto models = config.source.all(); !models.empty()) {
+      setup.source.emplace(models.front());
       setup.source->check();
+      open_further(config, setup);
       if (setup.source->is_checkpoint()) setup.routers = read_manifest(setup.source->folder()).training.value("routers", nlohmann::json());
     }
-    const Architecture source = source_architecture(config, setup.source);
+    refuse_missing_moments(config, setup.source);
+    Architecture source = source_architecture(config, setup.source);
+    for (const WeightSource& other : setup.further) {
+      if (other.architecture().dtype == at::kFloat) source.dtype = at::kFloat;   // nothing of it is lost
+    }
     setup.target = choose_target(config, source, setup.source.has_value());
+    if (!setup.further.empty() && !setup.target.recipe) {
+      fail("source.models: several sources become experts of one model when they are dense; these are mixtures of ", source.experts);
+    }
+    for (const WeightSource& other : setup.further) {
+      bool& alike = setup.target.recipe->sources_alike;
+      alike = (&other == &setup.further.front() || alike) && same_bytes(*setup.source, other);
+    }
+    if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
   }
   refuse_what_does_not_divide(config, mesh, setup.target.architecture);
   open_data(config, setup, mesh.world().rank() == 0);
   const CheckpointBytes bytes = checkpoint_bytes(setup.target.architecture, compute_dtype(config.train.precision));
-  check_free_space(setup.directory, setup.resume ? bytes.full : bytes.step_zero + bytes.full,
+  const uint64_t first = config.upcycle.optimizer == Moments::reset ? bytes.step_zero : bytes.full;
+  check_free_space(setup.directory, setup.resume ? bytes.full : first + bytes.full,
                    setup.resume ? "one checkpoint" : "step 0 and one checkpoint");
   make_record(config, setup);
   return setup;

@@ -10,6 +10,7 @@
 #include "train/dense_source.hpp"
 #include "train/snapshot.hpp"
 #include "train/target.hpp"
+#include "upcycle/read_dense.hpp"
 
 namespace upcycle {
 
@@ -18,11 +19,15 @@ struct Setup {
   std::filesystem::path directory;
   std::optional<CheckpointReader> resume;   ///< the newest valid checkpoint of the run directory
   std::optional<WeightSource> source;       ///< where the weights come from; empty when resuming or starting at random
+  std::vector<WeightSource> further;        ///< more sources of the same shape
   Target target;                            ///< what is trained, and by which recipe it grows
   nlohmann::json routers;                   ///< what the routers of a source that is a checkpoint remember, see Balance::state
   std::optional<Sampler> train, validation;
   RunRecord record;
 };
+
+/// Boxes of the source, or of all sources. Valid as long as `setup`.
+ReadDense reader_of(const Setup& setup);
 
 /// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space. Each rank by itself,
 /// but for the token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError.

@@ -1,8 +1,8 @@
 #include "train/snapshot.hpp"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
-
 
 #include "base/autograd.hpp"
 #include "base/dtype.hpp"
@@ -166,6 +166,22 @@ CheckpointBytes checkpoint_bytes(const Architecture& architecture, at::ScalarTyp
     bytes.full += weight + count * (rounds ? 12 : 8);
   }
   return bytes;
+}
+
+void fill_moments(const Weights& weights, Optimizer& optimizer, const FillMoment& fill, const std::function<void()>& alive) {
+  const Unrecorded guard;
+  for (size_t index = 0; index < weights.buckets().size(); ++index) {
+    const Bucket& bucket = weights.buckets()[index];
+    for (const bool second : {false, true}) {
+      const Tensor& flat = second ? optimizer.exp_avg_sq(index) : optimizer.exp_avg(index);
+      for (const Slice& slice : slices(weights, bucket, bucket.own)) {
+        const Tensor host = at::empty(slice.box.size, at::kFloat);
+        fill(slice.part->spec, slice.box, second, host);
+        slice.of(flat).copy_(host);
+      }
+    }
+    alive();
+  }
 }
 
 TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weights, Optimizer* optimizer) {

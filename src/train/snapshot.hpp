@@ -36,6 +36,11 @@ struct CheckpointBytes {
 };
 CheckpointBytes checkpoint_bytes(const Architecture&, at::ScalarType compute);
 
+/// Fills the moments of all that this rank owns: `fill` gets a box of a parameter, whether it is of the second moment, and an fp32 CPU
+/// tensor of the box's size. Each rank by itself; calls `alive` after each bucket.
+using FillMoment = std::function<void(const ParameterSpec& spec, const Box& box, bool second, Tensor target)>;
+void fill_moments(const Weights&, Optimizer&, const FillMoment& fill, const std::function<void()>& alive = [] {});
+
 /// Fills masters and values (and moments, and the number of updates, where there is an optimizer and the checkpoint has them) from
 /// this rank's boxes and what it owns of them, on whatever layout it was written. Each rank by itself.
 TrainingState restore_checkpoint(const CheckpointReader&, Weights&, Optimizer* optimizer);

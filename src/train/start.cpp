@@ -2,8 +2,11 @@
 
 #include <ATen/ops/empty.h>
 
+#include <nlohmann/json.hpp>
+
 #include "base/autograd.hpp"
 #include "base/log.hpp"
+#include "upcycle/units.hpp"
 
 namespace upcycle {
 
@@ -26,6 +29,21 @@ void fill_masters(Weights& weights, const Fill& fill, const std::function<void()
     log::progress("filling weights " + std::to_string(done) + "/" + std::to_string(weights.all().size()));
   }
   weights.publish();
+}
+
+void find_clusters(Recipe& recipe, const ReadDense& read, const Communicator& world, const std::function<void()>& alive) {
+  if (recipe.permutation != UnitOrder::clusters) return;
+  std::map<int64_t, std::vector<int64_t>> mine;
+  int64_t turn = 0;
+  for (int64_t layer = 0; layer < recipe.moe.layers; ++layer) {
+    if (!recipe.moe.is_moe_layer(layer) || turn++ % world.size() != world.rank()) continue;
+    mine[layer] = cluster_units(recipe, layer, read);
+    alive();
+    log::progress(text("clusters of hidden units: layer ", layer + 1, "/", recipe.moe.layers));
+  }
+  for (const std::string& told : world.all_gather(nlohmann::json(mine).dump())) {
+    recipe.clusters.merge(nlohmann::json::parse(told).get<std::map<int64_t, std::vector<int64_t>>>());
+  }
 }
 
 Fill grown(const Recipe& recipe, const ReadDense& read) {

@@ -2,6 +2,7 @@
 #include <functional>
 
 #include "model/weights.hpp"
+#include "parallel/communicator.hpp"
 #include "upcycle/grow.hpp"
 
 namespace upcycle {
@@ -15,6 +16,10 @@ using Fill = std::function<void(const ParameterSpec& spec, const Box& box, Tenso
 /// Calls `fill` for every part of every master of this rank, then publishes masters into values. `alive` is called after each
 /// weight: a large model takes longer than a watchdog waits.
 void fill_masters(Weights&, const Fill& fill, const std::function<void()>& alive = [] {});
+
+/// **Collective** over `world`. Fills recipe.clusters where the recipe asks for them: of each mixture layer, found by one rank and told to
+/// all. `alive` is called after each layer.
+void find_clusters(Recipe&, const ReadDense& read, const Communicator& world, const std::function<void()>& alive = [] {});
 
 /// The three ways: grown out of a dense model, taken as they are, random.
 Fill grown(const Recipe&, const ReadDense& read);

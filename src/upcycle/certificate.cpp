@@ -164,7 +164,12 @@ json Certificate::to_json() const {
 std::string Certificate::table() const {
   const json all = to_json();
   const Recipe& r = recipe_;
-  std::string out = text("certificate: ", r.moe.experts, " experts = ", r.copies, " copies x ", r.granularity, " shards, top-", r.moe.top_k,
+  const std::string from = r.of_mixture() ? "source" : r.quotas.empty() ? "dense" : "mean";   // of several, the model of means
+  std::string out = text("certificate: ", r.moe.experts, " experts = ", r.copies, " copies x ",
+                         r.of_mixture() ? text(r.source.experts, " experts") : text(r.granularity, " shards"), ", top-", r.moe.top_k,
+                         r.quotas.empty() ? "" : text(", of ", r.quotas.size(), " sources").c_str(),
+                         r.permutation == UnitOrder::random ? ", hidden units in a random order for each copy" : "",
+                         r.permutation == UnitOrder::clusters ? ", hidden units in clusters" : "",
                          ", expected ", name(r.exactness()), r.lossless() ? ", lossless\n" : "\n");
   const auto row = [&](const std::string& what, auto value) {
     std::string line = "  " + what;
@@ -179,22 +184,22 @@ std::string Certificate::table() const {
   out += text("  weights: ", weights.covered.size(), " tensors, ", all["weights"]["values"].get<int64_t>(), " values, ", weights.mismatches, " wrong",
               weights.altered ? text(", ", weights.altered, " altered by noise or drop") : "", "\n");
   if (!functions.empty()) {
-    row("dense against mixture", [](const FunctionLevel& f) { return f.precision; });
+    row(from + " against mixture", [](const FunctionLevel& f) { return f.precision; });
     row("feed-forwards, worst layer, relative L2", [](const FunctionLevel& f) { return scientific(f.worst_layer()); });
     row("logits, relative L2", [](const FunctionLevel& f) { return scientific(f.logits.relative_l2()); });
     row("logits, largest difference", [](const FunctionLevel& f) { return scientific(f.logits.max_abs); });
-    row("KL(dense || mixture), nats/token", [](const FunctionLevel& f) { return scientific(mean(f.divergence, f.tokens)); });
-    row("loss, dense", [](const FunctionLevel& f) { return fixed(mean(f.dense_loss, f.tokens), 5); });
+    row("KL(" + from + " || mixture), nats/token", [](const FunctionLevel& f) { return scientific(mean(f.divergence, f.tokens)); });
+    row("loss, " + from, [](const FunctionLevel& f) { return fixed(mean(f.dense_loss, f.tokens), 5); });
     row("loss, mixture", [](const FunctionLevel& f) { return fixed(mean(f.moe_loss, f.tokens), 5); });
     row("loss, difference", [](const FunctionLevel& f) { return scientific(mean(f.moe_loss - f.dense_loss, f.tokens)); });
-    row("whole copies chosen", [](const FunctionLevel& f) { return percent(share(f.routing.complete, f.routing.pairs)); });
+    row(r.of_mixture() ? "all copies of an expert chosen" : "whole copies chosen", [](const FunctionLevel& f) { return percent(share(f.routing.complete, f.routing.pairs)); });
     row("copies nearly tied at the top-k boundary", [](const FunctionLevel& f) { return percent(share(f.routing.near_ties, f.routing.pairs)); });
     row("the same, had the logits been bf16", [](const FunctionLevel& f) { return percent(share(f.routing.bf16_ties, f.routing.pairs)); });
     if (r.exactness() != Exactness::exact) {
       const FunctionLevel& f = functions.front();
-      out += text("  this recipe misses the dense function by ", percent(f.logits.relative_l2()), " of the logits, ", percent(f.worst_layer()),
+      out += text("  this recipe misses the " + from + " function by ", percent(f.logits.relative_l2()), " of the logits, ", percent(f.worst_layer()),
                   " of the worst feed-forward (relative L2, ", f.precision, ")\n");
-    } else if (r.granularity > 1 && functions.front().routing.bf16_ties > 0) {
+    } else if (r.tied() > 1 && functions.front().routing.bf16_ties > 0) {
       out += "  inference with router logits in bf16 (transformers) may choose parts of tied copies; in fp32 it does not\n";
     }
   }

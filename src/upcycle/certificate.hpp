@@ -19,8 +19,9 @@ struct WeightLevel {
   std::map<std::string, std::vector<Box>> covered;
 
   /// Checks `box` of `spec`, as the mixture has it (CPU; fp32, or the dtype that it is stored in).
-  /// Experts: the dense slice times the recipe's factor. Router rows: finite, tied inside a copy, different between copies.
-  /// The rest: the dense tensor. Expected values are rounded to `value`'s dtype. Knows nothing of how grow() works.
+  /// Experts: the dense slice times the recipe's factor, the order of hidden units being one (each unit once). Router rows: finite, tied inside a copy, different between copies.
+  /// Of several sources: a copy's slice is of its own source, the rest their mean.
+  /// Out of a mixture, experts and router rows: the source's of the same name. The rest: the dense tensor. Expected values are rounded to `value`'s dtype. Knows nothing of how grow() works.
   void check(const ParameterSpec& spec, const Box& box, const Tensor& value, const Recipe& recipe, const ReadDense& read);
   void merge(const WeightLevel& other);
 };

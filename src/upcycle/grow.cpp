@@ -1,15 +1,16 @@
 // N experts, e one of them; C copies, c one of them; G shards, g one of them; fe expert width (hidden units of one expert), h hidden
 #include "upcycle/grow.hpp"
 
+#include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <stdexcept>
 
 #include "base/error.hpp"
 #include "base/rng.hpp"
+#include "upcycle/units.hpp"
 
 namespace upcycle {
 
@@ -46,8 +47,8 @@ Matrix matrix_of(const ParameterSpec& spec) {
   return Matrix::down;
 }
 
-double factor_of(Matrix matrix, const Recipe& recipe) {
-  switch (matrix) {
+double factor_of(const ParameterSpec& spec, const Recipe& recipe) {
+  switch (matrix_of(spec)) {
     case Matrix::gate: return recipe.gate_factor;
     case Matrix::up: return recipe.up_factor;
     case Matrix::down: return recipe.down_factor;
@@ -67,12 +68,7 @@ std::vector<bool> dropped_units(const ParameterSpec& spec, int64_t e, int64_t fe
   const auto count = static_cast<int64_t>(std::floor(recipe.drop * static_cast<double>(fe) + 1e-9));  // 0.29 * 100 is 28.99...
   const std::string whose = recipe.drop_indices == DropIndices::shared ? text("layer ", spec.layer) : spec.name;
   const Random random(recipe.seed, text(whose, "/dropped units of expert ", e));
-  std::vector<int64_t> units(static_cast<size_t>(fe));
-  std::iota(units.begin(), units.end(), 0);
-  std::sort(units.begin(), units.end(), [&](int64_t a, int64_t b) {
-    const uint64_t x = random.bits(static_cast<uint64_t>(a)), y = random.bits(static_cast<uint64_t>(b));
-    return x != y ? x < y : a < b;
-  });
+  const std::vector<int64_t> units = shuffled(fe, random);
   std::vector<bool> dropped(static_cast<size_t>(fe), false);
   for (int64_t i = 0; i < count; ++i) dropped[static_cast<size_t>(units[static_cast<size_t>(i)])] = true;
   return dropped;
@@ -124,31 +120,63 @@ void disturb(const ParameterSpec& spec, const Box& box, int64_t e, const Recipe&
   });
 }
 
-void grow_experts(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, const Tensor& target) {
-  const Matrix matrix = matrix_of(spec);
-  const int64_t G = recipe.granularity, unit_dim = matrix == Matrix::down ? 1 : 0, fe = spec.shape[1 + unit_dim];
-  const std::string name = dense_name(spec.name);
-  const bool disturbed = recipe.noise > 0 || recipe.drop > 0;
-  for (int64_t g = 0; g < G; ++g) {
-    Tensor slice;  // of shard g: what the box needs, or the whole of it for its statistics; read once for all copies
-    for (int64_t e = box.begin[0]; e < box.begin[0] + box.size[0]; ++e) {
-      if (e % G != g) continue;
-      if (!slice.defined()) {
-        Box wanted = disturbed ? Box{{0, 0}, {spec.shape[1], spec.shape[2]}} : Box{{box.begin[1], box.begin[2]}, {box.size[1], box.size[2]}};
-        wanted.begin[unit_dim] += g * fe;
-        slice = read(name, wanted);
-        if (disturbed) slice = slice.to(at::kFloat).contiguous();
-      }
+/// The experts of `box`, in groups of those that have the same slice of the source: the copies of a shard, where they share one order; of
+/// a mixture, those of one expert.
+std::vector<std::vector<int64_t>> alike(const Box& box, const Recipe& recipe) {
+  const int64_t G = recipe.granularity;
+  const auto same = [&](int64_t a, int64_t b) {
+    if (recipe.of_mixture()) return a / recipe.copies == b / recipe.copies;
+    if (a % G != b % G || recipe.source_of(a / G) != recipe.source_of(b / G)) return false;
+    return copies_share_order(recipe) || a == b;
+  };
+  std::vector<std::vector<int64_t>> out;
+  for (int64_t e = box.begin[0]; e < box.begin[0] + box.size[0]; ++e) {
+    const auto group = std::find_if(out.begin(), out.end(), [&](const std::vector<int64_t>& experts) { return same(experts.front(), e); });
+    group == out.end() ? out.push_back({e}) : group->push_back(e);
+  }
+  return out;
+}
+
+/// What expert `e` is of the source: `box` (of the expert, [rows, columns]) of its slice, in the dtype that `read` gives.
+Tensor source_slice(const ParameterSpec& spec, int64_t e, const Box& box, const Recipe& recipe, const ReadDense& read) {
+  if (recipe.of_mixture()) {
+    return read(spec.name, {{e / recipe.copies, box.begin[0], box.begin[1]}, {1, box.size[0], box.size[1]}}).select(0, 0);
+  }
+  const size_t unit_dim = matrix_of(spec) == Matrix::down ? 1 : 0, other_dim = 1 - unit_dim;
+  const std::vector<int64_t> units = units_of_expert(recipe, spec.layer, e);
+  const auto begin = units.begin() + box.begin[unit_dim];
+  const ReadDense own = read.of(recipe.source_of(e / recipe.granularity));
+  return read_units(own, dense_name(spec.name), static_cast<int64_t>(unit_dim), {begin, begin + box.size[unit_dim]}, box.begin[other_dim],
+                    box.size[other_dim]);
+}
+
+/// The slices of the box's experts times `factor`; `disturbed`: with the recipe's noise and drop.
+void grow_experts(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, const Tensor& target, double factor,
+                  bool disturbed) {
+  const Box needed{{box.begin[1], box.begin[2]}, {box.size[1], box.size[2]}}, all{{0, 0}, {spec.shape[1], spec.shape[2]}};
+  for (const std::vector<int64_t>& experts : alike(box, recipe)) {
+    // What the box needs, or the whole of it for its statistics; read once for all of them.
+    Tensor slice = source_slice(spec, experts.front(), disturbed ? all : needed, recipe, read);
+    if (disturbed) slice = slice.to(at::kFloat).contiguous();
+    for (const int64_t e : experts) {
       const Tensor part = target.select(0, e - box.begin[0]);
       part.copy_(disturbed ? slice.narrow(0, box.begin[1], box.size[1]).narrow(1, box.begin[2], box.size[2]) : slice);
       if (disturbed) disturb(spec, box, e, recipe, slice, part);
-      const double factor = factor_of(matrix, recipe);
       if (factor != 1.0) part.mul_(factor);
     }
   }
 }
 
-void grow_router(const ParameterSpec& spec, const Box& box, const Recipe& recipe, Tensor target) {
+/// Every row of the source's, as often as there are copies.
+void copy_rows(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, const Tensor& target) {
+  for (const std::vector<int64_t>& experts : alike(box, recipe)) {
+    const Tensor row = read(spec.name, {{experts.front() / recipe.copies, box.begin[1]}, {1, box.size[1]}}).select(0, 0);
+    for (const int64_t e : experts) target.select(0, e - box.begin[0]).copy_(row);
+  }
+}
+
+void grow_router(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, Tensor target) {
+  if (recipe.of_mixture()) return copy_rows(spec, box, recipe, read, target);
   const auto h = static_cast<uint64_t>(spec.shape[1]), G = static_cast<uint64_t>(recipe.granularity);
   const double deviation = recipe.router_logit_std / std::sqrt(static_cast<double>(h));  // logits of a unit-RMS input get that std
   const Random random(recipe.seed, spec.name + "/router");
@@ -157,7 +185,7 @@ void grow_router(const ParameterSpec& spec, const Box& box, const Recipe& recipe
     return deviation * random.normal(copy * h + index % h);
   });
   // An export in the source's dtype then gives the same logits.
-  if (recipe.dense.dtype != at::kFloat) target.copy_(target.to(recipe.dense.dtype));
+  if (recipe.source.dtype != at::kFloat) target.copy_(target.to(recipe.source.dtype));
 }
 
 void check_target(const ParameterSpec& spec, const Box& box, const Tensor& target) {
@@ -173,9 +201,42 @@ void grow(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const
   check_target(spec, box, target);
   if (elements(box) == 0) return;
   switch (spec.role) {
-    case Role::expert: return grow_experts(spec, box, recipe, read, target);
-    case Role::router: return grow_router(spec, box, recipe, target);
+    case Role::expert: return grow_experts(spec, box, recipe, read, target, factor_of(spec, recipe), recipe.noise > 0 || recipe.drop > 0);
+    case Role::router: return grow_router(spec, box, recipe, read, target);
     default: target.copy_(read(spec.name, box));
+  }
+}
+
+Tensor dense_slice(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read) {
+  if (spec.role == Role::router && !recipe.of_mixture()) throw std::logic_error(spec.name + " has no dense value");
+  const Tensor out = at::empty(box.size, at::kFloat);
+  check_target(spec, box, out);
+  if (elements(box) == 0) return out;
+  if (spec.role == Role::expert) {
+    grow_experts(spec, box, recipe, read, out, factor_of(spec, recipe), false);
+  } else if (spec.role == Role::router) {
+    copy_rows(spec, box, recipe, read, out);
+  } else {
+    out.copy_(read(spec.name, box));
+  }
+  return out;
+}
+
+void grow_moment(const ParameterSpec& spec, const Box& box, const Recipe& recipe, Moments how, bool second, const ReadDense& read, Tensor target) {
+  check_target(spec, box, target);
+  if (elements(box) == 0) return;
+  const auto copies = static_cast<double>(recipe.copies);
+  const double of_copy = how == Moments::copy ? 1 : second ? 1 / (copies * copies) : 1 / copies;   // out of a mixture
+  if (spec.role == Role::router) {
+    if (!recipe.of_mixture()) return void(target.zero_());
+    copy_rows(spec, box, recipe, read, target);
+    target.mul_(of_copy);
+  } else if (spec.role == Role::expert) {
+    const double share = static_cast<double>(recipe.moe.top_k) / static_cast<double>(recipe.moe.experts), weight = factor_of(spec, recipe);
+    const double of_slice = how == Moments::copy ? 1 : second ? share / (weight * weight) : share / weight;
+    grow_experts(spec, box, recipe, read, target, recipe.of_mixture() ? of_copy : of_slice, false);
+  } else {
+    target.copy_(read(spec.name, box));
   }
 }
 

@@ -4,9 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
-#include <nlohmann/json.hpp>
 
-#include "base/dtype.hpp"
 #include "base/error.hpp"
 #include "model/catalogue.hpp"
 
@@ -76,7 +74,6 @@ void apply_layers(const std::string& layers, Architecture& moe) {
 /// What must hold for the experts to be shards of copies at all.
 void check_shape(const Architecture& dense, const MoeSection& moe) {
   const int64_t N = moe.experts, K = moe.top_k, G = moe.granularity, f = dense.ffn;
-  if (dense.is_moe()) fail("the source is a mixture of ", dense.experts, " experts already: only a dense model can be upcycled");
   if (N < 1) fail("moe.experts = ", N, ": upcycling needs at least one expert");
   if (G < 1) fail("moe.granularity = ", G, ": a feed-forward is cut into at least one shard");
   if (K < 1 || K > N) fail("moe.top_k = ", K, " of moe.experts = ", N, ": a token takes between 1 and ", N, " experts");
@@ -85,6 +82,66 @@ void check_shape(const Architecture& dense, const MoeSection& moe) {
          std::max<int64_t>(1, N / G) * G, " or ", (N / G + 1) * G, " experts");
   }
   if (f % G != 0) fail("intermediate_size = ", f, " can't be cut into moe.granularity = ", G, " equal shards");
+}
+
+/// What must hold for the experts to be copies of a mixture's.
+void check_copies(const Architecture& source, const MoeSection& moe) {
+  const int64_t n = source.experts, N = moe.experts, K = moe.top_k;
+  if (moe.granularity != 1) {
+    fail("the source is a mixture of ", n, " experts, which are copied whole: moe.granularity = ", moe.granularity, " has to be 1");
+  }
+  if (moe.layers_text != "all") {
+    fail("moe.layers = \"", moe.layers_text, "\": the source is a mixture, and which of its layers have experts is settled; leave the key out");
+  }
+  if (N <= n || N % n != 0) {
+    fail("moe.experts = ", N, ": the source is a mixture of ", n, " experts, and each is copied as often, so take ",
+         N <= n ? text(2 * n) : text(N / n * n, " or ", (N / n + 1) * n));
+  }
+  if (K < 1 || K > N) fail("moe.top_k = ", K, " of moe.experts = ", N, ": a token takes between 1 and ", N, " experts");
+}
+
+/// What must hold for step 0 to be the source's function: all copies of the experts that the source takes, with its kind of weights.
+void check_exact(const Architecture& source, const MoeSection& moe) {
+  const int64_t copies = moe.experts / source.experts;
+  if (moe.top_k != copies * source.top_k) {
+    fail("upcycle.scaling = \"exact\" needs moe.top_k = ", copies * source.top_k, ": the source takes ", source.top_k, " of its ", source.experts,
+         " experts, and each is there ", copies, " times; with moe.top_k = ", moe.top_k, " copies of the best experts would crowd out the next. Take ",
+         copies * source.top_k, ", or upcycle.scaling = \"none\"");
+  }
+  if (moe.pre_softmax == source.renormalise) {
+    fail("upcycle.scaling = \"exact\" with moe.pre_softmax = ", moe.pre_softmax ? "true" : "false", ": the source's weights are ",
+         source.renormalise ? "" : "not ", "renormalised over its top ", source.top_k, " experts; say the same, or upcycle.scaling = \"none\"");
+  }
+}
+
+/// How many of `copies` each of several models gets.
+std::vector<int64_t> quotas_of(const SourceSection& source, int64_t copies) {
+  const auto models = static_cast<int64_t>(source.models.size());
+  if (source.quotas.empty()) {
+    if (models < 2) return {};
+    if (copies < models) fail("source.models: ", models, " models, but moe.experts and moe.granularity make ", copies, " copies: each model needs at least one");
+    std::vector<int64_t> out;
+    for (int64_t i = 0; i < models; ++i) out.push_back((i + 1) * copies / models - i * copies / models);
+    return out;
+  }
+  int64_t sum = 0;
+  for (const int64_t quota : source.quotas) sum += quota;
+  if (sum != copies) {
+    fail("source.quotas add up to ", sum, ", but moe.experts and moe.granularity make ", copies, " copies: every copy is of one of source.models");
+  }
+  return models < 2 ? std::vector<int64_t>{} : source.quotas;
+}
+
+/// What is for dense sources alone.
+void refuse_for_mixtures(const UpcycleSection& upcycle) {
+  if (upcycle.permutation != UnitOrder::identity) {
+    fail("upcycle.permutation: an order of hidden units decides what a shard of a dense feed-forward holds, but the source is a mixture, whose ",
+         "experts are copied whole; leave the key out");
+  }
+  if (upcycle.scaling == Scaling::cube_root) {
+    fail("upcycle.scaling = \"cube-root\" is for shards of a dense feed-forward, but the source is a mixture, whose experts are copied whole: ",
+         "say \"exact\" or \"none\"");
+  }
 }
 
 /// What must hold for step 0 to be the dense function (spec of the scaling: renormalised weights, whole copies).
@@ -132,10 +189,23 @@ const char* name(Exactness exactness) noexcept {
   return "?";
 }
 
+int64_t Recipe::source_of(int64_t copy) const {
+  int64_t source = 0;
+  for (int64_t end = 0; source < static_cast<int64_t>(quotas.size()); ++source) {
+    end += quotas[static_cast<size_t>(source)];
+    if (copy < end) return source;
+  }
+  return 0;
+}
+
 Exactness Recipe::exactness() const {
+  if (of_mixture()) {
+    const bool same = moe.top_k == copies * source.top_k && moe.renormalise == source.renormalise;
+    return drop > 0 ? Exactness::destructive : noise > 0 || !same ? Exactness::approximate : Exactness::exact;
+  }
   const bool whole_copies = moe.top_k % granularity == 0;
   if (drop > 0 || !whole_copies || (scaling == Scaling::none && granularity > 1)) return Exactness::destructive;
-  if (noise > 0 || !moe.renormalise || (scaling == Scaling::cube_root && granularity > 1)) return Exactness::approximate;
+  if (!sources_alike || noise > 0 || !moe.renormalise || (scaling == Scaling::cube_root && granularity > 1)) return Exactness::approximate;
   return Exactness::exact;
 }
 
@@ -143,31 +213,53 @@ bool Recipe::lossless() const {
   return noise == 0 && drop == 0 && is_power_of_two(gate_factor) && is_power_of_two(up_factor) && is_power_of_two(down_factor);
 }
 
-Architecture moe_architecture(const Architecture& dense, const MoeSection& section) {
-  check_shape(dense, section);
-  Architecture moe = dense;
+Architecture moe_architecture(const Architecture& source, const MoeSection& section) {
+  source.is_moe() ? check_copies(source, section) : check_shape(source, section);
+  Architecture moe = source;
   moe.experts = section.experts;
   moe.top_k = section.top_k;
-  moe.expert_ffn = dense.ffn / section.granularity;
   moe.renormalise = !section.pre_softmax;
-  apply_layers(section.layers_text, moe);
+  if (!source.is_moe()) {
+    moe.expert_ffn = source.ffn / section.granularity;
+    apply_layers(section.layers_text, moe);
+  }
   const auto total = static_cast<double>(count_parameters(moe).total);
   if (total > section.max_parameters) {
     fail("moe.experts = ", section.experts, " at moe.granularity = ", section.granularity, " would have ", billions(total),
          " parameters, more than moe.max_parameters = ", billions(section.max_parameters), "; these are ",
-         section.experts / section.granularity, " copies of the dense feed-forwards: take fewer experts or a finer granularity");
+         source.is_moe() ? text(section.experts / source.experts, " copies of each expert: take fewer")
+                         : text(section.experts / section.granularity, " copies of the dense feed-forwards: take fewer experts or a finer granularity"));
   }
   return moe;
 }
 
-Recipe make_recipe(const Architecture& dense, const RunConfig& run) {
+Architecture dense_form(const Architecture& moe) {
+  const Architecture none;
+  Architecture dense = moe;
+  dense.experts = none.experts, dense.top_k = none.top_k, dense.expert_ffn = none.expert_ffn;
+  dense.renormalise = none.renormalise, dense.sparse_step = none.sparse_step, dense.dense_layers = none.dense_layers;
+  return dense;
+}
+
+Recipe make_recipe(const Architecture& source, const RunConfig& run) {
   Recipe recipe;
-  recipe.dense = dense;
-  recipe.moe = moe_architecture(dense, run.moe);
-  if (run.upcycle.scaling == Scaling::exact) check_exact(run.moe);
-  recipe.granularity = run.moe.granularity;
-  recipe.copies = run.moe.experts / run.moe.granularity;
+  recipe.source = source;
+  recipe.moe = moe_architecture(source, run.moe);
+  const bool exact = run.upcycle.scaling == Scaling::exact;
+  if (source.is_moe()) {
+    refuse_for_mixtures(run.upcycle);
+    if (run.source.models.size() > 1) fail("source.models: several sources become experts of one model when they are dense; these are mixtures of ", source.experts);
+    if (exact) check_exact(source, run.moe);
+    recipe.copies = run.moe.experts / source.experts;
+  } else {
+    if (exact) check_exact(run.moe);
+    recipe.granularity = run.moe.granularity;
+    recipe.copies = run.moe.experts / run.moe.granularity;
+    recipe.quotas = quotas_of(run.source, recipe.copies);
+    for (const std::string& model : run.source.models) recipe.sources_alike = recipe.sources_alike && model == run.source.models.front();
+  }
   recipe.scaling = run.upcycle.scaling;
+  recipe.permutation = run.upcycle.permutation;
   recipe.router_logit_std = run.upcycle.router_logit_std;
   recipe.noise = run.upcycle.noise;
   recipe.drop = run.upcycle.drop;
@@ -175,29 +267,6 @@ Recipe make_recipe(const Architecture& dense, const RunConfig& run) {
   recipe.seed = static_cast<uint64_t>(run.run.seed);
   set_factors(recipe);
   return recipe;
-}
-
-nlohmann::json to_json(const Recipe& recipe) {
-  const char* const scalings[] = {"exact", "cube-root", "none"};
-  return {
-      {"experts", recipe.moe.experts},
-      {"copies", recipe.copies},
-      {"granularity", recipe.granularity},
-      {"top_k", recipe.moe.top_k},
-      {"pre_softmax", !recipe.moe.renormalise},
-      {"order", "copy-major"},
-      {"moe_layers", recipe.moe.num_moe_layers()},
-      {"scaling", scalings[static_cast<size_t>(recipe.scaling)]},
-      {"factors", {{"gate", recipe.gate_factor}, {"up", recipe.up_factor}, {"down", recipe.down_factor}}},
-      {"router_logit_std", recipe.router_logit_std},
-      {"noise", recipe.noise},
-      {"drop", recipe.drop},
-      {"drop_indices", recipe.drop_indices == DropIndices::shared ? "shared" : "per-matrix"},
-      {"seed", recipe.seed},
-      {"dtype", long_name(recipe.dense.dtype)},
-      {"exactness", name(recipe.exactness())},
-      {"lossless", recipe.lossless()},
-  };
 }
 
 }  // namespace upcycle

@@ -1,5 +1,7 @@
 // N experts, e one of them; G shards of a copy; fe expert width, h hidden
+#include <ATen/ops/cat.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -7,6 +9,7 @@
 
 #include "base/error.hpp"
 #include "upcycle/certificate.hpp"
+#include "upcycle/units.hpp"
 
 namespace upcycle {
 
@@ -48,15 +51,72 @@ ExpertSlice slice_of(const ParameterSpec& spec, const Recipe& recipe) {
   return {dense, 1, recipe.down_factor};
 }
 
-void check_experts(WeightLevel& level, const ParameterSpec& spec, const Box& box, const Tensor& value, const Recipe& recipe, const ReadDense& read) {
+/// The mean of all sources, added up here.
+Tensor mean_of_sources(const ReadDense& read, const std::string& name, const Box& box) {
+  if (read.sources() == 1) return read(name, box);
+  Tensor sum = read.of(0)(name, box).to(at::kDouble);
+  for (int64_t i = 1; i < read.sources(); ++i) sum = sum + read.of(i)(name, box).to(at::kDouble);
+  return sum.div(static_cast<double>(read.sources())).to(at::kFloat);
+}
+
+/// What keeps `order` from being each of 0 .. f-1 once; "" when it is.
+std::string fault_of_order(const std::vector<int64_t>& order, int64_t f) {
+  std::vector<int64_t> sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t i = 0; i < f; ++i) {
+    if (i >= static_cast<int64_t>(sorted.size()) || sorted[static_cast<size_t>(i)] != i) return text("takes unit ", i, " not once");
+  }
+  return static_cast<int64_t>(sorted.size()) == f ? "" : text("takes ", sorted.size(), " units of ", f);
+}
+
+/// Rows or columns of a dense matrix one by one, `other` from `begin` on along the other dim: nothing of how grow() reads.
+Tensor dense_units(const ReadDense& read, const ExpertSlice& slice, const int64_t* units, int64_t count, int64_t f, int64_t begin, int64_t other) {
+  std::vector<Tensor> parts;
+  if (slice.unit_dim == 0) {
+    for (int64_t i = 0; i < count; ++i) parts.push_back(read(slice.dense, {{units[i], begin}, {1, other}}));
+    return at::cat(parts, 0);
+  }
+  constexpr int64_t kRows = 128;
+  const Tensor columns = at::tensor(at::IntArrayRef(units, static_cast<size_t>(count)), at::kLong);
+  for (int64_t row = 0; row < other; row += kRows) {
+    const Box rows{{begin + row, 0}, {std::min(kRows, other - row), f}};
+    parts.push_back(read(slice.dense, rows).index_select(1, columns));
+  }
+  return at::cat(parts, 0);
+}
+
+void check_experts(WeightLevel& level, const ParameterSpec& spec, const Box& box, const Tensor& value, const Recipe& recipe, const ReadDense& sources) {
   const ExpertSlice slice = slice_of(spec, recipe);
   const int64_t fe = spec.shape[static_cast<size_t>(1 + slice.unit_dim)], other = box.size[static_cast<size_t>(2 - slice.unit_dim)];
   const auto redrawn = static_cast<int64_t>(std::floor(recipe.drop * static_cast<double>(fe) + 1e-9)) * other;
+  const int64_t G = recipe.granularity, f = recipe.source.ffn;
+  std::vector<int64_t> order;   // of the copy that is looked at
+  std::string fault;            // of that order
   for (int64_t i = 0; i < box.size[0]; ++i) {
     const int64_t e = box.begin[0] + i;
+    const int64_t begin = e % G * fe + box.begin[static_cast<size_t>(1 + slice.unit_dim)];
     Box wanted{{box.begin[1], box.begin[2]}, {box.size[1], box.size[2]}};
-    wanted.begin[static_cast<size_t>(slice.unit_dim)] += e % recipe.granularity * fe;
-    const Tensor expected = read(slice.dense, wanted).to(at::kFloat).mul(slice.factor).to(value.scalar_type());
+    wanted.begin[static_cast<size_t>(slice.unit_dim)] = begin;
+    const ReadDense read = sources.of(recipe.of_mixture() ? 0 : recipe.source_of(e / G));
+    Tensor dense;
+    if (recipe.of_mixture()) {
+      dense = read(spec.name, {{e / recipe.copies, box.begin[1], box.begin[2]}, {1, box.size[1], box.size[2]}}).reshape({box.size[1], box.size[2]});
+    } else if (recipe.permutation == UnitOrder::identity) {
+      dense = read(slice.dense, wanted);
+    } else {
+      if (order.empty() || (e % G == 0 && !copies_share_order(recipe))) {
+        order = unit_order(recipe, spec.layer, e / G);
+        fault = fault_of_order(order, f);
+      }
+      if (!fault.empty()) {
+        level.mismatches += elements(wanted);
+        if (level.first_mismatch.empty()) level.first_mismatch = text(spec.name, ": the order of copy ", e / G, "'s hidden units ", fault);
+        continue;
+      }
+      dense = dense_units(read, slice, order.data() + begin, wanted.size[static_cast<size_t>(slice.unit_dim)], f,
+                          box.begin[static_cast<size_t>(2 - slice.unit_dim)], other);
+    }
+    const Tensor expected = dense.to(at::kFloat).mul(slice.factor).to(value.scalar_type());
     std::string first;
     const int64_t differ = compare(spec.name, {e, box.begin[1], box.begin[2]}, value.select(0, i).unsqueeze(0), expected.unsqueeze(0), first);
     const int64_t allowed = recipe.noise > 0 ? elements(wanted) : redrawn;
@@ -102,8 +162,15 @@ void WeightLevel::check(const ParameterSpec& spec, const Box& box, const Tensor&
   covered[spec.name].push_back(box);
   if (value.numel() == 0) return;
   if (spec.role == Role::expert) return check_experts(*this, spec, box, value, recipe, read);
+  if (spec.role == Role::router && recipe.of_mixture()) {
+    // Row e of the source, as often as there are copies: from e * C on.
+    const Tensor rows = read(spec.name, {{0, box.begin[1]}, {recipe.source.experts, box.size[1]}});
+    const Tensor expected = rows.repeat_interleave(recipe.copies, 0).narrow(0, box.begin[0], box.size[0]);
+    mismatches += compare(spec.name, box.begin, value, expected.to(value.scalar_type()), first_mismatch);
+    return;
+  }
   if (spec.role == Role::router) return check_router(*this, spec, box, value, recipe);
-  mismatches += compare(spec.name, box.begin, value, read(spec.name, box).to(value.scalar_type()), first_mismatch);
+  mismatches += compare(spec.name, box.begin, value, mean_of_sources(read, spec.name, box).to(value.scalar_type()), first_mismatch);
 }
 
 void WeightLevel::merge(const WeightLevel& other) {

@@ -228,6 +228,49 @@ train = "mock"
             self.assertTrue(torch.equal(value.to(torch.bfloat16), coarse[name]), name)
         self.assertTrue(any(not torch.equal(value.to(torch.bfloat16).float(), value) for value in fine.values()))
 
+    def test_merged_back_to_dense(self):
+        """What was just grown is, merged, the source bit for bit; other factors leave rounding; what no recipe describes is refused."""
+        for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            shutil.rmtree(self.source, ignore_errors=True)
+            make_model(self.source, dtype, tied=dtype is torch.bfloat16)
+            for order, granularity, ranks in (("identity", 4, 1), ("random", 2, 2), ("clusters", 4, 2), ("random", 1, 1)):
+                with self.subTest(dtype=dtype, order=order, granularity=granularity):
+                    run, out = f"{precision}-{order}-{granularity}", self.root / f"{precision}-{order}-{granularity}-dense"
+                    self.grow(run, granularity, precision, f'permutation = "{order}"', ranks)
+                    self.upcycle("export", self.root / run, out, "--dense")
+                    self.assert_same_tensors(out, tensors_of(self.source))
+                    self.assert_loads(out)
+                    config = json.loads((out / "config.json").read_text())
+                    self.assertEqual((config["architectures"], config["model_type"]), (["Qwen3ForCausalLM"], "qwen3"))
+                    self.assertFalse({"num_experts", "moe_intermediate_size", "num_experts_per_tok", "mlp_only_layers"} & config.keys())
+                    self.assertIn("2 copies", json.loads((out / "upcycling.json").read_text())["merged"])
+        # A run that takes a mixture as it is knows its recipe, too.
+        self.grow("taken", 4, "fp32", "", 1, source=self.root / "fp32-clusters-4", moe=False)
+        self.upcycle("export", self.root / "taken", self.root / "taken-dense", "--dense")
+        self.assert_same_tensors(self.root / "taken-dense", tensors_of(self.source))
+        self.grow("cube", 4, "fp32", 'scaling = "cube-root"', 1)
+        self.upcycle("export", self.root / "cube", self.root / "cube-dense", "--dense")
+        for name, value in tensors_of(self.source).items():
+            self.assertTrue(torch.allclose(tensors_of(self.root / "cube-dense")[name], value, rtol=1.2e-7, atol=0), name)
+
+        self.convert("dense")
+        self.refused("export", self.root / "dense", self.root / "x", "--dense", words=["is dense already"])
+        shutil.rmtree(self.source)
+        make_model(self.source, moe=True)
+        self.convert("foreign")
+        self.refused("export", self.root / "foreign", self.root / "x", "--dense", words=["--dense", "no recipe", "not grown"])
+        clusters = self.root / "fp32-clusters-4/checkpoints/step-00000000/clusters.json"
+        clusters.write_text(clusters.read_text().replace("[", "{", 1))
+        self.refused("export", self.root / "fp32-clusters-4", self.root / "x", "--dense", words=["clusters.json", "hidden units of layer 0"])
+
+    def grow(self, directory, granularity, precision, upcycle, ranks, source=None, moe=True):
+        """Two copies, nothing trained."""
+        moe = f"[moe]\nexperts = {2 * granularity}\ntop_k = {granularity}\ngranularity = {granularity}\n" if moe else ""
+        parallel = "[parallel]\nexpert = 2\ntensor = 2\n" if ranks == 2 else ""
+        path = self.run_file(f'{moe}[upcycle]\n{upcycle}\n{parallel}[data]\ntrain = "mock"\n[train]\nsteps = 0\nsequence = 16\n'
+                             f'global_batch = 2\nprecision = "{precision}"\n', directory, source)
+        self.upcycle("train", path, ranks=ranks)
+
     def test_all_wrong_tensors_are_listed_at_once(self):
         make_model(self.source)
         tensors = tensors_of(self.source)

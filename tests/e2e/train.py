@@ -100,11 +100,14 @@ class StopAndResume(TrainCase):
 
 class StepZero(TrainCase):
     def test_the_same_bytes_on_any_number_of_ranks(self):
-        recipes = {"shards": "", "noise-and-drop": '[upcycle]\nnoise = 0.05\ndrop = 0.25\ndrop_indices = "per-matrix"\n'}
+        orders = {f"{order}-{extra and 'disturbed'}": f'[upcycle]\npermutation = "{order}"\n{extra}'
+                  for order in ("random", "clusters") for extra in ("", "noise = 0.05\n")}
+        recipes = orders | {"shards": "", "noise-and-drop": '[upcycle]\nnoise = 0.05\ndrop = 0.25\ndrop_indices = "per-matrix"\n'}
         for name, recipe in recipes.items():
             steps = []
-            for ranks, pipeline in ((1, 1), (2, 1), (4, 1), (4, 2)):
-                parallel = f"[parallel]\npipeline = {pipeline}\nexpert = {ranks // pipeline}\n"
+            for ranks, pipeline in ((1, 1), (2, 1), (4, 1), (4, 2)) if name not in orders else ((1, 1), (2, 1), (4, 2)):
+                tensor = "tensor = 2\nexpert_tensor = 2\n" if name in orders and ranks == 4 else ""
+                parallel = f"[parallel]\npipeline = {pipeline}\nexpert = {ranks // pipeline if not tensor else 1}\n{tensor}"
                 path, run = self.run_file(f"{name}-{ranks}-{pipeline}", MOE + recipe + parallel, steps=1, precision="bf16")
                 self.upcycle("train", path, ranks=ranks)
                 steps.append(checkpoint(run, 0))
@@ -113,7 +116,14 @@ class StepZero(TrainCase):
                     self.assertIn("masters.h5", self.assert_same_files(steps[0], other))
             for step in steps:
                 told = json.loads((step / "certificate.json").read_text())
-                self.assertEqual((told["verdict"], told["expected"]), ("passed", "destructive" if recipe else "exact"))
+                expected = "destructive" if "drop" in recipe else "approximate" if "noise" in recipe else "exact"
+                self.assertEqual((told["verdict"], told["expected"]), ("passed", expected))
+                self.assertEqual(told["recipe"]["permutation"], name.split("-")[0] if name in orders else "identity")
+                self.assertEqual((step / "clusters.json").exists(), name.startswith("clusters"))
+                if name.startswith("clusters"):
+                    clusters = json.loads((step / "clusters.json").read_text())
+                    self.assertEqual({layer: sorted(units) for layer, units in clusters.items()},
+                                     {str(layer): list(range(tiny_run.FFN)) for layer in range(LAYERS)})
 
     def test_a_certificate_that_fails(self):
         """A weight that the factor of an exact upcycle carries past fp32's largest number."""

@@ -8,6 +8,7 @@
 #include "base/error.hpp"
 #include "golden/model.hpp"
 #include "upcycle/recipe.hpp"
+#include "upcycle/units.hpp"
 
 namespace upcycle {
 namespace {
@@ -59,7 +60,10 @@ RunConfig run_of(const Form& form, Scaling scaling) {
 double error_of(const RunConfig& run, at::ScalarType dtype = at::kFloat) {
   const Architecture dense = small_dense(dtype);
   const DenseWeights weights(dense);
-  const Recipe recipe = make_recipe(dense, run);
+  Recipe recipe = make_recipe(dense, run);
+  for (int64_t layer = 0; layer < dense.layers; ++layer) {
+    if (recipe.permutation == UnitOrder::clusters) recipe.clusters[layer] = cluster_units(recipe, layer, weights.read());
+  }
   Model before(dense, as_they_are(weights.read())), after(recipe.moe, grown(recipe, weights.read()));
   const Tensor ids = at::randint(dense.vocab, {4, 24}, at::detail::createCPUGenerator(5), at::TensorOptions(at::kLong));
   return distance(after.logits(ids), before.logits(ids));
@@ -70,6 +74,15 @@ class Exactness : public testing::TestWithParam<Form> {};
 TEST_P(Exactness, UpcycledIsDense) {
   EXPECT_LE(error_of(run_of(GetParam(), Scaling::exact)), 1e-5);
   EXPECT_LE(error_of(run_of(GetParam(), Scaling::exact), at::kBFloat16), 1e-5) << "from bf16 weights, with a router in bf16";
+}
+
+TEST_P(Exactness, InAnyOrderOfHiddenUnits) {
+  for (const auto order : {UnitOrder::random, UnitOrder::clusters}) {
+    RunConfig run = run_of(GetParam(), Scaling::exact);
+    run.upcycle.permutation = order;
+    EXPECT_LE(error_of(run), 1e-5);
+    EXPECT_LE(error_of(run, at::kBFloat16), 1e-5);
+  }
 }
 
 TEST_P(Exactness, AndNotByChance) {

@@ -58,8 +58,11 @@ TEST(WeightLevel, WhatGrewPassesInAnyParts) {
   cube.upcycle.scaling = Scaling::cube_root;
   mixed.moe.layers_text = "every:2";
   none.upcycle.scaling = Scaling::none;
-  for (const RunConfig& config : {run(16, 8, 8), run(4, 1, 1), drop, noise, cube, mixed, none}) {
-    const Recipe recipe = make_recipe(dense_architecture(), config);
+  RunConfig random = drop, clusters = mixed, random_copies = run(4, 1, 1);
+  random.upcycle.permutation = random_copies.upcycle.permutation = UnitOrder::random;
+  clusters.upcycle.permutation = UnitOrder::clusters;
+  for (const RunConfig& config : {run(16, 8, 8), run(4, 1, 1), drop, noise, cube, mixed, none, random, random_copies, clusters}) {
+    const Recipe recipe = recipe_of(config, dense);
     const auto values = mixture(recipe, dense);
     for (const int64_t parts : {1, 2, 4}) {
       const Certificate certificate = judge(recipe, values, dense, parts);
@@ -144,6 +147,42 @@ TEST(WeightLevel, RoutersMustBeTiedInsideCopiesAndOnlyThere) {
   values = mixture(granular(), dense);
   values[kRouter].narrow(0, 0, 8).fill_(std::numeric_limits<double>::quiet_NaN());
   expect_objection(judge(granular(), values, dense), {"not finite"});
+}
+
+TEST(WeightLevel, AnotherOrderOfHiddenUnitsIsWrong) {
+  Dense dense(dense_architecture());
+  std::map<UnitOrder, Recipe> recipes;
+  for (const auto order : {UnitOrder::identity, UnitOrder::random, UnitOrder::clusters}) {
+    RunConfig config = run(8, 4, 4);
+    config.upcycle.permutation = order;
+    recipes[order] = recipe_of(config, dense);
+  }
+  for (const auto& [order, recipe] : recipes) {
+    for (const auto& [other, promised] : recipes) {
+      const Certificate certificate = judge(promised, mixture(recipe, dense), dense);
+      EXPECT_EQ(certificate.passed(), order == other) << static_cast<int>(order) << static_cast<int>(other);
+    }
+  }
+  // The function is blind to a swap of two units; a shard that has one of another's is not, and neither is this.
+  auto values = mixture(recipes[UnitOrder::clusters], dense);
+  for (const char* matrix : {"gate_proj", "up_proj"}) {
+    Tensor& x = values["model.layers.1.mlp.experts." + std::string(matrix) + ".weight"];
+    const Tensor first = x[3][0].clone();
+    x[3][0] = x[3][1], x[3][1] = first;
+  }
+  expect_objection(judge(recipes[UnitOrder::clusters], values, dense), {"model.layers.1.mlp.experts.gate_proj.weight[3, 0, 0]"});
+}
+
+TEST(WeightLevel, AnOrderMustTakeEachUnitOnce) {
+  Dense dense(dense_architecture());
+  RunConfig config = run(8, 4, 4);
+  config.upcycle.permutation = UnitOrder::clusters;
+  Recipe recipe = recipe_of(config, dense);
+  recipe.clusters[1][4] = recipe.clusters[1][20];   // and grow() does just what it is told
+  expect_objection(judge(recipe, mixture(recipe, dense), dense), {kUp.substr(0, 14), "the order of copy 0's hidden units takes unit", "not once"});
+  recipe.clusters[1].pop_back();
+  recipe.clusters[1][4] = recipe_of(config, dense).clusters[1][4];
+  EXPECT_FALSE(judge(recipe, mixture(recipe_of(config, dense), dense), dense).passed());
 }
 
 TEST(WeightLevel, DropMayChangeOnlySoMany) {

@@ -19,7 +19,8 @@ const std::string kMlp = "model.layers.1.mlp.";
 
 std::vector<std::pair<std::string, Recipe>> recipes() {
   std::vector<std::pair<std::string, Recipe>> out;
-  const auto add = [&](const std::string& name, const RunConfig& config) { out.emplace_back(name, make_recipe(dense_architecture(), config)); };
+  Dense dense(dense_architecture());
+  const auto add = [&](const std::string& name, const RunConfig& config) { out.emplace_back(name, recipe_of(config, dense)); };
   add("copy", run(4, 1, 2));
   add("granular", run(16, 8, 8));
   RunConfig config = run(8, 4, 4);
@@ -39,6 +40,18 @@ std::vector<std::pair<std::string, Recipe>> recipes() {
   config = run(4, 1, 2);
   config.moe.layers_text = "[1]";
   add("one MoE layer of three", config);
+  for (const auto order : {UnitOrder::random, UnitOrder::clusters}) {
+    const std::string name = order == UnitOrder::random ? "random order" : "clusters";
+    config = run(8, 4, 4);
+    config.upcycle.permutation = order;
+    add(name, config);
+    config.upcycle.drop = 0.4;
+    config.upcycle.noise = 0.01;
+    add(name + ", drop, noise", config);
+    config = run(3, 1, 1);
+    config.upcycle.permutation = order;
+    add(name + ", whole", config);
+  }
   return out;
 }
 

@@ -7,6 +7,7 @@
 
 #include "base/rng.hpp"
 #include "upcycle/grow.hpp"
+#include "upcycle/units.hpp"
 
 namespace upcycle::testing_model {
 
@@ -45,6 +46,15 @@ inline RunConfig run(int64_t experts, int64_t granularity, int64_t top_k) {
   config.moe_given = true;
   config.moe.experts = experts, config.moe.granularity = granularity, config.moe.top_k = top_k;
   return config;
+}
+
+/// make_recipe, and what a run finds out before it grows.
+inline Recipe recipe_of(const RunConfig& config, Dense& dense, const Architecture& architecture = dense_architecture()) {
+  Recipe recipe = make_recipe(architecture, config);
+  for (int64_t layer = 0; recipe.permutation == UnitOrder::clusters && layer < recipe.moe.layers; ++layer) {
+    if (recipe.moe.is_moe_layer(layer)) recipe.clusters[layer] = cluster_units(recipe, layer, dense.reader());
+  }
+  return recipe;
 }
 
 inline Tensor grown(const ParameterSpec& spec, const Box& box, const Recipe& recipe, Dense& dense) {

@@ -103,9 +103,68 @@ TEST(Recipe, RefusesWhatCannotBe) {
   RunConfig config = run(8, 1, 2);
   config.moe.pre_softmax = true;
   expect_refusal(a, config, {"pre_softmax", "exact", "top 2 of 8"});
-  Architecture moe = a;
-  moe.experts = 16;
-  expect_refusal(moe, run(64, 8, 8), {"mixture of 16 experts"});
+}
+
+Architecture mixture_of_16(bool renormalise = true) {
+  Architecture moe = qwen3_14b();
+  moe.experts = 16, moe.top_k = 3, moe.expert_ffn = 1000, moe.renormalise = renormalise, moe.dense_layers = {0, 7};
+  return moe;
+}
+
+TEST(Recipe, AMixtureGrowsByCopies) {
+  const Recipe recipe = make_recipe(mixture_of_16(), run(48, 1, 9));
+  EXPECT_TRUE(recipe.of_mixture());
+  EXPECT_EQ(recipe.copies, 3);
+  EXPECT_EQ(recipe.tied(), 3);
+  EXPECT_EQ(recipe.moe.expert_ffn, 1000);
+  EXPECT_EQ(recipe.moe.dense_layers, mixture_of_16().dense_layers);
+  EXPECT_EQ(recipe.exactness(), Exactness::exact);
+  EXPECT_TRUE(recipe.lossless());
+  RunConfig other = run(48, 1, 3, Scaling::none);
+  EXPECT_EQ(make_recipe(mixture_of_16(), other).exactness(), Exactness::approximate);
+  other = run(48, 1, 9), other.upcycle.noise = 0.1;
+  EXPECT_EQ(make_recipe(mixture_of_16(), other).exactness(), Exactness::approximate);
+  other.upcycle.drop = 0.1;
+  EXPECT_EQ(make_recipe(mixture_of_16(), other).exactness(), Exactness::destructive);
+  other = run(32, 1, 6), other.moe.pre_softmax = true;
+  EXPECT_EQ(make_recipe(mixture_of_16(false), other).exactness(), Exactness::exact) << "1/C of the probability, C times";
+}
+
+TEST(Recipe, RefusesWhatAMixtureCannotBe) {
+  expect_refusal(mixture_of_16(), run(64, 8, 8), {"mixture of 16 experts", "moe.granularity = 8"});
+  expect_refusal(mixture_of_16(), run(40, 1, 6), {"moe.experts = 40", "mixture of 16 experts", "32 or 48"});
+  expect_refusal(mixture_of_16(), run(8, 1, 2), {"moe.experts = 8", "take 32"});
+  expect_refusal(mixture_of_16(), run(48, 1, 3), {"needs moe.top_k = 9", "3 of its 16", "3 times", "\"none\""});
+  expect_refusal(mixture_of_16(), run(48, 1, 49), {"top_k = 49"});
+  expect_refusal(mixture_of_16(), run(48, 1, 9, Scaling::cube_root), {"cube-root", "mixture"});
+  expect_refusal(mixture_of_16(false), run(48, 1, 9), {"pre_softmax = false", "not renormalised"});
+  RunConfig config = run(48, 1, 9);
+  config.upcycle.permutation = UnitOrder::random;
+  expect_refusal(mixture_of_16(), config, {"upcycle.permutation", "copied whole"});
+  config = run(48, 1, 9), config.moe.layers_text = "every:2";
+  expect_refusal(mixture_of_16(), config, {"moe.layers", "leave the key out"});
+}
+
+TEST(Recipe, QuotasOfSeveralSources) {
+  RunConfig config = run(32, 4, 4);
+  config.source.models = {"a", "b", "c"};
+  Recipe recipe = make_recipe(qwen3_14b(), config);
+  EXPECT_EQ(recipe.quotas, (std::vector<int64_t>{2, 3, 3})) << "spread evenly";
+  EXPECT_EQ(recipe.exactness(), Exactness::approximate);
+  config.source.quotas = {5, 1, 2};
+  recipe = make_recipe(qwen3_14b(), config);
+  std::vector<int64_t> of;
+  for (int64_t copy = 0; copy < 8; ++copy) of.push_back(recipe.source_of(copy));
+  EXPECT_EQ(of, (std::vector<int64_t>{0, 0, 0, 0, 0, 1, 2, 2}));
+  config.source.models = {"a", "a", "a"};
+  EXPECT_EQ(make_recipe(qwen3_14b(), config).exactness(), Exactness::exact) << "the same model thrice";
+  config.source.quotas = {5, 1, 3};
+  expect_refusal(qwen3_14b(), config, {"source.quotas add up to 9", "8 copies"});
+  config = run(8, 4, 4);
+  config.source.models = {"a", "b", "c"};
+  expect_refusal(qwen3_14b(), config, {"3 models", "2 copies"});
+  config = run(32, 1, 6), config.source.models = {"a", "b"};
+  expect_refusal(mixture_of_16(), config, {"source.models", "mixtures of 16"});
 }
 
 TEST(Recipe, RefusesMoreParametersThanAllowed) {
