@@ -42,3 +42,8 @@ set_tests_properties(e2e.rank_failure e2e.agreement PROPERTIES LABELS e2e TIMEOU
 add_test(NAME e2e.layouts COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/layouts.py $<TARGET_FILE:upcycle>)
 set_tests_properties(e2e.layouts PROPERTIES LABELS e2e TIMEOUT 900 PROCESSORS 2
   ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")
+
+# What leaves this machine: tools/bundle on one of another kind.
+add_test(NAME e2e.bundle COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_bundle.py $<TARGET_FILE:upcycle> ${PROJECT_SOURCE_DIR})
+set_tests_properties(e2e.bundle PROPERTIES LABELS e2e TIMEOUT 300
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")
