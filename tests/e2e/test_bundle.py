@@ -90,9 +90,10 @@ class Bundle(unittest.TestCase):
         return self.scratch / name
 
     def test_what_is_packed(self):
-        for name in ("upcycle", "bin/upcycle", "gpu_something", "bin/gpu_something", "libexec/upcycle/plots", "configs/models/qwen3-14b.json",
+        for name in ("upcycle", "bin/upcycle", "gpu_something", "bin/gpu_something", "tools/plots", "configs/models/qwen3-14b.json",
                      "slurm/train.sbatch"):
             self.assertTrue((self.here / name).exists(), name)
+        self.assertEqual((self.here / "libexec/upcycle/tokens").exists(), (SOURCE / "tools/tokens").exists())
         libraries = {path.name.split(".so")[0] for path in (self.here / "lib").iterdir()}
         self.assertTrue({"libxxhash", "libspdlog"} <= libraries, libraries)
         self.assertFalse({"libmpi", "libtorch_cpu", "libc", "libstdc++", "libcudart"} & libraries, libraries)

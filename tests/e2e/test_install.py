@@ -38,13 +38,12 @@ class Install(unittest.TestCase):
         self.assertNotIn(str(BUILD), dynamic)
 
     def test_tools(self):
-        tools = sorted(path.name for path in (self.prefix / "libexec/upcycle").iterdir())
-        self.assertIn("plots", tools)
-        for tool in tools:
-            path = self.prefix / "libexec/upcycle" / tool
-            self.assertTrue(os.access(path, os.X_OK), tool)
-            self.assertNotIn("__pycache__", tool)
-        self.assertIn("RUN_DIR", self.start(self.prefix / "bin/upcycle-plots", "--help"))
+        commands = sorted(path.name for path in (self.prefix / "bin").glob("upcycle-*"))
+        self.assertIn("upcycle-plots", commands)
+        for command in commands:   # with their modules and their Python's packages
+            self.assertIn("usage:", self.start(self.prefix / "bin" / command, "--help").lower(), command)
+        for path in (self.prefix / "libexec/upcycle").glob("*"):
+            self.assertTrue(os.access(path, os.X_OK), path)
 
 
 if __name__ == "__main__":
