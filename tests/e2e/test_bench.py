@@ -72,6 +72,17 @@ class Bench(unittest.TestCase):
         self.assertIn("--repeats must be 1 or more", self.bench("cpu", "--repeats", 0, expect=2))
         self.assertIn("no program /nowhere", self.bench("cpu", "--upcycle", "/nowhere", expect=1))
 
+    def test_help_of_every_tool(self):
+        for tool in ("setup", "test", "quickstart", "bundle", "bench"):
+            for directory, program in ((SOURCE / "tools", f"./{tool}"), ("/", SOURCE / "tools" / tool)):
+                result = subprocess.run([program, "--help"], cwd=directory, capture_output=True, text=True, timeout=60)
+                self.assertEqual((result.returncode, result.stderr), (0, ""), tool)
+                self.assertIn(f"tools/{tool}", result.stdout.splitlines()[0])
+            if tool != "test":   # whose further words are CTest's
+                result = subprocess.run([SOURCE / "tools" / tool, "--nonsense"], capture_output=True, text=True, timeout=60)
+                self.assertEqual((result.returncode, result.stdout), (2, ""), tool)
+                self.assertIn(f"tools/{tool}", result.stderr)
+
 
 if __name__ == "__main__":
     UPCYCLE, SOURCE = Path(sys.argv.pop(1)).resolve(), Path(sys.argv.pop(1)).resolve()
