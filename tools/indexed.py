@@ -50,6 +50,11 @@ def flush(file):
     os.fsync(file.fileno())
 
 
+def check_length(tokens, where):
+    if tokens > LONGEST:
+        raise UserError(f"{where}: {tokens} tokens, but a document of Megatron's format has at most {LONGEST} (2^31 - 1): split it")
+
+
 class Writer:
     """Writes a data set document by document; finish() puts it in its place, whole. Holds the lengths in memory."""
 
@@ -60,8 +65,7 @@ class Writer:
 
     def add(self, tokens, where="a document"):
         """Appends a document, an array of tokens. `where` names it in errors."""
-        if len(tokens) > LONGEST:
-            raise UserError(f"{where}: {len(tokens)} tokens, but Megatron's format holds at most {LONGEST} in a document: split it")
+        check_length(len(tokens), where)
         self.bin.write(numpy.ascontiguousarray(tokens, dtype=self.dtype).data)
         self.lengths.append(len(tokens))
         self.tokens += len(tokens)

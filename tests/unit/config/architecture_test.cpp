@@ -176,7 +176,7 @@ TEST(Architecture, DifferencesAreOneLineEach) {
 
 TEST(Architecture, ShippedModelsAreRead) {
   const std::string models = UPCYCLE_SOURCE_DIR "/configs/models/qwen3-";
-  for (const std::string size : {"0.6b", "1.7b", "4b", "8b", "14b"}) {
+  for (const std::string size : {"0.6b", "1.7b", "4b", "8b", "14b", "32b"}) {
     const Architecture a = read_architecture(models + size + ".json");
     EXPECT_EQ(a.vocab, 151936);
     EXPECT_EQ(a.head_dim, 128);
