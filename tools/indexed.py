@@ -90,7 +90,8 @@ class Reader:
     def __init__(self, prefix):
         self.prefix = prefix
         bin_path, idx_path = files_of(prefix)
-        header = idx_path.open("rb").read(HEADER_BYTES)
+        with idx_path.open("rb") as file:
+            header = file.read(HEADER_BYTES)
         code = header[17] if len(header) == HEADER_BYTES else 0
         if header[:9] != MAGIC or int.from_bytes(header[9:17], "little") != 1 or code not in CODES:
             raise UserError(f"{idx_path}: not an index of Megatron's indexed data sets (version 1, with integers)")

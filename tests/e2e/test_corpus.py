@@ -29,7 +29,7 @@ def read_indexed(prefix):
     """A second reader of the format, written from its description."""
     index = Path(f"{prefix}.idx").read_bytes()
     assert index[:9] == b"MMIDIDX\0\0" and int.from_bytes(index[9:17], "little") == 1
-    dtype = {8: numpy.uint16, 4: numpy.int32}[index[17]]
+    dtype = {8: numpy.uint16, 4: numpy.int32, 1: numpy.uint8}[index[17]]
     count, entries = (int.from_bytes(index[at:at + 8], "little") for at in (18, 26))
     lengths = numpy.frombuffer(index, numpy.int32, count, 34)
     offsets = numpy.frombuffer(index, numpy.int64, count, 34 + 4 * count)
