@@ -133,7 +133,7 @@ def write_index(prefix, dtype, lengths):
         for block in lengths():
             ends = end + numpy.cumsum(block, dtype=numpy.int64) * dtype.itemsize
             file.write((ends - block.astype(numpy.int64) * dtype.itemsize).data)
-            end = int(ends[-1])
+            end = int(ends[-1]) if len(ends) else end
         for first in range(0, count + 1, BLOCK):
             file.write(numpy.arange(first, min(first + BLOCK, count + 1), dtype=numpy.int64).data)
         flush(file)
