@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """tools/preprocess: every kind of input, the same bytes for any number of workers and after any interruption, Megatron's format (read
 and written by Megatron itself where megatron.core is installed), and what it refuses."""
+import contextlib
 import fcntl
 import gzip
+import importlib.machinery
 import importlib.util
+import io
 import json
 import os
 import pty
@@ -24,8 +27,13 @@ TOOL = Path(__file__).resolve().parents[2] / "tools/preprocess"
 sys.path.insert(0, str(TOOL.parent))
 import indexed
 import tokenizers_for_tests as make
+import user_error
 from test_corpus import read_indexed
 from user_error import UserError
+
+loader = importlib.machinery.SourceFileLoader("preprocess", str(TOOL))
+tool = importlib.util.module_from_spec(importlib.util.spec_from_loader("preprocess", loader))
+loader.exec_module(tool)
 
 END = 0  # <|endoftext|> of make.qwen
 
@@ -46,6 +54,8 @@ class Base(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory(prefix="upcycle-preprocess-")
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
         self.tokenizer = make.qwen(self.folder / "tokenizer", eos="<|endoftext|>")
 
     def command(self, *arguments, output="out", tokenizer=None):
@@ -53,13 +63,20 @@ class Base(unittest.TestCase):
                 str(self.folder / output)]
 
     def run_tool(self, *arguments, code=0, says="", **options):
-        result = subprocess.run(self.command(*arguments, **options), capture_output=True, text=True, timeout=200, cwd=self.folder)
-        self.assertEqual(result.returncode, code, result.stdout + result.stderr)
-        self.assertNotIn("Traceback", result.stderr)
-        self.assertIn(says, result.stderr if code else result.stdout)
+        """In this process, as the tool's last line does it; (what it prints, its errors). Interruptions starts processes."""
+        said, errors, status = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+            try:
+                user_error.run("tools/preprocess", lambda: tool.main(self.command(*arguments, **options)[2:]))
+            except SystemExit as end:
+                status = end.code
+        said, errors = said.getvalue(), errors.getvalue()
+        self.assertEqual(status, code, said + errors)
+        self.assertIn(says, errors if code else said)
         if code:
-            self.assertEqual(len(result.stderr.strip().splitlines()), 1, result.stderr)
-        return result
+            self.assertEqual(len(errors.splitlines()), 1, errors)
+            self.assertTrue(errors.startswith("tools/preprocess: "), errors)
+        return said, errors
 
     def write(self, name, content):
         path = self.folder / name
@@ -157,10 +174,10 @@ class Inputs(Base):
     def test_progress(self):
         """A bar on a terminal, and none in a file."""
         self.write("a.jsonl", json_lines(texts(20)))
-        self.assertNotIn("%", self.run_tool("a.jsonl").stderr)
+        self.assertNotIn("%", self.run_tool("a.jsonl")[1])
         ours, theirs = pty.openpty()
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        process = subprocess.Popen(self.command("a.jsonl", output="bar"), stderr=theirs, stdout=subprocess.DEVNULL, cwd=self.folder)
+        process = subprocess.Popen(self.command("a.jsonl", output="bar"), stderr=theirs, stdout=subprocess.DEVNULL)
         os.close(theirs)
         shown = b""
         try:
@@ -188,7 +205,7 @@ class Interruptions(Base):
     def test_any_number_of_workers(self):
         whole = self.uninterrupted()
         self.assertEqual(read_indexed(self.folder / "whole"), self.expected(self.documents))
-        for workers, shard in ((1, "80kB"), (2, "33kB"), (5, "1kB")):  # most lines are longer than 1 kB
+        for workers, shard in ((1, "80kB"), (2, "33kB"), (5, "5kB")):  # many lines are longer than 5 kB
             output = f"out-{workers}"
             self.run_tool(self.source, "--workers", workers, "--shard", shard, output=output)
             self.assertEqual(self.bytes_of(output), whole)
@@ -198,7 +215,7 @@ class Interruptions(Base):
     def test_killed(self):
         whole = self.uninterrupted()
         parts = self.folder / "out.parts"
-        process = subprocess.Popen(self.command(*self.options), stdout=subprocess.PIPE, cwd=self.folder)
+        process = subprocess.Popen(self.command(*self.options), stdout=subprocess.PIPE)
         deadline = time.monotonic() + 100
         while len(list(parts.glob("*[0-9a-f].json"))) < 3:
             self.assertIsNone(process.poll(), "it was done before it could be killed")
@@ -209,9 +226,9 @@ class Interruptions(Base):
         process.communicate()
         self.assertTrue(workers)
         self.assertFalse((self.folder / "out.bin").exists())
-        result = self.run_tool(*self.options)
+        said, _ = self.run_tool(*self.options)
         self.assertFalse([pid for pid in workers if Path(f"/proc/{pid}").exists()])
-        self.assertRegex(result.stdout, r"\n[3-9]\d* of \d+ shards are in \S+out.parts already\n")
+        self.assertRegex(said, r"\n[3-9]\d* of \d+ shards are in \S+out.parts already\n")
         self.assertEqual(self.bytes_of(), whole)
 
     def test_killed_between_the_names_of_the_result(self):
@@ -230,13 +247,13 @@ real, indexed.publish = indexed.publish, publish
 sys.argv = {self.command(*self.options)[1:]!r}
 import runpy
 runpy.run_path(sys.argv[0], run_name="__main__")
-"""], cwd=self.folder, stdout=subprocess.PIPE)
+"""], stdout=subprocess.PIPE)
         process.communicate()
         self.assertEqual(process.returncode, -9)
         self.assertTrue((self.folder / "out.bin").exists() and not (self.folder / "out.idx").exists())
-        result = self.run_tool(*self.options)
+        said, _ = self.run_tool(*self.options)
         shards = len(range(0, self.source.stat().st_size, 80_000))
-        self.assertIn(f"{shards} of {shards} shards are in", result.stdout)
+        self.assertIn(f"{shards} of {shards} shards are in", said)
         self.assertEqual(self.bytes_of(), whole)
 
     def test_full_disk(self):
@@ -248,7 +265,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         try:
             if mounted:
                 self.assertGreater(len(whole[0]), 500_000)  # twice that does not fit
-                result = self.run_tool(*self.options, output="disk/out", code=2, says="the disk is full")
+                said, _ = self.run_tool(*self.options, output="disk/out", code=2, says="the disk is full")
                 subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
             else:
                 limit = len(whole[0]) // 2
@@ -256,17 +273,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
                                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
                 self.assertEqual(result.returncode, 2, result.stderr)
                 self.assertIn("may not grow any further", result.stderr)
-            self.assertRegex(result.stdout, r"[1-9]\d* of \d+ shards are finished and kept in .*disk/out.parts: the same command goes on")
+                said = result.stdout
+            self.assertRegex(said, r"[1-9]\d* of \d+ shards are finished and kept in .*disk/out.parts: the same command goes on")
             self.assertFalse((disk / "out.bin").exists())
-            again = self.run_tool(*self.options, output="disk/out")
-            self.assertIn("already", again.stdout)
+            self.run_tool(*self.options, output="disk/out", says="already")
             self.assertEqual(self.bytes_of("disk/out"), whole)
         finally:
             if mounted:
                 subprocess.run(["umount", str(disk)], check=True)
 
     def test_stopped_by_the_keyboard(self):
-        process = subprocess.Popen(self.command(*self.options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder)
+        process = subprocess.Popen(self.command(*self.options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while not list((self.folder / "out.parts").glob("*[0-9a-f].json")):
             self.assertIsNone(process.poll())
             time.sleep(0.005)
@@ -294,12 +311,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         self.run_tool(*self.options, output="foreign", code=2, says="foreign.bin exists")
         self.assertEqual((self.folder / "foreign.bin").read_bytes(), b"mine")
 
+    def test_exit_codes(self):
+        for arguments, code, message in (((self.source,), 0, ""), ((self.source, "--eod", "<end>"), 2, "tools/preprocess: --eod is '<end>'"),
+                                         ((self.folder / "missing.txt",), 2, "missing.txt: no such file"), ((), 2, "usage:")):
+            result = subprocess.run(self.command(*arguments), capture_output=True, text=True)
+            self.assertEqual(result.returncode, code, result)
+            self.assertIn(message, result.stderr)
+
     def test_one_more_input_keeps_the_finished_shards(self):
         """A bad line in the second file ends the run; repaired, only its shard is made."""
         second = self.write("b.jsonl", json_lines(["Hello"]) + "{broken\n")
-        result = self.run_tool(*self.options, second, "--workers", 1, code=2, says=f"{second}, line 2 is not JSON")
+        said, _ = self.run_tool(*self.options, second, "--workers", 1, code=2, says=f"{second}, line 2 is not JSON")
         shards = len(range(0, self.source.stat().st_size, 80_000))
-        self.assertIn(f"{shards} of {shards + 1} shards are finished and kept", result.stdout)
+        self.assertIn(f"{shards} of {shards + 1} shards are finished and kept", said)
         second.write_text(json_lines(["Hello", "there"]))
         self.run_tool(*self.options, second, says=f"{shards} of {shards + 1} shards are in")
         self.assertEqual(read_indexed(self.folder / "out"), self.expected([*self.documents, "Hello", "there"]))
@@ -387,6 +411,8 @@ class Refusals(Base):
         self.run_tool("a.jsonl", tokenizer=self.folder, code=2, says=f"{self.folder}/tokenizer.json: no such file")
         self.write("broken/tokenizer.json", "{}")
         self.run_tool("a.jsonl", tokenizer=self.folder / "broken", code=2, says="tokenizers can't read it")
+        for output in ("out.bin", "out.idx"):
+            self.run_tool("a.jsonl", output=output, code=2, says="the name without .bin and .idx is wanted")
         self.run_tool("a.jsonl", "--workers", 0, code=2, says="--workers 0: at least 1")
         self.run_tool("a.jsonl", "--template-args", "{}", "--template", "x", code=2, says="are for --chat")
         self.assertEqual([path.name for path in self.folder.glob("out*")], [])
