@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/autograd.hpp"
+#include "base/error.hpp"
 #include "base/log.hpp"
 #include "upcycle/units.hpp"
 
