@@ -148,7 +148,7 @@ class RunFiles(Case):
 class CommandLines(Case):
     def test_mistakes(self):
         for arguments, message in (
-                ([], "a command is missing: plan, convert, train, export, inspect or verify"),
+                ([], "a command is missing: plan, convert, train, sweep, export, inspect or verify"),
                 (["trian", "run.toml"], "unknown command 'trian'; did you mean 'train'?"),
                 (["plan"], "RUN.toml is missing: upcycle plan RUN.toml"),
                 (["export", "runs/x"], "DIRECTORY is missing: upcycle export CHECKPOINT DIRECTORY"),
@@ -235,7 +235,9 @@ class Plans(Case):
         plan = json.loads(self.run_program("plan", "next.toml", "--json").stdout)
         self.assertEqual(plan["architecture"]["num_experts"], 4)
         self.assertEqual(plan["exactness"], "unchanged")
-        self.refused("plan", "next.toml", "--set", "moe.experts=8", says=["a mixture of 4 experts, top-2, but [moe] asks for experts = 8"])
+        self.refused("plan", "next.toml", "--set", "moe.experts=8", says=["needs moe.top_k = 4: the source takes 2 of its 4 experts"])
+        self.assertEqual(json.loads(self.run_program("plan", "next.toml", "--set", "moe.experts=8", "moe.top_k=4", "--json").stdout)["exactness"], "exact")
+        self.refused("plan", "next.toml", "--set", "moe.experts=6", says=["moe.experts = 6", "a mixture of 4 experts"])
 
     def test_the_resolved_run_is_a_run_file(self):
         self.store("run.toml", GOOD + "[moe]\nexperts = 4\n")
