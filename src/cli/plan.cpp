@@ -1,5 +1,6 @@
 #include "cli/plan.hpp"
 
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -7,6 +8,7 @@
 #include "base/error.hpp"
 #include "checkpoint/manifest.hpp"
 #include "cli/command.hpp"
+#include "data/sampler.hpp"
 #include "model/flops.hpp"
 #include "train/hf_export.hpp"
 #include "train/layout_check.hpp"
@@ -97,6 +99,17 @@ void plan_on_grid(Plan& plan) {
                                    : std::string(": spread it over more ranks (parallel.pipeline, expert, tensor), or cut train.micro_batch")));
 }
 
+/// The data's indices are read where all files are there; a run is often planned elsewhere.
+void plan_data(Plan& plan) {
+  const DataSection& data = plan.run.data;
+  const auto there = [](const Blend& part) { return part.prefix == "mock" || (fs::exists(part.prefix + ".idx") && fs::exists(part.prefix + ".bin")); };
+  if (data.train.empty() || !std::all_of(data.train.begin(), data.train.end(), there)) return;
+  const Sampler sampler(data.train, data.split, Split::train, plan.run.train.sequence, plan.target.architecture.vocab,
+                        static_cast<uint64_t>(plan.run.run.seed), data.documents);
+  plan.passes = passes_of(plan.run, sampler);
+  if (const std::string problem = too_many_passes(plan.run, sampler); !problem.empty()) plan.problems.push_back(problem);
+}
+
 }  // namespace
 
 Plan make_plan(const RunConfig& run, std::optional<int> ranks, std::optional<int64_t> gpu_memory) {
@@ -122,6 +135,7 @@ Plan make_plan(const RunConfig& run, std::optional<int> ranks, std::optional<int
   if (gpu_memory) plan.gpu_memory = *gpu_memory, plan.gpu_memory_given = true;
   // Boxes exist where the mesh cuts the parameters evenly.
   if (plan.grid && plan.problems.empty()) plan_on_grid(plan);
+  plan_data(plan);
   return plan;
 }
 
@@ -139,7 +153,7 @@ int run_plan(const Arguments& arguments) {
   if (plan.problems.empty()) return kExitDone;
   std::string all;
   for (const std::string& problem : plan.problems) all += "\n  " + problem;
-  fail(arguments.positional.at(0), " does not fit ", plan.ranks, " ranks:", all);
+  fail(arguments.positional.at(0), " can't be trained on ", plan.ranks, " ranks:", all);
 }
 
 }  // namespace upcycle

@@ -7,6 +7,7 @@
 #include "config/run_config.hpp"
 #include "parallel/grid.hpp"
 #include "train/memory_plan.hpp"
+#include "train/passes.hpp"
 #include "train/snapshot.hpp"
 #include "train/target.hpp"
 #include "train/traffic_plan.hpp"
@@ -31,7 +32,8 @@ struct Plan {
   int64_t micro_batches = 0;            ///< of each data-parallel rank in a step
   double bubble = 0;                    ///< the pipeline's idle time over its computing time
   std::vector<Traffic> traffic = {};    ///< bytes sent in a step
-  std::vector<std::string> problems = {};   ///< what does not divide, or not fit the memory that was given
+  std::vector<Passes> passes = {};      ///< over the data sets of data.train; empty where a file of theirs is not there
+  std::vector<std::string> problems = {};   ///< what does not divide, not fit the memory that was given, or takes too much of the data
   std::vector<std::string> not_built = {};  ///< what train can't do yet
 };
 

@@ -131,6 +131,17 @@ std::string traffic_table(const Plan& plan) {
   return out;
 }
 
+/// "2.4 passes over the 2500 samples of PREFIX", a line for each data set that has an end.
+std::string describe_data(const Plan& plan) {
+  std::string out;
+  for (const Passes& data : plan.passes) {
+    if (data.samples == 0) continue;
+    out += text(out.empty() ? "  data         " : "               ", line("%.4g", data.passes()), " passes over the ", data.samples,
+                " samples of ", data.prefix, "\n");
+  }
+  return out;
+}
+
 std::string list(const std::string& title, const std::vector<std::string>& lines) {
   std::string out = "\n" + title + "\n";
   if (lines.empty()) out += "  nothing\n";
@@ -149,9 +160,9 @@ std::string to_text(const Plan& plan) {
                          with_prefix(plan.flops_per_token * tokens), "FLOP per step of ", with_prefix(tokens),
                          "tokens\n", "  checkpoints  ", bytes(static_cast<int64_t>(plan.checkpoint.step_zero)),
                          " step 0, ", bytes(static_cast<int64_t>(plan.checkpoint.full)), " each later one\n",
-                         "  ranks        ", describe_grid(plan), "\n");
+                         describe_data(plan), "  ranks        ", describe_grid(plan), "\n");
   if (!plan.memory.empty()) out += memory_table(plan) + traffic_table(plan);
-  out += list("What does not divide", plan.problems);
+  out += list("What stands in the way", plan.problems);
   out += list("What train can't do yet", plan.not_built);
   return out + "\nThe resolved run\n\n" + to_toml(plan.run);
 }
@@ -192,6 +203,10 @@ ordered_json to_json(const Plan& plan) {
       grid[name(axis)] = plan.grid->size(axis);
     }
   }
+  ordered_json data = ordered_json::array();
+  for (const Passes& part : plan.passes) {
+    data.push_back({{"prefix", part.prefix}, {"samples", part.samples}, {"drawn", part.drawn}, {"passes", part.passes()}});
+  }
   ordered_json recipe;
   if (plan.target.recipe) recipe = to_json(*plan.target.recipe);
   return {{"name", plan.run.run.name},
@@ -202,6 +217,7 @@ ordered_json to_json(const Plan& plan) {
           {"recipe", recipe},
           {"flops_per_token", plan.flops_per_token},
           {"tokens_per_step", plan.run.train.global_batch * plan.run.train.sequence},
+          {"data", data},
           {"checkpoint_bytes", {{"step_zero", plan.checkpoint.step_zero}, {"full", plan.checkpoint.full}}},
           {"ranks", plan.ranks},
           {"grid", grid},

@@ -91,6 +91,7 @@ std::vector<Field> describe(RunConfig& c) {
       fixed_list("data.split", c.data.split, from_zero),
       choice<Borders>("data.documents", c.data.documents, {{"concatenated", Borders::concatenated}, {"packed", Borders::packed}}),
       integer("data.seed", c.data.seed, 0, [&c] { return c.data_seed(); }),
+      number("data.epochs", c.data.epochs, kNotNegative),
 
       integer("parallel.tensor", c.parallel.tensor, 1, 4096),
       integer("parallel.context", c.parallel.context, 1, 4096),

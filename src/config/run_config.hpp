@@ -114,6 +114,7 @@ struct DataSection {
   std::array<int64_t, 3> split = {99990, 8, 2};
   Borders documents = Borders::concatenated;   ///< packed: attention stays inside a document
   std::optional<int64_t> seed;         ///< of the order of the data; default: run.seed
+  double epochs = 0.0;                 ///< the most passes over any data set of `train`, 1.5 say; 0: no limit
 };
 
 struct ParallelSection {

@@ -81,6 +81,16 @@ int64_t IndexedDataset::offset(int64_t document) const noexcept {
   return load<int64_t>(field(4 * documents_, document, 8)) / item_bytes_;
 }
 
+// The last document that begins at or before the token; empty ones begin where the next one does.
+int64_t IndexedDataset::document_at(int64_t token) const noexcept {
+  int64_t document = 0;
+  for (int64_t above = documents_; above - document > 1;) {
+    const int64_t middle = document + (above - document) / 2;
+    (offset(middle) <= token ? document : above) = middle;
+  }
+  return document;
+}
+
 void IndexedDataset::check_header() const {
   const std::string file = index_.path().string();
   const std::span<const std::byte> bytes = index_.bytes();
@@ -177,12 +187,7 @@ void IndexedDataset::check_tokens(int64_t vocab, int64_t begin, int64_t end) con
       for (int64_t i = block; i < block_end; ++i) {
         const auto id = static_cast<int64_t>(load<Item>(data + i * sizeof(Item)));
         if (id >= 0 && id < vocab) continue;
-        // The last document that begins at or before token i; empty ones begin where the next one does.
-        int64_t document = 0;
-        for (int64_t above = documents_; above - document > 1;) {
-          const int64_t middle = document + (above - document) / 2;
-          (offset(middle) <= i ? document : above) = middle;
-        }
+        const int64_t document = document_at(i);
         fail_token(*this, document, i - offset(document), id, vocab);
       }
     }

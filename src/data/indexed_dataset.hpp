@@ -25,6 +25,14 @@ class IndexedDataset {
   /// Tokens in front of `document`; offset(documents()) == tokens(). Precondition: 0 <= document <= documents().
   int64_t offset(int64_t document) const noexcept;
 
+  /// The document that token `token`, counted over all documents, is in. Precondition: 0 <= token < tokens().
+  int64_t document_at(int64_t token) const noexcept;
+
+  /// The format's code of the tokens' dtype: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16.
+  int code() const noexcept { return code_; }
+  /// All tokens as they are stored.
+  std::span<const std::byte> stored() const noexcept { return data_.bytes(); }
+
   /// Tokens [begin, begin + out.size()) of `document` as int64. Throws std::out_of_range when the document has no such
   /// tokens.
   void read(int64_t document, int64_t begin, std::span<int64_t> out) const;

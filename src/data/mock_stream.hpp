@@ -10,15 +10,16 @@ namespace upcycle {
 /// not. A sample is one document.
 class MockStream : public Source {
  public:
-  MockStream(int64_t vocab, const Random& noise);
+  MockStream(int64_t sequence, int64_t vocab, const Random& noise);
 
-  void sample(int64_t index, std::span<int64_t> out, std::span<int64_t> starts) const override;
+  void sample(int64_t index, const SampleRoom& room) const override;
+  int64_t learned(int64_t) const override { return sequence_; }
   void check(int64_t) const override {}
   int64_t tokens() const noexcept override { return 0; }
   int64_t samples() const noexcept override { return 0; }
 
  private:
-  int64_t states_, spread_;
+  int64_t sequence_, states_, spread_;
   Random noise_;
 };
 

@@ -17,6 +17,7 @@ struct Batch {
   Tensor tokens_BS;
   Tensor labels_BS;
   Tensor starts_BS;   ///< int64, the place in its sequence of the first token of each token's document; undefined where borders don't matter
+  Tensor learn_BS = {};   ///< bool, whether a label is learned; undefined where all are: no data set of the sampler has a loss mask
 };
 
 enum class Split { train, validation, test };
@@ -32,7 +33,8 @@ std::pair<int64_t, int64_t> documents_of(Split part, const std::array<int64_t, 3
 /// same for any number of ranks and any length of the run. It depends on (seed, data files, split, sequence) alone;
 /// data sets count by their place in the blend, so files may move. Past the end of a data set its next epoch begins, in
 /// another order. The position in the stream is a plain number, kept by the trainer and stored in checkpoints. Opening
-/// reads the indices, not the tokens. Every rank may have one of its own; safe to use from several threads.
+/// reads the indices, not the tokens. Every rank may have one of its own; safe to use from several threads. A data set
+/// with a loss mask beside it (loss_mask.hpp) is learned where its mask says so, one without as a whole; both may be in one blend.
 class Sampler {
  public:
   /// `blend`: weights and prefixes; "mock" is a synthetic stream that a model can learn (mock_stream.hpp). `split`:
@@ -50,7 +52,13 @@ class Sampler {
   /// their tokens is outside of 0 .. vocab - 1.
   Batch batch(int64_t first, int64_t count) const;
 
-  /// Throws the same error before anything is trained. Reads this part of every data set once when it has less than 2e9
+  /// Whether some data set has a loss mask.
+  bool masked() const noexcept;
+  /// Labels that are learned in samples first .. first + count - 1, wherever they are read: what a mean over them is divided by.
+  /// Reads their masks; without masks nothing.
+  int64_t learned(int64_t first, int64_t count) const;
+
+  /// Throws the same error before anything is trained, and others for masks (Source::check). Reads this part of every data set once when it has less than 2e9
   /// tokens, else 256 evenly spread pieces of it, first and last tokens among them (batch() looks at every token it
   /// returns). One rank is enough.
   void check(int64_t vocab) const;
@@ -59,6 +67,18 @@ class Sampler {
   /// itself.
   int64_t tokens() const noexcept;
   int64_t samples() const noexcept;
+
+  /// A data set of the blend.
+  struct DataSet {
+    std::string prefix;
+    double share;      ///< of the stream's samples
+    int64_t samples;   ///< of one pass over this part of it; 0: mock data
+  };
+  std::vector<DataSet> data_sets() const;
+  /// How many of the stream's first `count` samples are of data set `place` of the blend. Exact.
+  int64_t drawn(size_t place, int64_t count) const;
+  /// The largest number of samples, at most `count`, in which no data set is passed more than `epochs` times.
+  int64_t within(double epochs, int64_t count) const;
 
  private:
   struct State;

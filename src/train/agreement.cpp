@@ -45,7 +45,7 @@ Facts facts_of_data(const std::string& key, const std::vector<Blend>& blend) {
   Facts facts;
   for (const Blend& part : blend) {
     if (part.prefix == "mock") continue;
-    for (const char* ending : {".idx", ".bin"}) {
+    for (const char* ending : {".idx", ".bin", ".mask.idx", ".mask.bin"}) {
       const std::string file = part.prefix + ending;
       facts.emplace_back(text(key, ", ", file), fingerprint(file));
     }

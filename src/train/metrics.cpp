@@ -90,6 +90,7 @@ void Metrics::step(const StepReport& report, double seconds) {
             {"tflops", rate * scale_.flops_per_token / 1e12},
             {"seconds", seconds},
             {"skipped", report.skipped}};
+  if (report.learned) line["learned_tokens"] = *report.learned;
   if (!report.tokens_per_expert.empty()) {
     line["aux_loss"] = number(report.aux_loss);
     line["z_loss"] = number(report.z_loss);

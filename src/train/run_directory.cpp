@@ -19,7 +19,7 @@ bool may_change(const std::string& section, const std::string& key) {
                                               "train.steps", "train.micro_batch", "train.recompute", "train.nan_limit",
                                               "train.nan_policy", "upcycle.certify", "upcycle.certify_tokens",
                                               "source.architecture", "source.tokenizer", "moe.max_parameters", "moe.dispatcher",
-                                              "balance.pad_to_capacity"};
+                                              "balance.pad_to_capacity", "data.epochs"};
   return kSections.contains(section) || kKeys.contains(section + "." + key);
 }
 

@@ -9,6 +9,7 @@
 #include "base/log.hpp"
 #include "checkpoint/durable.hpp"
 #include "train/layout_check.hpp"
+#include "train/passes.hpp"
 #include "train/run_directory.hpp"
 #include "train/several_sources.hpp"
 
@@ -48,6 +49,7 @@ void open_data(const RunConfig& config, Setup& setup, bool checks) {
   if (config.data.train.empty()) fail("data.train is missing: name the data, or say data.train = \"mock\"");
   const Borders borders = config.data.documents;
   setup.train.emplace(config.data.train, config.data.split, Split::train, sequence, vocab, seed, borders);
+  if (const std::string problem = too_many_passes(config, *setup.train); !problem.empty()) fail(problem);
   if (checks) setup.train->check(vocab);
   if (config.validate.every == 0) return;
   if (config.data.validation.empty()) {

@@ -5,7 +5,9 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/shutdown.hpp"
 #include "train/context_batch.hpp"
@@ -28,12 +30,14 @@ Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimi
 
 PendingReport Trainer::step() {
   optimizer_.zero_gradients();
-  const Tensor loss = accumulate_gradients();                              // 1. forward and backward of every micro-batch
+  const int64_t learned = sampler_.learned(state_.position, config_.train.global_batch);
+  const Tensor loss = accumulate_gradients(learned);                       // 1. forward and backward of every micro-batch
   replicas_.sum_gradients();                                               // 2. sum each gradient over who holds the same slice
 
   PendingReport report;
   report.step = ++state_.step;
   report.position = state_.position += config_.train.global_batch;
+  if (sampler_.masked()) report.learned = learned;
   const Tensor stop = at::full({}, shutdown::requested() ? 1.0 : 0.0, loss.options());
   Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(), loss, stop}), balance_.measures()});
   mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; the wish to stop rides along
@@ -48,21 +52,22 @@ PendingReport Trainer::step() {
   return report;
 }
 
-Tensor Trainer::accumulate_gradients() {
-  const double tokens = static_cast<double>(config_.train.global_batch * config_.train.sequence);
+Tensor Trainer::accumulate_gradients(int64_t learned) {
+  loaded_.clear();   // a pass before this one may have thrown
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
   const Tensor loss = pipeline_.train(micro_batches_, [&](int64_t number, int chunk, const Tensor& x) {
     // Micro-batch j of the step is the same sequences on any number of ranks; rank r takes every size-th of them.
     const int64_t j = number * data_size + data_rank;
     const int64_t first = state_.position + j * config_.train.micro_batch;
     const Tensor y = forward(sampler_, first, chunk, x, balance_.context(first));
-    // Divided by the step's tokens once, here; from now on every reduction is a plain sum.
-    return is_last(chunk) ? y.sum() / tokens : y;
+    // Divided by the step's learned tokens once, here; from now on every reduction is a plain sum.
+    return is_last(chunk) ? y.sum() / static_cast<double>(std::max<int64_t>(1, learned)) : y;
   });
   return mesh_.here()[Axis::tensor] == 0 ? loss : at::zeros_like(loss);   // all tensor ranks know it; it counts once
 }
 
 double Trainer::validate(const Sampler& sampler, int64_t batches) {
+  loaded_.clear();
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
   const int64_t sequences = batches * config_.train.global_batch;
   Tensor loss = pipeline_.evaluate(batches * micro_batches_, [&](int64_t number, int chunk, const Tensor& x) {
@@ -71,23 +76,34 @@ double Trainer::validate(const Sampler& sampler, int64_t batches) {
   });
   if (mesh_.here()[Axis::tensor] != 0) loss.zero_();
   mesh_.world().all_reduce(loss);   // stages before the last have zeros
-  return loss.item<double>() / static_cast<double>(sequences * config_.train.sequence);
+  return loss.item<double>() / static_cast<double>(sampler.learned(0, sequences));   // 0 / 0 is not a number: there is no mean
 }
 
 Tensor Trainer::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context) {
-  const Batch batch = micro_batch(sampler, first_sample);
-  const Positions positions = stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1), batch.starts_BS);
-  const Tensor y_TW = stage_.blocks(chunk == 0 ? stage_.embed(batch.tokens_BS) : x_TW, positions, context, chunk);
-  return is_last(chunk) ? stage_.token_losses(y_TW, batch.labels_BS) : y_TW;
+  const MicroBatch here = micro_batch(sampler, first_sample);
+  const Batch& batch = here.batch;
+  const Tensor y_TW = stage_.blocks(chunk == 0 ? stage_.embed(batch.tokens_BS) : x_TW, here.positions, context, chunk);
+  if (!is_last(chunk)) return y_TW;
+  const Tensor loss_N = stage_.token_losses(y_TW, batch.labels_BS);
+  return batch.learn_BS.defined() ? loss_N.masked_fill(batch.learn_BS.reshape({-1}).logical_not(), 0.0) : loss_N;
 }
 
 bool Trainer::is_last(int chunk) const { return chunk == stage_.weights().layout().chunks() - 1; }
 
-Batch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) const {
-  const Batch batch = of_context_rank(sampler.batch(first_sample, config_.train.micro_batch), mesh_.grid().size(Axis::context),
-                                      mesh_.here()[Axis::context]);
-  const at::Device device = stage_.weights().all().front().parameter.value.device();
-  return {device::send(batch.tokens_BS, device), device::send(batch.labels_BS, device), batch.starts_BS};
+Trainer::MicroBatch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) {
+  auto found = loaded_.find(first_sample);
+  if (found == loaded_.end()) {
+    const Batch batch = of_context_rank(sampler.batch(first_sample, config_.train.micro_batch), mesh_.grid().size(Axis::context),
+                                        mesh_.here()[Axis::context]);
+    const at::Device device = stage_.weights().all().front().parameter.value.device();
+    const auto sent = [&](const Tensor& x) { return x.defined() ? device::send(x, device) : x; };
+    MicroBatch loaded{{sent(batch.tokens_BS), sent(batch.labels_BS), batch.starts_BS, sent(batch.learn_BS)},
+                      stage_.positions(batch.tokens_BS.size(0), batch.tokens_BS.size(1), batch.starts_BS),
+                      stage_.weights().layout().virtual_stages};
+    found = loaded_.emplace(first_sample, std::move(loaded)).first;
+  }
+  if (--found->second.chunks_left == 0) return std::move(loaded_.extract(found).mapped());
+  return found->second;
 }
 
 StepReport read(const PendingReport& pending) {
@@ -97,7 +113,8 @@ StepReport read(const PendingReport& pending) {
   report.step = pending.step;
   report.position = pending.position;
   report.lr = pending.lr;
-  report.loss = n[kLoss];
+  report.learned = pending.learned;
+  report.loss = pending.learned == 0 ? std::numeric_limits<double>::quiet_NaN() : n[kLoss];
   report.gradient_norm = std::sqrt(n[kSquaredNorm]);
   report.aux_loss = n[kAux];
   report.z_loss = n[kZ];

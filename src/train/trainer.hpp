@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <vector>
 
@@ -31,12 +32,14 @@ struct PendingReport {
   double lr = 0.0;
   device::HostCopy numbers;    ///< fp64, see Numbers in trainer.cpp
   device::HostCopy count_LX;   ///< see Balance::counts; undefined when dense
+  std::optional<int64_t> learned;   ///< see StepReport
 };
 
 /// One step, for people and for metrics.jsonl. The same on all ranks.
 struct StepReport : ExpertLoad {
   int64_t step = 0, position = 0;
-  double loss = 0.0, lr = 0.0, gradient_norm = 0.0;
+  double loss = 0.0, lr = 0.0, gradient_norm = 0.0;   ///< the loss is the mean over the learned tokens; not a number where there were none
+  std::optional<int64_t> learned;               ///< tokens that counted as labels, where some data have a loss mask
   double aux_loss = 0.0, z_loss = 0.0;          ///< mean over MoE layers and micro-batches, without coefficients
   double router_entropy = 0.0;                  ///< of the routers' probabilities, in nats; mean over tokens and MoE layers
   bool skipped = false;                         ///< the gradient was not finite; nothing was changed
@@ -50,20 +53,32 @@ class Trainer {
   /// **Collective.** The referenced objects outlive the trainer.
   Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train);
 
-  /// **Collective.** One update on global_batch sequences.
+  /// **Collective.** One update on global_batch sequences. Of a step in which no token is learned the cross entropy has no gradient:
+  /// weights move by what balance losses, weight decay and AdamW's moments say.
   PendingReport step();
-  /// **Collective.** Mean cross entropy per token over the first `batches` global batches of `sampler`; no graph, no statistics.
+  /// **Collective.** Mean cross entropy per learned token over the first `batches` global batches of `sampler`, not a number where
+  /// there is none; no graph, no statistics.
   double validate(const Sampler& sampler, int64_t batches);
 
   TrainingState& state() noexcept { return state_; }
   Balance& balance() noexcept { return balance_; }
 
  private:
-  Tensor accumulate_gradients();
-  /// The micro-batch that begins with `first_sample` through one chunk of the model: token rows, or, after the last chunk, token losses.
+  /// A micro-batch on this rank's device, of each sequence what the rank holds.
+  struct MicroBatch {
+    Batch batch;
+    Positions positions;
+    int64_t chunks_left;   ///< of this stage's, that have not computed it
+  };
+
+  /// `learned`: labels of the step's global batch.
+  Tensor accumulate_gradients(int64_t learned);
+  /// The micro-batch that begins with `first_sample` through one chunk of the model: token rows, or, after the last chunk, the losses of
+  /// the tokens, 0 where a label is not learned.
   Tensor forward(const Sampler&, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext&);
   bool is_last(int chunk) const;
-  Batch micro_batch(const Sampler&, int64_t first_sample) const;
+  /// Read once, for all chunks of this stage.
+  MicroBatch micro_batch(const Sampler&, int64_t first_sample);
 
   const RunConfig& config_;
   const Mesh& mesh_;
@@ -75,6 +90,7 @@ class Trainer {
   Balance balance_;
   Pipeline pipeline_;
   int64_t micro_batches_;          ///< of one rank in a step
+  std::map<int64_t, MicroBatch> loaded_;   ///< those on their way through this stage's chunks, by their first sample
 };
 
 }  // namespace upcycle

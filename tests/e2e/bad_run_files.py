@@ -92,7 +92,7 @@ class RunFiles(Case):
         self.refused_run(moe.format(8, 2, 1) + "max_parameters = 1e5\n", "more than moe.max_parameters = ", commands=["plan"])
 
     def test_layouts_that_do_not_divide(self):
-        self.refused_run(GOOD + "[train]\nsequence = 32\nglobal_batch = 9\n[parallel]\ntensor = 3\n", "run.toml does not fit 6 ranks:",
+        self.refused_run(GOOD + "[train]\nsequence = 32\nglobal_batch = 9\n[parallel]\ntensor = 3\n", "run.toml can't be trained on 6 ranks:",
                          "tensor = 3 does not divide num_attention_heads = 4: 2 or 4 would",
                          "train.global_batch = 9 is not a multiple of train.micro_batch = 1 times the 2 data-parallel ranks", "8 or 10 would do",
                          "train.sequence = 32 is not a multiple of 3 (tensor 3): 30 or 33 would be",

@@ -41,6 +41,8 @@ target_compile_definitions(ranks_context PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_
 set_tests_properties(ranks.context.1 PROPERTIES FIXTURES_SETUP context_reference)
 set_tests_properties(ranks.context.2 ranks.context.4 PROPERTIES FIXTURES_REQUIRED context_reference)
 
+ranks_test(masks RANKS 1 2 LINK train)
+
 # Every layout; the numbers of one rank are what the others are held against.
 ranks_test(layouts RANKS 1 2 4 8 LINK train)
 target_compile_definitions(ranks_layouts PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/layouts")

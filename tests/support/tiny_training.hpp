@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "base/autograd.hpp"
+#include "base/error.hpp"
 #include "base/rng.hpp"
 #include "parallel/mesh.hpp"
 #include "support/decided_weights.hpp"
@@ -61,7 +62,8 @@ inline std::vector<TinyModel> tiny_models(int64_t depth) {
   return {tied, mixed, granular, biased};
 }
 
-/// `model` with everything that a step needs, on the layout of `run.parallel`. **Collective** over the world.
+/// `model` with everything that a step needs, on the layout of `run.parallel`, trained on `run.data`, else on mock data. **Collective**
+/// over the world.
 class TinyTraining {
  public:
   TinyTraining(const TinyModel& model, const RunConfig& run, at::Device device = at::kCPU, Transport transport = Transport::automatic)
@@ -72,8 +74,9 @@ class TinyTraining {
     stage_.weights().allocate(run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device, run.parallel.zero);
     fill_masters(stage_.weights(), decided_weights(model.seed, model.tied_routers));
     optimizer_ = std::make_unique<Optimizer>(stage_.weights(), run_.optimizer, run_.router_lr_scale());
-    sampler_ = std::make_unique<Sampler>(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train,
-                                         run.train.sequence, model.architecture.vocab, model.seed);
+    const std::vector<Blend> mock = {{1.0, "mock"}};
+    sampler_ = std::make_unique<Sampler>(run.data.train.empty() ? mock : run.data.train, std::array<int64_t, 3>{1, 0, 0}, Split::train,
+                                         run.train.sequence, model.architecture.vocab, model.seed, run.data.documents);
     trainer_ = std::make_unique<Trainer>(run_, mesh_, stage_, *optimizer_, *sampler_);
   }
 

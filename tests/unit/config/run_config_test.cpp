@@ -63,6 +63,7 @@ train = [[1, "a"], [0.5, "mock"]]
 validation = "mock"
 split = [1, 0, 0]
 documents = "packed"
+epochs = 1
 )",
                                   "run.toml");
   EXPECT_EQ(run.run.directory, "/somewhere");
@@ -79,6 +80,7 @@ documents = "packed"
   EXPECT_EQ(run.data.train, (std::vector<Blend>{{1.0, "a"}, {0.5, "mock"}}));
   EXPECT_EQ(run.data.validation, (std::vector<Blend>{{1.0, "mock"}}));
   EXPECT_EQ(run.data.documents, Borders::packed);
+  EXPECT_EQ(run.data.epochs, 1.0);
 }
 
 TEST(RunFile, RouterLearningRateFollowsTheGranularity) {

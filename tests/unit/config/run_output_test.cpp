@@ -22,7 +22,7 @@ upcycle = {scaling = "none", router_logit_std = 0.1, noise = 1e-3, drop = 0.5, d
            permutation = "random", optimizer = "scaled"}
 train = {steps = 77, sequence = 64, global_batch = 12, micro_batch = 3, precision = "fp32", recompute = "full", nan_policy = "stop", nan_limit = 3}
 balance = {aux = 0.01, scope = "global", z = 1e-3, bias_rate = 1e-3, jitter = 0.01, capacity_factor = 1.25, drop_policy = "position", pad_to_capacity = true}
-data = {train = [[0.3, "a"], [0.7, "b"]], validation = "mock", split = [9, 1, 0], documents = "packed", seed = 77}
+data = {train = [[0.3, "a"], [0.7, "b"]], validation = "mock", split = [9, 1, 0], documents = "packed", seed = 77, epochs = 2.5}
 parallel = {tensor = 2, context = 3, pipeline = 4, virtual_stages = 2, layout = "1|2|1|1|1|2|1|10", expert = 5, expert_tensor = 2, zero = 0}
 checkpoint = {every = 7, keep = 9, keep_every = 70, asynchronous = true}
 validate = {every = 5, batches = 2}

@@ -9,10 +9,6 @@ namespace {
 
 const Documents kDocuments = {{1, 2, 3}, {}, {100}, {4, 5, 6, 7}};
 
-void has(const std::string& message, const std::string& part) {
-  EXPECT_NE(message.find(part), std::string::npos) << "message: " << message << "\nlacks:   " << part;
-}
-
 class Spoiled : public testing::Test {
  protected:
   Spoiled() { store(scratch_ / "x.bin", tokens_as<int32_t>(kDocuments)); }

@@ -1,4 +1,6 @@
 #pragma once
+#include <gtest/gtest.h>
+
 #include <cstring>
 #include <string>
 #include <vector>
@@ -8,6 +10,11 @@
 namespace upcycle {
 
 using Documents = std::vector<std::vector<int64_t>>;
+
+/// What a message must say.
+inline void has(const std::string& message, const std::string& part) {
+  EXPECT_NE(message.find(part), std::string::npos) << "message: " << message << "\nlacks:   " << part;
+}
 
 template <class T>
 void append(std::string& bytes, T value) {
@@ -68,6 +75,21 @@ inline std::string write_documents(const Scratch& folder, const Documents& docum
   store(folder / (name + ".bin"), tokens_as<int32_t>(documents));
   store(folder / (name + ".idx"), index_of(documents).bytes());
   return (folder / name).string();
+}
+
+/// Writes <folder>/<name>.mask.bin and .idx, one byte for every token.
+inline void write_mask(const Scratch& folder, const Documents& mask, const std::string& name = "text") {
+  store(folder / (name + ".mask.bin"), tokens_as<uint8_t>(mask));
+  store(folder / (name + ".mask.idx"), index_of(mask, 1, 1).bytes());
+}
+
+/// 1 where learned(token).
+template <class Learned>
+Documents mask_of(Documents documents, Learned&& learned) {
+  for (auto& document : documents) {
+    for (int64_t& token : document) token = learned(token) ? 1 : 0;
+  }
+  return documents;
 }
 
 /// `count` documents of lengths 0, 7, 14, ..., cut at 40, whose tokens are numbered through from `first`: a token names

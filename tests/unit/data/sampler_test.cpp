@@ -35,10 +35,6 @@ Sampler one(const std::string& prefix, int64_t sequence, uint64_t seed = 1, int6
   return Sampler({{1.0, prefix}}, kAll, Split::train, sequence, vocab, seed);
 }
 
-void has(const std::string& message, const std::string& part) {
-  EXPECT_NE(message.find(part), std::string::npos) << "message: " << message << "\nlacks:   " << part;
-}
-
 // Tokens are numbered, so an epoch can be pieced together: the S input tokens of its samples are disjoint, and all but
 // fewer than S + 1 of the data set's tokens are there.
 TEST(Sampler, EveryTokenOnceAnEpochWhateverTheSequence) {
@@ -216,6 +212,37 @@ TEST(Sampler, BlendsGoByTheirWeights) {
     from_b += row.front() >= 100'000;
     EXPECT_LE(std::abs(from_b - 0.25 * ++n), 1.0);
   }
+}
+
+TEST(Sampler, SaysHowOftenDataIsPassed) {
+  const Scratch scratch;
+  const Documents a = numbered(60), b = numbered(20, 100'000);
+  const std::vector<Blend> blend = {{3, write_documents(scratch, a, "a")}, {1, write_documents(scratch, b, "b")}};
+  const Sampler sampler(blend, kAll, Split::train, 16, 1 << 20, 1);
+  const auto data = sampler.data_sets();
+  ASSERT_EQ(data.size(), 2U);
+  EXPECT_EQ(data[1].prefix, (scratch / "b").string());
+  EXPECT_EQ(data[0].samples, (tokens_in(a) - 1) / 16);
+  EXPECT_DOUBLE_EQ(data[0].share, 0.75);
+
+  std::vector<size_t> of;   // which data set each sample is of
+  for (const auto& row : rows(sampler.batch(0, 600))) of.push_back(row.front() >= 100'000 ? 1 : 0);
+  for (const double epochs : {0.01, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0}) {
+    std::array<int64_t, 2> drawn{};
+    int64_t expected = 0;   // before the first sample that is one too many
+    for (; expected < 600; ++expected) {
+      const size_t d = of[static_cast<size_t>(expected)];
+      for (size_t each = 0; each < 2; ++each) ASSERT_EQ(sampler.drawn(each, expected), drawn[each]);
+      if (static_cast<double>(++drawn[d]) > epochs * static_cast<double>(data[d].samples)) break;
+    }
+    ASSERT_LT(expected, 600);
+    EXPECT_EQ(sampler.within(epochs, expected), expected) << epochs;
+    EXPECT_EQ(sampler.within(epochs, expected + 1), expected) << epochs;
+    EXPECT_EQ(sampler.within(epochs, int64_t{1} << 50), expected) << epochs;
+  }
+  const Sampler mock({{1.0, "mock"}}, kAll, Split::train, 16, 100, 1);
+  EXPECT_EQ(mock.data_sets().front().samples, 0);
+  EXPECT_EQ(mock.within(0.5, 1'000'000), 1'000'000) << "it never repeats itself";
 }
 
 // Python: round(0.9999 * 12345) etc., as Megatron's split_matrix and numpy.round give them.
