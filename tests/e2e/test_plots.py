@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """tools/plots: what it reads out of metrics.jsonl, and that pictures come of it."""
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import json
 import math
 import os
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy
@@ -38,6 +42,10 @@ def validation(number, loss):
     return {"kind": "validation", "step": number, "tokens": 100 * number, "loss": loss}
 
 
+def look(number, layers, **columns):
+    return {"kind": "experts", "step": number, "tokens": 100 * number, "steps": 10, "layers": layers, **columns}
+
+
 class Plots(unittest.TestCase):
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory(prefix="upcycle-plots-")
@@ -51,9 +59,19 @@ class Plots(unittest.TestCase):
         return str(self.folder / name)
 
     def draw(self, *arguments):
-        environment = dict(os.environ, MPLCONFIGDIR=str(self.folder / "matplotlib"))
-        return subprocess.run([sys.executable, str(TOOL), *arguments, "--out", str(self.folder / "out")], capture_output=True,
-                              text=True, timeout=200, env=environment)
+        """The tool, in this process: exit code and what it said."""
+        said, complained = io.StringIO(), io.StringIO()
+        code = 0
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained), unittest.mock.patch("sys.argv", self.command(*arguments)[1:]):
+            try:
+                plots.main()
+            except SystemExit as end:
+                code = end.code
+        plots.plt.close("all")
+        return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+
+    def command(self, *arguments):
+        return [sys.executable, str(TOOL), "--out", str(self.folder / "out"), *arguments]
 
     def pixels(self, name):
         from matplotlib import image
@@ -68,6 +86,11 @@ class Plots(unittest.TestCase):
         self.assertEqual(run.validation, {3: (300, 3.6)})
         self.assertEqual(run.resumes, [100])
 
+    def test_a_start_takes_back_what_was_not_computed_again(self):
+        run = plots.read(self.write("a", [start(0), step(1, 5.0), step(2, 4.0), step(3, 3.0), look(3, [0]), validation(3, 9.0), start(1), step(2, 4.5)]))
+        self.assertEqual(run.column("loss")[1].tolist(), [5.0, 4.5])
+        self.assertEqual((run.validation, run.looks), ({}, {}))
+
     def test_skipped_and_infinite_steps_are_left_out(self):
         run = plots.read(self.write("a", [step(1), step(2, None), step(3, math.nan), step(4, 4.0, skipped=True), step(5, 3.0)]))
         self.assertEqual(run.column("loss")[1].tolist(), [5.0, 3.0])
@@ -79,12 +102,28 @@ class Plots(unittest.TestCase):
         self.assertEqual(plots.read("a = b=" + folder).label, "a = b")
         self.assertEqual(plots.read(self.write("plain", [step(1)])).label, "plain")
 
-    def test_shares_are_per_layer_then_averaged(self):
+    def test_loads_are_per_layer(self):
         run = plots.read(self.write("a", [step(1, counts=[[30, 10], [100, 300]]), step(2, counts=[[20, 20], [1, 3]])]))
-        tokens, share = run.shares()
+        tokens, load = run.loads()
         self.assertEqual(tokens.tolist(), [100, 200])
-        numpy.testing.assert_allclose(share, [[50, 50], [37.5, 62.5]])
-        self.assertIsNone(plots.read(self.write("dense", [step(1)])).shares())
+        numpy.testing.assert_allclose(load, [[[1.5, 0.5], [0.5, 1.5]], [[1, 1], [0.5, 1.5]]])
+        self.assertIsNone(plots.read(self.write("dense", [step(1)])).loads())
+
+    def test_looks_at_the_experts(self):
+        run = plots.read(self.write("a", [step(1), look(0, [1, 3], cosine=[0.5, 0.7]), look(10, [1, 3], cosine=[0.4, None]),
+                                          look(20, [1, 3], cosine=[0.2, 0.3], distance=[[0.1, 0.3], [0.2, None]], dead=[0, 1])]))
+        tokens, cosine = run.look_at("cosine")
+        self.assertEqual((tokens.tolist(), cosine.tolist()), ([0, 2000], [[0.5, 0.7], [0.2, 0.3]]))
+        numpy.testing.assert_allclose(run.look_at("distance")[1], [[0.2, 0.2]])
+        self.assertEqual(run.look_at("dead")[1].tolist(), [[0, 1]])
+        self.assertIsNone(run.look_at("cosine_inside"))
+        self.assertEqual((run.layer_numbers(2), run.layer_numbers(3)), ([1, 3], None))
+
+    def test_a_map_over_time_has_a_bounded_width(self):
+        cells = plots.in_columns(numpy.arange(3000.0).reshape(1000, 3))
+        self.assertEqual(cells.shape, (3, plots.MOST_COLUMNS))
+        numpy.testing.assert_allclose(cells[0], numpy.linspace(2, 2996, plots.MOST_COLUMNS), atol=3, err_msg="time runs evenly")
+        self.assertEqual(plots.in_columns(numpy.ones((7, 3))).shape, (3, 7))
 
     def test_smoothing_keeps_constants_lines_and_the_first_value(self):
         numpy.testing.assert_allclose(plots.smooth(numpy.full(333, 7.0)), 7.0)
@@ -100,33 +139,67 @@ class Plots(unittest.TestCase):
         path = self.write("a", [step(1), json.dumps(step(2))[:40]], end="")
         self.assertEqual(list(plots.read(path).steps), [1])
 
+    def names(self, *stems, formats=("png", "svg")):
+        return [str(self.folder / "out" / f"{stem}.{kind}") for stem in stems for kind in formats]
+
     def test_pictures(self):
         few = [step(s, 5 - s / 50, [[10 + s, 10, 10, 90 - s]] * 2) for s in range(1, 81)]
         many = [step(s, 5 - s / 40, [[100 + (e * s) % 37 for e in range(32)]] * 3) for s in range(1, 81)]
-        dense = [step(s, 5 - s / 60) for s in range(1, 81)]
+        dense = [step(s, 5 - s / 60, lr=2e-3) for s in range(1, 81)]
+        for line in many:
+            line["lr"] = 3e-3
         for name, lines in (("few", few), ("many", many), ("dense", dense)):
             lines.insert(40, validation(40, 4.4))
             lines.insert(41, start(40))
             self.write(name, [start(0, name)] + lines)
-        result = self.draw(*(str(self.folder / name) for name in ("dense", "few", "many")))
-        self.assertEqual((result.returncode, result.stderr), (0, ""))
-        self.assertEqual(result.stdout.split(), [str(self.folder / "out/loss.png"), str(self.folder / "out/experts.png")])
+        runs = [str(self.folder / name) for name in ("dense", "few", "many")]
+        result = subprocess.run(self.command(*runs), capture_output=True, text=True, env=dict(os.environ, MPLCONFIGDIR=str(self.folder / "matplotlib")))
+        self.assertEqual((result.returncode, result.stderr.replace("Matplotlib is building the font cache; this may take a moment.\n", "")), (0, ""))
+        self.assertEqual(result.stdout.split("\n")[:8], self.names("loss", "training", "experts", "balance"))
+        self.assertIn("no run has looked at its experts", result.stdout)
         loss, experts = self.pixels("loss.png"), self.pixels("experts.png")
         self.assertEqual(loss.shape[:2], (645, 1050))    # 7.0 x 4.3 inches at 150 dpi
         self.assertEqual(experts.shape[:2], (960, 1440))  # two runs with experts
-        for colour in ("#0072B2", "#D55E00", "#009E73"):  # a line of each run
-            rgb = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-            self.assertGreater((abs(loss[..., :3] - rgb).max(axis=-1) < 0.01).sum(), 500, colour)
+        for name in ("loss.png", "training.png"):
+            for colour in ("#0072B2", "#D55E00", "#009E73"):  # a line of each run
+                rgb = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+                self.assertGreater((abs(self.pixels(name)[..., :3] - rgb).max(axis=-1) < 0.01).sum(), 500, (name, colour))
+        for name in self.names("loss", "training", "experts", "balance", formats=["svg"]):
+            self.assertEqual(xml.etree.ElementTree.parse(name).getroot().tag, "{http://www.w3.org/2000/svg}svg")
+        before = (self.folder / "out/loss.svg").read_bytes()
+        (self.folder / "out/loss.png").unlink()
+        result = self.draw(*runs, "--format", "svg")
+        self.assertEqual(result.stdout.split("\n")[:4], self.names("loss", "training", "experts", "balance", formats=["svg"]))
+        self.assertFalse((self.folder / "out/loss.png").exists())
+        self.assertEqual((self.folder / "out/loss.svg").read_bytes(), before, "the same run, the same file")
+
+    def test_health(self):
+        lines = [start(0)] + [step(s, 5 - s / 50, [[10, 20, 30, 40]] * 2) for s in range(1, 41)]
+        for s in (0, 20, 40):
+            lines.append(look(s, [1, 3], cosine_between=[1 - s / 100, 1 - s / 50], cosine=[0.5, 0.6], distance=[[s / 99] * 4] * 2,
+                              entropy=[1.2, 1.3], dead=[0, 1]))
+        result = self.draw(self.write("a", lines), self.write("dense", [start(0, "dense"), step(1)]), "--format", "png")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(result.stdout.split(), self.names("loss", "training", "experts", "balance", "health", formats=["png"]))
+        self.assertEqual(self.pixels("health.png").shape[:2], (1260, 1440))   # five panels: three rows
 
     def test_dense_runs_and_a_single_step(self):
         result = self.draw(self.write("dense", [step(1)]))
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         self.assertIn("no run has experts", result.stdout)
         self.assertFalse((self.folder / "out/experts.png").exists())
+        rgb = numpy.array([0, 0x72, 0xB2]) / 255
+        dot = (abs(self.pixels("loss.png")[..., :3] - rgb).max(axis=-1) < 0.01)[80:]   # below the legend
+        self.assertGreater(dot.sum(), 20, "one step is a dot")
         result = self.draw(self.write("moe", [step(1, 5.0, [[5, 6]])]), self.write("fine", [step(1, 5.0, [[7] * 32])]),
-                           self.write("only-validation", [validation(5, 3.0)]))
+                           self.write("dead", [step(1, 5.0, [[0, 9]])]), self.write("only-validation", [validation(5, 3.0)]))
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         self.assertTrue((self.folder / "out/experts.png").exists())
+
+    def test_more_runs_than_colours(self):
+        runs = [self.write(f"run-{i}-with-quite-a-long-name-of-{'many' * (i % 4)}-parts", [step(s, 5 - s / (9 + i)) for s in range(1, 9)]) for i in range(11)]
+        result = self.draw(*runs, "--format", "png")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
 
     def test_mistakes_are_named(self):
         for lines, message in (
@@ -143,6 +216,26 @@ class Plots(unittest.TestCase):
             self.assertIn(message, result.stderr)
             self.assertNotIn("Traceback", result.stderr)
             self.assertFalse((self.folder / "out/loss.png").exists())
+
+    def test_equal_labels_and_places_that_cannot_be_written(self):
+        a, b = self.write("a", [start(0, "same"), step(1)]), self.write("b", [start(0, "same"), step(1)])
+        result = self.draw(a, b)
+        self.assertEqual(result.returncode, 2)
+        self.assertEqual(result.stderr, f"tools/plots: two runs are called 'same': name them, as in tools/plots 'first={a}' 'second={b}'\n")
+        self.assertEqual(self.draw(a, f"other={b}", "--format", "png").returncode, 0)
+        (self.folder / "out/loss.png").unlink()
+        (self.folder / "out/loss.png").mkdir()
+        result = self.draw(a)
+        self.assertEqual((result.returncode, result.stderr), (2, f"tools/plots: can't write {self.folder}/out/loss.png: Is a directory\n"))
+        (self.folder / "file").write_text("")
+        for place in ("file", "file/below"):
+            result = self.draw(a, "--out", str(self.folder / place))
+            self.assertEqual(result.returncode, 2)
+            self.assertIn(f"tools/plots: can't make {self.folder / place}: ", result.stderr)
+            self.assertNotIn("Traceback", result.stderr)
+        (self.folder / "binary").mkdir()
+        (self.folder / "binary/metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+        self.assertIn("binary/metrics.jsonl can't be read", self.draw(str(self.folder / "binary")).stderr)
 
 
 if __name__ == "__main__":
