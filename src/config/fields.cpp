@@ -114,6 +114,7 @@ std::vector<Field> describe(RunConfig& c) {
 
       integer("log.every", c.log.every, 1),
       flag("log.tensorboard", c.log.tensorboard),
+      integer("log.experts_every", c.log.experts_every, 0),
   };
 }
 

@@ -120,7 +120,6 @@ std::vector<std::string> not_built(const RunConfig& c) {
     if (!built) lines.push_back(text(key, " = ", value, ": not built yet"));
   };
   unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");
-  unless(!c.log.tensorboard, "log.tensorboard", "true");
   return lines;
 }
 

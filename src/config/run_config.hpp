@@ -144,7 +144,8 @@ struct ValidateSection {
 
 struct LogSection {
   int64_t every = 10;
-  bool tensorboard = false;
+  bool tensorboard = false;            ///< event files beside metrics.jsonl, in <run.directory>/tensorboard
+  int64_t experts_every = 100;         ///< steps between looks at the experts, see train/expert_health.hpp; 0: never
 };
 
 struct RunConfig {

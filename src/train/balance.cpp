@@ -48,6 +48,10 @@ Balance::Balance(const RunConfig& config, const Mesh& mesh, Stage& stage) : conf
   }
 }
 
+int64_t Balance::row_of(const Router& router) const {
+  return std::find(layers_.begin(), layers_.end(), router.layer()) - layers_.begin();
+}
+
 // One number for each row of this rank: that of its sequence plus that of its position in it. Rows are [B, S_c] of a context rank,
 // flattened; a tensor rank has one of equal slices.
 Tensor Balance::token_rows(const Tensor& of_sequence_B, const Tensor& of_position_S) const {
@@ -77,10 +81,19 @@ RouterContext Balance::context(int64_t first_sample) const {
 }
 
 Tensor Balance::measures() const {
-  Tensor sum = at::zeros({kMeasures}, at::TensorOptions(at::kDouble).device(device_of(stage_)));
-  for (Router* router : stage_.routers()) sum.add_(router->statistics().measures_3);
+  constexpr int64_t kEntropy = 2;
+  const auto layers = static_cast<int64_t>(layers_.size());
+  Tensor all = at::zeros({kMeasures + layers}, at::TensorOptions(at::kDouble).device(device_of(stage_)));
+  Tensor sum = all.narrow(0, 0, kMeasures), entropy_L = all.narrow(0, kMeasures, layers);
+  for (Router* router : stage_.routers()) {
+    const Tensor& own_3 = router->statistics().measures_3;
+    sum.add_(own_3);
+    entropy_L[row_of(*router)].copy_(own_3[kEntropy]);
+  }
   const int64_t micro_batches = config_.train.global_batch / config_.train.micro_batch;
-  return sum.div_(static_cast<double>(std::max<int64_t>(1, static_cast<int64_t>(layers_.size())) * micro_batches));
+  sum.div_(static_cast<double>(std::max<int64_t>(1, layers) * micro_batches));
+  entropy_L.div_(static_cast<double>(micro_batches));
+  return all;
 }
 
 Tensor Balance::counts() {
@@ -88,7 +101,7 @@ Tensor Balance::counts() {
   const int64_t experts = stage_.architecture().experts;
   Tensor count_LX = at::zeros({static_cast<int64_t>(layers_.size()), experts + 1}, at::TensorOptions(at::kLong).device(device_of(stage_)));
   for (Router* router : stage_.routers()) {
-    const Tensor row = count_LX[std::find(layers_.begin(), layers_.end(), router->layer()) - layers_.begin()];
+    const Tensor row = count_LX[row_of(*router)];
     row.narrow(0, 0, experts).copy_(router->statistics().count_E);
     row[experts].copy_(router->statistics().dropped);
     router->reset_statistics();
@@ -101,8 +114,7 @@ void Balance::update(const Tensor& count_LX, const Tensor& applied) {
   const Unrecorded guard;
   const double rate = config_.balance.bias_rate;
   for (Router* router : stage_.routers()) {
-    const int64_t row = std::find(layers_.begin(), layers_.end(), router->layer()) - layers_.begin();
-    const Tensor count_E = count_LX[row].narrow(0, 0, stage_.architecture().experts);
+    const Tensor count_E = count_LX[row_of(*router)].narrow(0, 0, stage_.architecture().experts);
     RouterState& state = router->state();
     if (rate > 0) {
       const Tensor bias_E = state.bias_E.defined() ? state.bias_E : at::zeros_like(count_E, at::kFloat);

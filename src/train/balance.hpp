@@ -31,8 +31,8 @@ class Balance {
   RouterContext context(int64_t first_sample) const;
 
   static constexpr int64_t kMeasures = 3;
-  /// fp64 [aux, z, entropy], means over layers and the step's micro-batches, without coefficients: this rank's part, the sum over the
-  /// world is the whole.
+  /// fp64 [aux, z, entropy], means over layers and the step's micro-batches, without coefficients, then the entropy of each layer with
+  /// experts: this rank's part, the sum over the world is the whole.
   Tensor measures() const;
   /// **Collective.** int64 [L, E + 1] of the step's global batch, the same on all ranks: choices per expert, and, last, dropped
   /// choices. Statistics start again. Undefined for a dense model.
@@ -47,6 +47,7 @@ class Balance {
   void restore(const nlohmann::json& state);
 
  private:
+  int64_t row_of(const Router&) const;
   Tensor token_rows(const Tensor& of_sequence_B, const Tensor& of_position_S) const;
 
   const RunConfig& config_;

@@ -1,12 +1,13 @@
 #include "train/metrics.hpp"
 
 #include <cmath>
-#include <cstdio>
 #include <ctime>
 #include <nlohmann/json.hpp>
 
 #include "base/fault.hpp"
 #include "base/log.hpp"
+#include "train/run.hpp"
+#include "train/words.hpp"
 
 namespace upcycle {
 namespace {
@@ -22,20 +23,6 @@ std::string utc_now() {
   return out;
 }
 
-template <class... Values>
-std::string format(const char* pattern, Values... values) {
-  char out[256];
-  std::snprintf(out, sizeof out, pattern, values...);
-  return out;
-}
-
-std::string duration(double seconds) {
-  const int64_t s = std::llround(seconds);
-  if (s >= 3600) return format("%ldh%02ldm", static_cast<long>(s / 3600), static_cast<long>(s / 60 % 60));
-  if (s >= 60) return format("%ldm%02lds", static_cast<long>(s / 60), static_cast<long>(s % 60));
-  return format("%lds", static_cast<long>(s));
-}
-
 std::string bar(int64_t done, int64_t all) {
   constexpr int64_t kWidth = 24;
   const int64_t filled = all > 0 ? kWidth * done / all : kWidth;
@@ -45,39 +32,42 @@ std::string bar(int64_t done, int64_t all) {
 // JSON has no NaN; null says "no number".
 Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
 
+template <class Of>
+Json column(const std::vector<LayerHealth>& layers, Of of) {
+  Json out = Json::array();
+  for (const LayerHealth& layer : layers) out.push_back(of(layer));
+  return out;
+}
+
 }  // namespace
 
 Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory, int rank, int ranks, Scale scale,
                  const TrainingState& state)
-    : config_(config), scale_(scale), speaks_(rank == 0) {
+    : config_(config), scale_(scale), speaks_(rank == 0), directory_(directory), path_(directory / "metrics.jsonl") {
   if (!speaks_) return;
-  path_ = directory / "metrics.jsonl";
+  size_ = history_.read(path_);
   file_.open(path_, std::ios::app);
   if (!file_) throw LonelyMistake(text("can't write ", path_.string(), ": check that the run directory is writable"));
-  write(Json{{"kind", "start"},
-             {"step", state.step},
-             {"tokens", state.position * config.train.sequence},
-             {"time", utc_now()},
-             {"ranks", ranks},
-             {"name", config.run.name}}
-            .dump());
+  write({{"kind", "start"},
+         {"step", state.step},
+         {"tokens", state.position * config.train.sequence},
+         {"time", utc_now()},
+         {"ranks", ranks},
+         {"name", config.run.name}});
+  // What a run tells at step 0 it tells again when it starts there again.
+  if (config.log.tensorboard) events_.emplace(directory / "tensorboard", state.step == 0 ? 0 : state.step + 1);
 }
 
-void Metrics::write(const std::string& line) {
-  file_ << line << '\n' << std::flush;
+void Metrics::write(const Json& line) {
+  const std::string written = line.dump() + '\n';
+  file_ << written << std::flush;
   if (!file_) throw LonelyMistake(text("can't write ", path_.string(), ": is the disk full?"));
-}
-
-double Metrics::tokens_per_second() const {
-  const double tokens = static_cast<double>(trained_steps_ * config_.train.global_batch * config_.train.sequence);
-  return trained_seconds_ > 0 ? tokens / trained_seconds_ : 0.0;
+  history_.add(line, size_);
+  size_ += static_cast<int64_t>(written.size());
 }
 
 void Metrics::step(const StepReport& report, double seconds) {
-  last_loss_ = report.loss;
-  trained_seconds_ += seconds;
-  recent_seconds_ = trained_steps_ == 0 ? seconds : 0.9 * recent_seconds_ + 0.1 * seconds;
-  ++trained_steps_;
+  recent_seconds_ = recent_seconds_ < 0 ? seconds : 0.9 * recent_seconds_ + 0.1 * seconds;
   if (!speaks_) return;
   const double rate = static_cast<double>(config_.train.global_batch * config_.train.sequence) / seconds;
   Json line{{"kind", "step"},
@@ -91,6 +81,11 @@ void Metrics::step(const StepReport& report, double seconds) {
             {"seconds", seconds},
             {"skipped", report.skipped}};
   if (report.learned) line["learned_tokens"] = *report.learned;
+  std::vector<Scalar> scalars{{"train/loss", report.loss},
+                              {"train/learning_rate", report.lr},
+                              {"train/gradient_norm", report.gradient_norm},
+                              {"speed/tokens_per_second", rate},
+                              {"speed/tflops", rate * scale_.flops_per_token / 1e12}};
   if (!report.tokens_per_expert.empty()) {
     line["aux_loss"] = number(report.aux_loss);
     line["z_loss"] = number(report.z_loss);
@@ -98,9 +93,18 @@ void Metrics::step(const StepReport& report, double seconds) {
     line["load_max_over_mean"] = report.load_max_over_mean;
     line["dead_experts"] = report.dead_experts;
     line["dropped"] = report.dropped;
+    Json& entropies = line["router_entropy_by_layer"] = Json::array();
+    for (const double entropy : report.router_entropy_of_layer) entropies.push_back(number(entropy));
     line["tokens_per_expert"] = report.tokens_per_expert;
+    scalars.insert(scalars.end(), {{"balance/aux_loss", report.aux_loss},
+                                   {"balance/z_loss", report.z_loss},
+                                   {"balance/router_entropy", report.router_entropy},
+                                   {"balance/load_max_over_mean", report.load_max_over_mean},
+                                   {"balance/dead_experts", static_cast<double>(report.dead_experts)},
+                                   {"balance/dropped", static_cast<double>(report.dropped)}});
   }
-  write(line.dump());
+  write(line);
+  if (events_) events_->add(report.step, scalars);
   print(report, rate);
 }
 
@@ -110,7 +114,7 @@ void Metrics::print(const StepReport& report, double rate) {
                             static_cast<long>(report.step), static_cast<long>(steps), report.loss, report.lr,
                             report.gradient_norm, format(rate >= 1e4 ? "%.1fk" : "%.0f", rate >= 1e4 ? rate / 1e3 : rate).c_str());
   const double flops = rate * scale_.flops_per_token;
-  line += format(flops >= 1e12 ? "  %.1f TFLOP/s" : "  %.4f TFLOP/s", flops / 1e12);
+  line += "  " + tflops(flops);
   if (scale_.peak_flops > 0) line += format("  MFU %.1f%%", 100.0 * flops / scale_.peak_flops);
   if (!report.tokens_per_expert.empty()) line += format("  load %.2f  entropy %.2f", report.load_max_over_mean, report.router_entropy);
   if (report.dead_experts > 0) line += format("  dead %ld", static_cast<long>(report.dead_experts));
@@ -128,16 +132,66 @@ void Metrics::print(const StepReport& report, double rate) {
 
 void Metrics::validation(int64_t step, int64_t position, double loss) {
   if (!speaks_) return;
-  write(Json{{"kind", "validation"}, {"step", step}, {"tokens", position * config_.train.sequence}, {"loss", number(loss)}}.dump());
+  write({{"kind", "validation"}, {"step", step}, {"tokens", position * config_.train.sequence}, {"loss", number(loss)}});
+  if (events_) events_->add(step, {{"validation/loss", loss}});
   log::info(format("step %ld  validation loss %.4f  perplexity %.2f", static_cast<long>(step), loss, std::exp(loss)));
 }
 
-void Metrics::memory(int64_t step, const Memory& memory) {
+void Metrics::experts(int64_t step, int64_t position, const std::vector<LayerHealth>& layers) {
   if (!speaks_) return;
-  write(Json{{"kind", "memory"}, {"step", step}, {"peak_bytes", memory.peak}, {"planned_bytes", memory.planned},
-             {"device_bytes", memory.device}}.dump());
-  const auto gib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 30); };
-  log::info(format("peak memory %.2f GiB of %.1f (plan: %.2f in tensors)", gib(memory.peak), gib(memory.device), gib(memory.planned)));
+  const ExpertUse use = use_since_last_look(history_, path_);
+  const bool has_copies = std::isfinite(layers.front().cosine_between), has_shards = std::isfinite(layers.front().cosine_inside);
+  Json line{{"kind", "experts"},
+            {"step", step},
+            {"tokens", position * config_.train.sequence},
+            {"steps", use.steps},
+            {"layers", column(layers, [](const LayerHealth& layer) { return Json(layer.layer); })}};
+  if (use.steps > 0) {
+    line["load"] = use.load;
+    line["dead"] = use.dead;
+    Json& entropies = line["entropy"] = Json::array();
+    for (const double entropy : use.entropy) entropies.push_back(number(entropy));
+  }
+  line["cosine"] = column(layers, [](const LayerHealth& layer) { return number(layer.cosine); });
+  if (has_copies) line["cosine_between"] = column(layers, [](const LayerHealth& layer) { return number(layer.cosine_between); });
+  if (has_shards) line["cosine_inside"] = column(layers, [](const LayerHealth& layer) { return number(layer.cosine_inside); });
+  if (!layers.front().distance.empty()) {
+    line["distance"] = column(layers, [](const LayerHealth& layer) {
+      Json out = Json::array();
+      for (const double distance : layer.distance) out.push_back(number(distance));
+      return out;
+    });
+  }
+  write(line);
+  if (!events_) return;
+  const RunHistory::Experts& means = history_.experts().back();
+  std::vector<Scalar> scalars{{"experts/cosine", means.cosine}};
+  if (has_copies) scalars.push_back({"experts/cosine_between_copies", means.cosine_between});
+  if (has_shards) scalars.push_back({"experts/cosine_inside_copies", means.cosine_inside});
+  if (line.contains("distance")) scalars.push_back({"experts/distance_to_dense", means.distance});
+  if (use.steps > 0) {
+    int64_t dead = 0;
+    double entropy = 0.0;
+    for (const int64_t of_layer : use.dead) dead += of_layer;
+    for (const double of_layer : use.entropy) entropy += of_layer / static_cast<double>(use.entropy.size());
+    scalars.push_back({"experts/dead", static_cast<double>(dead)});
+    scalars.push_back({"experts/router_entropy", entropy});
+  }
+  events_->add(step, scalars);
+}
+
+void Metrics::end(const TrainingState& state, const PeakMemory& memory, double seconds, int64_t experts,
+                  const std::filesystem::path& checkpoint) {
+  if (!speaks_) return;
+  write({{"kind", "memory"},
+         {"step", state.step},
+         {"peak_bytes", memory.peak},
+         {"planned_bytes", memory.planned},
+         {"device_bytes", memory.device}});
+  write({{"kind", "end"}, {"step", state.step}, {"time", utc_now()}, {"seconds", seconds}});
+  log::info(summarize(history_, {.name = config_.run.name, .step = state.step, .steps = config_.train.steps, .skipped = state.skipped,
+                                 .seconds = seconds, .scale = scale_, .memory = memory, .experts = experts, .directory = directory_,
+                                 .checkpoint = checkpoint, .tensorboard = config_.log.tensorboard, .requeue_code = kRequeue}));
 }
 
 }  // namespace upcycle

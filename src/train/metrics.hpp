@@ -1,50 +1,46 @@
 #pragma once
 #include <filesystem>
 #include <fstream>
+#include <optional>
 
 #include "config/run_config.hpp"
+#include "train/event_file.hpp"
+#include "train/expert_health.hpp"
+#include "train/run_history.hpp"
+#include "train/run_summary.hpp"
 #include "train/trainer.hpp"
 
 namespace upcycle {
 
-/// What a run tells: metrics.jsonl has every step (README names the fields), the console a line per [log] every. Rank 0 only;
-/// made on the other ranks it does nothing.
+/// What a run tells: metrics.jsonl has every step (README names the fields), TensorBoard's event files the same numbers where [log]
+/// tensorboard asks for them, the console a line per [log] every and a summary at the end. Rank 0 only; made on the other ranks it does
+/// nothing. A file that can't be written, a full disk for example, is a LonelyMistake that names it.
 class Metrics {
  public:
-  struct Scale {
-    double flops_per_token;    ///< forward and backward
-    double peak_flops;         ///< of all devices together; 0: not known, no MFU is printed
-  };
   /// Appends to <directory>/metrics.jsonl and marks the (re)start.
   Metrics(const RunConfig&, const std::filesystem::path& directory, int rank, int ranks, Scale scale, const TrainingState&);
 
   /// `seconds`: what the step took.
   void step(const StepReport&, double seconds);
   void validation(int64_t step, int64_t position, double loss);
-
-  /// Bytes of the rank that took most: on a GPU its tensors, on a CPU the whole process; and the tensors that were planned.
-  struct Memory {
-    int64_t peak, planned;
-    int64_t device;            ///< what a device has
-  };
-  void memory(int64_t step, const Memory&);
-
-  /// For the summary at the end.
-  double last_loss() const noexcept { return last_loss_; }
-  double tokens_per_second() const;
+  /// With what the experts did since the last such look.
+  void experts(int64_t step, int64_t position, const std::vector<LayerHealth>&);
+  /// The summary. `seconds`: of wall clock, this start's; `experts`: of a layer, 0 for a dense model.
+  void end(const TrainingState&, const PeakMemory&, double seconds, int64_t experts, const std::filesystem::path& checkpoint);
 
  private:
-  void write(const std::string& line);
+  void write(const nlohmann::ordered_json& line);
   void print(const StepReport&, double tokens_per_second);
 
   const RunConfig& config_;
   Scale scale_;
   bool speaks_;
-  std::filesystem::path path_;
+  std::filesystem::path directory_, path_;
   std::ofstream file_;
-  double last_loss_ = 0.0, trained_seconds_ = 0.0;
-  double recent_seconds_ = 0.0;   ///< a step's seconds, averaged over the last ten or so: what the ETA believes
-  int64_t trained_steps_ = 0;
+  int64_t size_ = 0;              ///< bytes of the file
+  std::optional<EventFile> events_;
+  RunHistory history_;            ///< over all starts
+  double recent_seconds_ = -1.0;  ///< a step's seconds, averaged over the last ten or so: what the ETA believes; before the first: negative
 };
 
 }  // namespace upcycle

@@ -12,6 +12,7 @@
 #include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
 #include "train/certify.hpp"
+#include "train/expert_health.hpp"
 #include "train/memory_plan.hpp"
 #include "train/metrics.hpp"
 #include "train/run_directory.hpp"
@@ -113,6 +114,12 @@ class Run {
                     {flops_per_token(setup_.target.architecture, config_.train.sequence),
                      device.is_cuda() ? peak_flops(device::name(device)) * mesh_.world().size() : 0.0},
                     state);
+    const auto clusters = setup_.record.texts.find(kClustersFile);
+    ExpertWatch experts(stage_.weights(), mesh_, setup_.record.provenance, clusters == setup_.record.texts.end() ? "" : clusters->second);
+    const int64_t looks_every = setup_.target.architecture.is_moe() ? config_.log.experts_every : 0;
+    const auto look = [&] {
+      metrics.experts(state.step, state.position, experts.look([&] { alive(state.step, "looking at the experts"); }));
+    };
     std::optional<PendingReport> pending;
     int64_t saved = setup_.resume || state.step == 0 ? state.step : -1, skipped_in_a_row = 0;
     bool stop = false;
@@ -141,6 +148,7 @@ class Run {
       pending = std::move(next);
       pending_seconds = launch_seconds;
     };
+    if (state.step == 0 && looks_every > 0) look();
     if (state.step == 0 && setup_.validation) metrics.validation(0, 0, trainer.validate(*setup_.validation, config_.validate.batches));
     while (state.step < config_.train.steps && !stop) {
       const Stopwatch launch;
@@ -151,8 +159,10 @@ class Run {
       const bool last = state.step == config_.train.steps;
       const bool validates = setup_.validation && (state.step % config_.validate.every == 0 || last);
       const bool saves = state.step % config_.checkpoint.every == 0 || last;
-      if (!validates && !saves) continue;
+      const bool looks = looks_every > 0 && (state.step % looks_every == 0 || last);
+      if (!validates && !saves && !looks) continue;
       settle({});
+      if (looks) look();
       if (validates) {
         metrics.validation(state.step, state.position, trainer.validate(*setup_.validation, config_.validate.batches));
       }
@@ -160,17 +170,11 @@ class Run {
       alive(state.step, "training");
     }
     settle({});
-    metrics.memory(state.step, peak_memory());
-    if (state.step < config_.train.steps) {
-      if (saved != state.step) store();
-      log::info(text("stopped on request (signal) after step ", state.step, " of ", config_.train.steps,
-                     "; the same command goes on from here (exit code ", kRequeue, ")"));
-      return kRequeue;
-    }
-    log::info(text("done: ", state.step, " steps, ", state.position * config_.train.sequence, " tokens, last loss ",
-                   metrics.last_loss(), ", ", static_cast<int64_t>(metrics.tokens_per_second()), " tokens/s, ", state.skipped,
-                   " skipped; newest checkpoint ", (checkpoints_ / step_directory(state.step)).string()));
-    return kDone;
+    const PeakMemory memory = peak_memory();
+    const bool stopped = state.step < config_.train.steps;
+    if (stopped && saved != state.step) store();
+    metrics.end(state, memory, since_.seconds(), setup_.target.architecture.experts, checkpoints_ / step_directory(state.step));
+    return stopped ? kRequeue : kDone;
   }
 
  private:
@@ -181,7 +185,7 @@ class Run {
   }
 
   // The most that any rank took, and was planned to take.
-  Metrics::Memory peak_memory() {
+  PeakMemory peak_memory() {
     const Weights& weights = stage_.weights();
     const device::Memory here = device::memory(weights.all().front().parameter.value.device());
     const RankMemory plan = rank_memory(weights.architecture(), config_, weights.layout(), mesh_.world().rank());
@@ -203,6 +207,7 @@ class Run {
   const RunLock* lock_;   ///< of rank 0; null on the others
   std::filesystem::path checkpoints_;
   Stage stage_;
+  Stopwatch since_;
 };
 
 // "tensor 2, data 4, expert 8": the axes of more than one rank.

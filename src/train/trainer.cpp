@@ -17,7 +17,7 @@ namespace upcycle {
 namespace {
 
 // PendingReport::numbers, each a plain sum over the world.
-enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy };
+enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy, kEntropies };   // kEntropies: the first of as many as layers with experts
 
 }  // namespace
 
@@ -119,6 +119,7 @@ StepReport read(const PendingReport& pending) {
   report.aux_loss = n[kAux];
   report.z_loss = n[kZ];
   report.router_entropy = n[kEntropy];
+  report.router_entropy_of_layer.assign(n + kEntropies, n + numbers.numel());
   report.skipped = !std::isfinite(report.gradient_norm);
   report.stop_requested = n[kStop] > 0;
   if (pending.count_LX.defined()) static_cast<ExpertLoad&>(report) = read_load(pending.count_LX.wait());

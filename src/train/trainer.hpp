@@ -42,6 +42,7 @@ struct StepReport : ExpertLoad {
   std::optional<int64_t> learned;               ///< tokens that counted as labels, where some data have a loss mask
   double aux_loss = 0.0, z_loss = 0.0;          ///< mean over MoE layers and micro-batches, without coefficients
   double router_entropy = 0.0;                  ///< of the routers' probabilities, in nats; mean over tokens and MoE layers
+  std::vector<double> router_entropy_of_layer;  ///< the same of each layer with experts
   bool skipped = false;                         ///< the gradient was not finite; nothing was changed
   bool stop_requested = false;                  ///< some rank was asked to stop
 };

@@ -38,6 +38,11 @@ add_test(NAME e2e.agreement COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/
 set_tests_properties(e2e.rank_failure e2e.agreement PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
   ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
 
+# What a run shows of itself: event files, looks at the experts, the summary.
+add_test(NAME e2e.seeing COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/seeing.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.seeing PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
+
 # Layouts through the executable: 8 ranks from the command line, and the 14B example's 32 ranks at a small width.
 add_test(NAME e2e.layouts COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/layouts.py $<TARGET_FILE:upcycle>)
 set_tests_properties(e2e.layouts PROPERTIES LABELS e2e TIMEOUT 900 PROCESSORS 2

@@ -32,8 +32,8 @@ class Layouts(TrainCase):
         self.refused("train", path, ranks=2, words=["the run does not divide on 2 ranks", "train.global_batch = 9"])
 
     def test_what_is_not_built(self):
-        path, _ = self.run_file("run", "[checkpoint]\nasynchronous = true\n[log]\ntensorboard = true\n")
-        self.refused("train", path, ranks=2, words=["checkpoint.asynchronous = true", "log.tensorboard = true"])
+        path, _ = self.run_file("run", "[checkpoint]\nasynchronous = true\n")
+        self.refused("train", path, ranks=2, words=["checkpoint.asynchronous = true"])
 
     def test_too_little_space(self):
         """A model of petabytes: the free space is asked for before anything is allocated."""

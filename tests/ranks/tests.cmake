@@ -24,6 +24,7 @@ ranks_test(dispatcher RANKS 1 2 4 LINK moe)
 ranks_test(recompute RANKS 2 4 LINK model)
 ranks_test(balance RANKS 1 2 4 LINK train)
 ranks_test(grow_memory RANKS 4 LINK train)
+ranks_test(expert_health RANKS 1 2 4 LINK train)
 
 # The numbers of one rank are what the others are held against.
 ranks_test(layout_invariance RANKS 1 2 4 LINK train)
