@@ -1,5 +1,5 @@
-// The look at the experts of a model that lies on many ranks gives what one sees who has all of it in one place. Every layout of the
-// ranks; the weights are gathered, and pairs of whole experts are compared one by one.
+// The look at the experts of a model that lies on many ranks gives what one sees who has all of it in one place: the weights are
+// gathered, and whole experts are compared pair by pair.
 #include "train/expert_health.hpp"
 
 #include <ATen/ops/cat.h>
@@ -7,6 +7,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <iostream>
 
 #include "base/error.hpp"
 #include "parallel/every_layout.hpp"
@@ -144,29 +147,36 @@ void expect_same(const std::vector<LayerHealth>& ours, const std::vector<LayerHe
   }
 }
 
-/// visit(run, recipe, compute dtype) for every layout of these ranks that takes the model, granularity and precision in turn.
+/// visit(run, recipe, compute dtype) for a fixed spread of the layouts of these ranks that take the model (with UPCYCLE_ALL_LAYOUTS
+/// every one), granularity and precision in turn.
 template <class Visit>
-void on_every_layout(Visit&& visit) {
+void on_layouts(Visit&& visit) {
+  constexpr size_t kSpread = 16;
   const Architecture dense = dense_model();
-  size_t turn = 0, ran = 0;
+  std::vector<std::pair<RunConfig, Recipe>> all;
+  size_t turn = 0;
   for (const ParallelSection& parallel : every_layout(world_size())) {
-    const int64_t granularity = std::array{4, 1, 2}[turn % 3];
-    const Precision precision = ++turn % 2 ? Precision::bf16 : Precision::fp32;
+    const int64_t granularity = std::array{4, 1, 2}[turn / 2 % 3];   // zero 0 and 1 of a layout follow one another
+    const Precision precision = turn++ / 6 % 2 ? Precision::fp32 : Precision::bf16;
     const RunConfig run = run_of(4 * granularity, granularity, parallel, precision);
     const Recipe recipe = make_recipe(dense, run);
     if (parallel.pipeline * parallel.virtual_stages > dense.layers || !check_layout(run, recipe.moe, world_size()).problems.empty()) continue;
-    SCOPED_TRACE(text("granularity ", granularity, ", tensor ", parallel.tensor, ", context ", parallel.context, ", pipeline ", parallel.pipeline, " x ",
-                      parallel.virtual_stages, ", expert ", parallel.expert, ", expert_tensor ", parallel.expert_tensor, ", zero ", parallel.zero));
-    visit(run, recipe, precision == Precision::bf16 ? at::kBFloat16 : at::kFloat);
-    ++ran;
+    all.emplace_back(run, recipe);
   }
-  EXPECT_GE(ran, world_size() == 1 ? 1u : 2u);
-  if (world_rank() == 0) std::cout << ran << " layouts\n";
+  const size_t taken = std::getenv("UPCYCLE_ALL_LAYOUTS") ? all.size() : std::min(all.size(), kSpread);
+  for (size_t i = 0; i < taken; ++i) {
+    const auto& [run, recipe] = all[i * all.size() / taken];
+    const ParallelSection& p = run.parallel;
+    SCOPED_TRACE(text("granularity ", recipe.granularity, ", tensor ", p.tensor, ", context ", p.context, ", pipeline ", p.pipeline, " x ", p.virtual_stages,
+                      ", expert ", p.expert, ", expert_tensor ", p.expert_tensor, ", zero ", p.zero));
+    visit(run, recipe, run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat);
+  }
+  if (world_rank() == 0) std::cout << taken << " of " << all.size() << " layouts\n";
 }
 
 TEST(ExpertHealth, FreshCopiesAreTheDenseModel) {
   const ReadDense read = dense_reader(dense_model());
-  on_every_layout([&](const RunConfig& run, const Recipe& recipe, at::ScalarType compute) {
+  on_layouts([&](const RunConfig& run, const Recipe& recipe, at::ScalarType compute) {
     Grown grown(run, recipe, read);
     const auto [health, trouble] = look_at_experts(grown.stage.weights(), grown.mesh, &recipe, &read);
     EXPECT_EQ(trouble, "");
@@ -181,7 +191,7 @@ TEST(ExpertHealth, FreshCopiesAreTheDenseModel) {
 }
 
 TEST(ExpertHealth, PlantedChangesGiveTheRightNumbers) {
-  health_piece_elements = 100;   // many pieces, some of a single row
+  health_piece_elements = 300;   // many pieces, some of a single row
   const ReadDense read = dense_reader(dense_model());
   // Experts of copy 0 turned round; expert 1 of layer 2 half as long again; layer 3 shaken, each expert by its own amount.
   const Change change = [](const ParameterSpec& spec, int64_t e, Tensor values) {
@@ -190,7 +200,7 @@ TEST(ExpertHealth, PlantedChangesGiveTheRightNumbers) {
     if (spec.layer == 2 && e == 1) values.mul_(1.5);
     if (spec.layer == 3) values.mul_(1.0 + 0.1 * static_cast<double>(e)).add_(values.abs(), 0.05 * static_cast<double>(e));
   };
-  on_every_layout([&](const RunConfig& run, const Recipe& recipe, at::ScalarType compute) {
+  on_layouts([&](const RunConfig& run, const Recipe& recipe, at::ScalarType compute) {
     Grown grown(run, recipe, read, change);
     const std::vector<LayerHealth> health = look_at_experts(grown.stage.weights(), grown.mesh, &recipe, &read).layers;
     expect_same(health, brute_force(grown.stage.weights(), grown.mesh, &recipe, &read, compute));
