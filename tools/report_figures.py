@@ -1,0 +1,276 @@
+"""The figures of tools/report. An arm has one look in all of them; the dense control is dashed black; bands are one standard deviation of the seeds."""
+import math
+
+import matplotlib.pyplot as plt
+import numpy
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
+
+from sweep_compare import interpolate, mean_sd, partners
+from sweep_data import Run, plots
+
+WIDTH = 11.0  # inches
+STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+MOST_POINTS = 400  # of a line
+RAMPS = ("Blues", "Oranges", "Greens", "Purples")  # a family of arms each, more experts darker
+CONTROL = {"color": "black", "linestyle": (0, (4, 2)), "marker": "X"}
+
+
+def looks_of(sweeps):
+    """Arm's name -> colour, line, marker. Arms that differ in one number only, such as experts, are a family: one hue from light to dark."""
+    arms = sorted((arm for arm in sweeps.arms if not arm.control), key=lambda arm: [run.name for run in arm.runs])
+    families, ramp = {}, ramp_key(sweeps, arms)
+    for arm in arms:
+        rest = tuple(repr(arm.settings.get(key)) for key in sweeps.facts["varying"] if key != ramp)
+        families.setdefault(rest, []).append(arm)
+    looks = {arm.name: CONTROL for arm in sweeps.arms if arm.control}
+    if ramp and len(families) <= len(RAMPS) and 2 <= max(map(len, families.values())) <= 7:
+        for f, members in enumerate(families.values()):
+            members.sort(key=lambda arm: arm.settings[ramp])
+            for shade, arm in zip(numpy.linspace(0.48, 1.0, len(members)) if len(members) > 1 else [0.75], members):
+                looks[arm.name] = {"color": to_hex(plt.get_cmap(RAMPS[f])(shade)), "linestyle": "-", "marker": plots.MARKERS[f]}
+    else:
+        families = {}
+        for i, arm in enumerate(arms):
+            looks[arm.name] = {"color": plots.COLOURS[i % 6], "linestyle": STYLES[i // 6 % len(STYLES)],
+                               "marker": plots.MARKERS[i % len(plots.MARKERS)]}
+    return looks, list(families.values())
+
+
+def ramp_key(sweeps, arms):
+    numbers = {key: {arm.settings[key] for arm in arms if key in arm.settings} for key in sweeps.facts["varying"]
+               if all(type(arm.settings.get(key)) in (int, float) for arm in arms)}
+    if "moe.experts" in numbers and len(numbers["moe.experts"]) > 1:
+        return "moe.experts"
+    return max(numbers, key=lambda key: len(numbers[key]), default=None)
+
+
+def mean_curve(curves):
+    """(x, mean, sd) of curves [(x, y)] where all have values, on the x of all of them; sd is None for a single one."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return None
+    low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    grid = sorted({x for curve in curves for x, _ in curve if low <= x <= high})
+    if not grid:
+        return None
+    values = numpy.array([numpy.interp(grid, *zip(*curve)) for curve in curves])
+    return numpy.array(grid), values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else None
+
+
+def scale(most):
+    """(divisor, "(10¹²)")"""
+    power = 3 * int(math.log10(most) // 3) if most >= 1000 else 0
+    return 10.0**power, f" (10{str(power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))})" if power else ""
+
+
+def draw(axes, curves, looks, x_name, y_name, markers=True):
+    """curves: {arm: (x, mean, sd)}"""
+    divisor, unit = scale(max((x[-1] for x, _, _ in curves.values()), default=1))
+    for arm, (x, y, sd) in reversed(curves.items()):  # the best on top
+        look = looks[arm.name]
+        shown = {"marker": look["marker"], "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.1} if markers and len(x) <= 40 else {}
+        if len(x) == 1:
+            shown = {"marker": look["marker"], "markersize": 4.2}
+        axes.plot(x / divisor, y, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, zorder=4 if arm.control else 3, **shown)
+        if sd is not None:
+            axes.fill_between(x / divisor, y - sd, y + sd, color=look["color"], alpha=0.16, linewidth=0)
+    plots.dress(axes, x_name + unit, y_name)
+    axes.margins(x=0.02)
+
+
+def legend(figure, arms, looks, title):
+    handles = [Line2D([], [], color=looks[arm.name]["color"], linestyle=looks[arm.name]["linestyle"], marker=looks[arm.name]["marker"],
+                      markerfacecolor="white", markersize=5, linewidth=1.8, label=plots_short(arm.label)) for arm in arms]
+    figure.legend(handles=handles, title=title, frameon=False, loc="outside right upper", fontsize=9, title_fontsize=9, alignment="left",
+                  ncols=1 + len(handles) // 27, labelspacing=0.55, handlelength=2.6)
+
+
+def plots_short(label, most=30):
+    return label if len(label) <= most else label[:most - 1] + "…"
+
+
+def two(arms, looks, title="best first"):
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, wspace=0.03)
+    legend(figure, arms, looks, title)
+    return figure, panels
+
+
+def validation(sweeps, looks):
+    arms = [arm for arm in sweeps.arms if any(run.points() for run in arm.counted)]
+    figure, panels = two(arms, looks)
+    for axes, points, name in zip(panels, (Run.points, Run.flops_points), ("tokens", "training FLOPs")):
+        curves = {arm: curve for arm in arms if (curve := mean_curve([points(run) for run in arm.counted]))}
+        draw(axes, curves, looks, name, "validation loss (nats per token)")
+    return figure
+
+
+def against_control(sweeps, looks):
+    """Each run minus the control's run of its seed, at the same tokens and at the same FLOPs."""
+    if not sweeps.control or not any(run.points() for run in sweeps.control.counted):
+        return None
+    arms = [arm for arm in sweeps.arms if not arm.control and any(run.points() for run in arm.counted)]
+    if not arms:
+        return None
+    figure, panels = two([arm for arm in sweeps.arms if arm in arms or arm.control], looks)
+    for axes, points, name in zip(panels, (Run.points, Run.flops_points), ("tokens", "training FLOPs")):
+        curves = {}
+        for arm in arms:
+            lines = []
+            for run in arm.counted:
+                other = mean_curve([points(partner) for partner in partners(run, sweeps.control)])
+                theirs = list(zip(other[0], other[1])) if other else []
+                ours = points(run)
+                grid = sorted({x for x, _ in ours + theirs})
+                both = [(x, interpolate(ours, x), interpolate(theirs, x)) for x in grid]
+                lines.append([(x, y - bar) for x, y, bar in both if y is not None and bar is not None])
+            if curve := mean_curve(lines):
+                curves[arm] = curve
+        draw(axes, curves, looks, name, "difference to the dense control (nats)")
+        axes.axhline(0, color=CONTROL["color"], linestyle=CONTROL["linestyle"], linewidth=1.5, zorder=2)
+    return figure
+
+
+def size_and_speed(sweeps, looks, families):
+    """Left: what parameters buy. Right: what they cost in speed."""
+    arms = [arm for arm in sweeps.arms if arm.values(Run.final)]
+    fast = [arm for arm in sweeps.arms if any(run.log.steps for run in arm.counted)]
+    if not fast:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.6, 1.2 + 0.27 * len(fast))), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, wspace=0.04)
+    final = {arm.name: mean_sd(arm.values(Run.final)) for arm in arms}
+    for members in families:
+        known = [arm for arm in members if arm.name in final and arm.runs[0].parameters]
+        known.sort(key=lambda arm: arm.runs[0].parameters)
+        left.plot([arm.runs[0].parameters for arm in known], [final[arm.name][0] for arm in known], color="0.7", linewidth=1.1, zorder=1)
+    for arm in arms:
+        look, (mean, sd) = looks[arm.name], final[arm.name]
+        if arm.control:
+            left.axhline(mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.5)
+        if arm.runs[0].parameters:
+            left.errorbar(arm.runs[0].parameters, mean, yerr=sd, color=look["color"], marker=look["marker"], markersize=6.5, capsize=2.5, linestyle="none")
+    sizes = [arm.runs[0].parameters for arm in arms if arm.runs[0].parameters]
+    if sizes and max(sizes) > 1.5 * min(sizes):
+        left.set_xscale("log")
+        ticks = [m * 10.0**p for p in range(3, 13) for m in (1, 1.5, 2, 3, 5, 7)]
+        ticks = [tick for tick in ticks if min(sizes) / 1.1 <= tick <= max(sizes) * 1.1]
+        left.xaxis.set_major_locator(FixedLocator(ticks[::1 + len(ticks) // 9]))
+        left.xaxis.set_minor_locator(NullLocator())
+        left.xaxis.set_minor_formatter(NullFormatter())
+        left.set_xlim(min(sizes) / 1.15, max(sizes) * (max(sizes) / min(sizes)) ** 0.22)  # room for the last name
+    left.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    plots.dress(left, "total parameters", "final validation loss (nats per token)")
+    rates = [mean_sd(arm.values(lambda run: float(numpy.median(v)) if len(v := run.log.column("tokens_per_second")[1]) else None)) for arm in fast]
+    places = range(len(fast))
+    right.barh(places, [mean or 0 for mean, _ in rates], xerr=[sd or 0 for _, sd in rates], height=0.66,
+               color=["0.55" if arm.control else looks[arm.name]["color"] for arm in fast], error_kw={"elinewidth": 1, "capsize": 2})
+    right.set_yticks(places, [plots_short(arm.label) for arm in fast], fontsize=9)
+    right.invert_yaxis()
+    longest = max((mean or 0) + (sd or 0) for mean, sd in rates) or 1
+    for place, (mean, sd) in zip(places, rates):
+        if mean:
+            right.text(mean + (sd or 0) + 0.012 * longest, place, EngFormatter(places=1, sep=" ")(mean), va="center", fontsize=8.5)
+    right.set_xlim(0, 1.14 * longest)
+    name_points(figure, left, [(arm.runs[0].parameters, final[arm.name][0], plots_short(arm.label)) for arm in arms if arm.runs[0].parameters])
+    right.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    plots.dress(right, "tokens per second (median of the steps)", "")
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def name_points(figure, axes, points):
+    """A name right of every point, moved up or down where names would lie on one another."""
+    figure.canvas.draw()  # places the axes
+    placed = []
+    for x, y, name in sorted(points, key=lambda point: -point[1]):
+        at = axes.transData.transform((x, y)) * 72 / figure.dpi  # points of the page
+        height = at[1] + 4
+        for other, theirs, length in placed:
+            if abs(other - at[0]) < 5.2 * max(length, len(name)) + 6:
+                height = min(height, theirs - 10.5)
+        placed.append((at[0], height, len(name)))
+        axes.annotate(name, (x, y), xytext=(8, height - at[1]), textcoords="offset points", fontsize=8.5, va="center", zorder=6,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})
+
+
+def smooth_curves(arms, key):
+    """Smoothed over the steps of each run, then the mean over seeds; without a band, which would be the seeds' noise smoothed."""
+    out = {}
+    for arm in arms:
+        lines = []
+        for run in arm.counted or [run for run in arm.runs if run.log.steps]:
+            tokens, values = run.log.column(key)
+            if len(values):
+                lines.append(thin(tokens, plots.smooth(values)))
+        if curve := mean_curve(lines):
+            out[arm] = (*curve[:2], None)
+    return out
+
+
+def thin(x, y):
+    few = slice(None, None, 1 + len(x) // MOST_POINTS)
+    return list(zip(x[few], y[few]))
+
+
+def training(sweeps, looks):
+    curves = smooth_curves(sweeps.arms, "loss")
+    if not curves:
+        return None
+    figure, (left, right) = two(list(curves), looks)
+    draw(left, curves, looks, "tokens", "training loss, smoothed (nats per token)", markers=False)
+    apart = {}
+    for arm in (arm for arm in curves if sweeps.control and not arm.control):
+        lines = []
+        for run in arm.counted or arm.runs:
+            theirs = [dict(zip(*partner.log.column("loss"))) for partner in partners(run, sweeps.control)]
+            both = [(tokens, loss - numpy.mean([bar[tokens] for bar in theirs])) for tokens, loss in zip(*run.log.column("loss"))
+                    if theirs and all(tokens in bar for bar in theirs)]
+            if both:
+                tokens, values = numpy.array(both).T
+                lines.append(thin(tokens, plots.smooth(values)))
+        if curve := mean_curve(lines):
+            apart[arm] = (*curve[:2], None)
+    if apart:
+        draw(right, apart, looks, "tokens", "difference to the dense control (nats)", markers=False)
+        right.axhline(0, color=CONTROL["color"], linestyle=CONTROL["linestyle"], linewidth=1.5, zorder=2)
+    else:
+        right.set_axis_off()
+    return figure
+
+
+def balance(sweeps, looks):
+    load, dead = smooth_curves(sweeps.arms, "load_max_over_mean"), smooth_curves(sweeps.arms, "dead_experts")
+    if not load:
+        return None
+    figure, (left, right) = two(list(load), looks)
+    draw(left, load, looks, "tokens", "fullest expert / mean, smoothed", markers=False)
+    left.axhline(1, color="0.35", linewidth=1, linestyle=(0, (4, 3)))
+    draw(right, dead, looks, "tokens", "experts without a token, smoothed", markers=False)
+    right.set_ylim(bottom=0, top=max(1.0, right.get_ylim()[1]))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if dead and max(y.max() for _, y, _ in dead.values()) == 0:
+        right.text(0.5, 0.5, "none, in no arm at any step", transform=right.transAxes, ha="center", color="0.35")
+    return figure
+
+
+def figures(sweeps):
+    """{name: (figure, caption)} of those that there is something for."""
+    looks, families = looks_of(sweeps)
+    band = "Bands are ± one standard deviation over the seeds."
+    band = band if any(len(arm.counted) > 1 for arm in sweeps.arms) else "One seed each: no spread is known."
+    shades = " Arms of one hue differ in one number; darker is more." if families else ""
+    drawn = {
+        "validation": (validation(sweeps, looks), f"Validation loss over the tokens seen (left) and the training FLOPs spent (right). {band}{shades}"),
+        "difference": (against_control(sweeps, looks), "The same, minus the dense control at equal tokens (left) and at equal training FLOPs (right); "
+                       f"below zero is better than dense. {band}"),
+        "size": (size_and_speed(sweeps, looks, families), "Final validation loss over all parameters (left) and speed (right); error bars are ± one "
+                 "standard deviation over the seeds."),
+        "training": (training(sweeps, looks), "Training loss, smoothed over a thirtieth of the run (left), and its difference to the dense control on "
+                     "the same batches where all arms see the same (right); means over seeds."),
+        "balance": (balance(sweeps, looks), "Load of the fullest expert over the mean, mean over layers (left; 1 is even), and experts that no token "
+                    "chose in a step, all layers together (right)."),
+    }
+    return {name: pair for name, pair in drawn.items() if pair[0] is not None}
