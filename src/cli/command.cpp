@@ -42,6 +42,8 @@ int run_command(const Arguments& arguments) {
   if (arguments.command == "export") return run_export(arguments);
   if (arguments.command == "inspect") return run_inspect(arguments);
   if (arguments.command == "verify") return run_verify(arguments);
+  if (arguments.command == "sample") return run_sample(arguments);
+  if (arguments.command == "evaluate") return run_evaluate(arguments);
   throw std::logic_error("no command is called " + arguments.command);
 }
 

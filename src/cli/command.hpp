@@ -1,4 +1,5 @@
 #pragma once
+#include <cstdint>
 #include <exception>
 #include <optional>
 #include <string>
@@ -12,6 +13,18 @@ namespace upcycle {
 inline constexpr int kExitDone = 0;
 inline constexpr int kExitFault = 1;
 inline constexpr int kExitMistake = 2;
+
+/// `sample`'s own options.
+struct SampleOptions {
+  std::optional<std::string> prompt, prompt_file;
+  int tokens = 128;
+  double temperature = 0.0;
+  double top_p = 1.0;
+  uint64_t seed = 0;
+  int samples = 1;
+  bool routing = false;
+  std::string device = "auto";
+};
 
 /// A command line, understood.
 struct Arguments {
@@ -28,6 +41,10 @@ struct Arguments {
   bool run_file = false;                 ///< sweep --run-file
   std::optional<int64_t> arm = {};       ///< sweep --arm
   bool dense = false;                    ///< export --dense
+  SampleOptions sample = {};
+  std::optional<std::string> tokenizer = {};       ///< sample, inspect: the directory of one
+  std::optional<std::string> data = {};            ///< evaluate --data
+  std::optional<int> batches = {};                 ///< evaluate --batches
   log::Level level = log::Level::info;
   std::string output = {};               ///< what --help and --version print
 };
@@ -48,6 +65,8 @@ int run_export(const Arguments&);
 int run_inspect(const Arguments&);
 int run_verify(const Arguments&);
 int run_sweep(const Arguments&);
+int run_sample(const Arguments&);
+int run_evaluate(const Arguments&);
 
 /// Says what went wrong, and returns the exit code. A user's mistake, and a fault that all ranks meet, is told once. A fault, and a
 /// mistake that one rank meets alone, ends all ranks. For use in main's handlers, with MPI up or not.

@@ -8,6 +8,8 @@
 #include "base/error.hpp"
 #include "checkpoint/reader.hpp"
 #include "cli/command.hpp"
+#include "cli/inspect_data.hpp"
+#include "data/summary.hpp"
 #include "model/catalogue.hpp"
 #include "parallel/mesh.hpp"
 
@@ -145,11 +147,23 @@ void print(const CheckpointReader& reader, const ordered_json& all) {
 
 int run_inspect(const Arguments& arguments) {
   if (world_rank() != 0) return kExitDone;
+  const std::string& what = arguments.positional.at(0);
+  const bool directory = fs::is_directory(what);   // a checkpoint is one; token files are two files
+  const std::optional<std::string> prefix = data_prefix(what);
+  if (directory && prefix) {
+    fail(what, " is a directory, and ", *prefix, ".idx is there, too: say ", *prefix, ".idx for the token files, ", what, "/ for the checkpoint");
+  }
+  if (prefix) {
+    inspect_data(*prefix, arguments.tokenizer, arguments.json);
+    return kExitDone;
+  }
+  if (!directory) fail(what, ": neither the directory of a checkpoint or a run, nor token files (no ", what, ".idx)");
+  if (arguments.tokenizer) fail("--tokenizer is for token files, but ", what, " is a directory");
   std::vector<std::string> why;
-  const auto checkpoint = newest_checkpoint(arguments.positional.at(0), &why);
+  const auto checkpoint = newest_checkpoint(what, &why);
   std::string reasons;
   for (const std::string& reason : why) reasons += "\n  " + reason;
-  if (!checkpoint) fail(arguments.positional.at(0), ": neither a valid checkpoint nor a run that has one", reasons);
+  if (!checkpoint) fail(what, ": neither a valid checkpoint nor a run that has one", reasons);
   const CheckpointReader reader(*checkpoint);
   const ordered_json all = describe_checkpoint(reader);
   if (arguments.json) {

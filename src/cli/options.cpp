@@ -1,9 +1,9 @@
 #include <boost/program_options.hpp>
-#include <charconv>
 #include <filesystem>
 
 #include "base/error.hpp"
 #include "cli/command.hpp"
+#include "cli/option_values.hpp"
 #include "cli/version.hpp"
 #include "config/suggest.hpp"
 
@@ -70,10 +70,12 @@ const std::vector<Usage>& usages() {
        "tokenizer and generation files that transformers and vLLM read. DIRECTORY must be new or empty.",
        "upcycle export runs/quickstart exported/quickstart"},
       {"inspect",
-       {"CHECKPOINT"},
+       {"CHECKPOINT|DATA"},
        false,
-       "what is in a checkpoint",
-       "CHECKPOINT is a step directory, or a run directory (its newest valid step).",
+       "what is in a checkpoint, or in token files",
+       "CHECKPOINT is a step directory, or a run directory (its newest valid step). DATA is what Megatron's .bin and .idx have in\n"
+       "common: \"text\" stands for text.bin and text.idx. Lengths of all documents; the first documents as text where --tokenizer\n"
+       "names one, else as ids; the share of tokens that are learned where text.mask.idx is there.",
        "upcycle inspect runs/quickstart --json"},
       {"verify",
        {"CHECKPOINT"},
@@ -81,6 +83,21 @@ const std::vector<Usage>& usages() {
        "is a checkpoint whole, and what it claims to be",
        "Certificate and structure. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
        "upcycle verify runs/quickstart/checkpoints/step-00000000"},
+      {"sample",
+       {"CHECKPOINT"},
+       false,
+       "a model goes on with a prompt",
+       "CHECKPOINT is a step directory, a run directory (its newest valid step) or a Hugging Face directory; dense or MoE. Prints\n"
+       "prompt and continuation as it comes, up to the model's end token. On several ranks the experts are spread over as many as\n"
+       "divide their number; the text is the same on any number.",
+       "mpirun -n 4 upcycle sample runs/quickstart --prompt \"def main():\" --temperature 0.8 --top-p 0.95 --samples 3"},
+      {"evaluate",
+       {"RUN.toml"},
+       true,
+       "validation loss of a run's source and checkpoints, on the same data",
+       "Of the dense source, of step 0 where it is there, and of the newest checkpoint of run.directory; on the layout of the run\n"
+       "file. Writes nothing, and may be used while the run goes on.",
+       "mpirun -n 4 upcycle evaluate configs/quickstart.toml"},
   };
   return all;
 }
@@ -111,6 +128,16 @@ po::options_description options_of(const Usage* usage) {
     add("dense", po::bool_switch(),
         "merge the experts of an upcycled model back into dense feed-forwards: the mean over copies, without routers");
   }
+  if (usage && usage->command == "evaluate") {
+    add("data", po::value<std::string>()->value_name("PREFIX"), "token files to evaluate on: PREFIX.bin and PREFIX.idx (default: the run's validation)");
+    add("batches", po::value<std::string>()->value_name("N"), "global batches to evaluate on (default: validate.batches)");
+  }
+  if (usage && usage->command == "sample") add_sample_options(options);
+  const bool sample = usage && usage->command == "sample";
+  if (sample || (usage && usage->command == "inspect")) {
+    add("tokenizer", po::value<std::string>()->value_name("DIR"),
+        sample ? "directory of a tokenizer.json (default: the model's)" : "directory of a tokenizer.json: token files are shown as text");
+  }
   if (usage) add("json", po::bool_switch(), "print JSON to standard output");
   if (usage)
     add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
@@ -134,7 +161,7 @@ std::string general_help() {
   for (const Usage& usage : usages()) {
     std::string line = "  " + usage.command;
     for (const std::string& argument : usage.arguments) line += " " + argument;
-    line.resize(std::max<size_t>(line.size(), 32), ' ');
+    line.resize(std::max<size_t>(line.size() + 2, 32), ' ');
     out += line + usage.summary + "\n";
   }
   return out + "\nExample\n  upcycle plan configs/qwen3-14b-64e.toml\n\n" +
@@ -196,15 +223,6 @@ po::variables_map parse_options(const std::vector<std::string>& words, const po:
   return values;
 }
 
-int positive_integer(const std::string& value, const std::string& option) {
-  int number = 0;
-  const auto [rest, code] = std::from_chars(value.data(), value.data() + value.size(), number);
-  if (code != std::errc() || rest != value.data() + value.size() || number < 1) {
-    fail(option, " ", value, ": a positive integer is expected");
-  }
-  return number;
-}
-
 int64_t arm_number(const std::string& value) {
   int64_t number = 0;
   const auto [rest, code] = std::from_chars(value.data(), value.data() + value.size(), number);
@@ -217,7 +235,7 @@ Arguments without_command(const std::vector<std::string>& words) {
   const auto values = parse_options(words, options_of(nullptr), nullptr, positional);
   if (values["version"].as<bool>()) return {.command = "version", .output = version_page()};
   if (values["help"].as<bool>()) return {.command = "help", .output = general_help()};
-  fail("a command is missing: plan, convert, train, sweep, export, inspect or verify; see upcycle --help");
+  fail("a command is missing: plan, convert, train, sweep, export, inspect, verify, sample or evaluate; see upcycle --help");
 }
 
 }  // namespace
@@ -258,6 +276,10 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   if (values.count("dtype")) arguments.dtype = values["dtype"].as<std::string>();
   if (values.count("max-shard-size")) arguments.max_shard_size = values["max-shard-size"].as<std::string>();
   if (values.count("dense")) arguments.dense = values["dense"].as<bool>();
+  if (values.count("tokenizer")) arguments.tokenizer = values["tokenizer"].as<std::string>();
+  if (values.count("data")) arguments.data = values["data"].as<std::string>();
+  if (values.count("batches")) arguments.batches = positive_integer(values["batches"].as<std::string>(), "--batches");
+  if (usage->command == "sample") arguments.sample = sample_options(values);
   arguments.json = values["json"].as<bool>();
   arguments.level = log::level_from_name(values["log-level"].as<std::string>());
   return arguments;

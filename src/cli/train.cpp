@@ -1,7 +1,7 @@
-#include "base/fault.hpp"
 #include "base/process.hpp"
 #include "base/watchdog.hpp"
 #include "cli/command.hpp"
+#include "cli/or_abort.hpp"
 #include "cli/version.hpp"
 #include "config/run_config.hpp"
 #include "parallel/mesh.hpp"
@@ -10,24 +10,6 @@
 #include "train/run.hpp"
 
 namespace upcycle {
-namespace {
-
-// The other ranks may wait for this one in NCCL, and this one's GPU for them: whatever still runs there is given up, or nothing would
-// ever be freed. A mistake that all ranks have met leaves NCCL in order.
-int run_or_abort(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
-  try {
-    return run_training(config, mesh, watchdog);
-  } catch (const UserError& mistake) {
-    if (dynamic_cast<const LonelyMistake*>(&mistake)) nccl::abort_all();
-    throw;
-  } catch (...) {
-    nccl::abort_all();
-    throw;
-  }
-}
-
-}  // namespace
-
 int run_train(const Arguments& arguments) {
   const Communicator world = Communicator::everyone();
   const RunConfig config = read_agreed_run(world, arguments.positional.at(0), arguments.set);   // 1. one run, all mistakes at once
@@ -42,7 +24,7 @@ int run_train(const Arguments& arguments) {
   log::info(line);
   Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds(), nccl::abort_all);   // 2. nobody waits for the dead
   Mesh mesh(Grid(config.parallel, world_size()));                                                        // 3. lay out the ranks
-  const int code = run_or_abort(config, mesh, watchdog);                                 // 4. build, restore or upcycle, train
+  const int code = or_abort_nccl([&] { return run_training(config, mesh, watchdog); });                  // 4. build, restore or upcycle, train
   world.barrier();
   end_within(60, kExitFault);   // all are here; yet one may die while MPI shuts down
   return code;

@@ -70,6 +70,11 @@ IndexedDataset::IndexedDataset(const std::string& prefix)
   tokens_ = static_cast<int64_t>(data_.bytes().size()) / item_bytes_;
 }
 
+const char* IndexedDataset::dtype() const noexcept {
+  static const char* const kNames[] = {"", "uint8", "int8", "int16", "int32", "int64", "", "", "uint16"};
+  return kNames[code_];
+}
+
 const std::byte* IndexedDataset::field(int64_t begin, int64_t item, int64_t bytes) const noexcept {
   return index_.bytes().data() + kHeaderBytes + begin + item * bytes;
 }

@@ -19,6 +19,8 @@ class IndexedDataset {
   int64_t documents() const noexcept { return documents_; }
   int64_t tokens() const noexcept { return tokens_; }
   const std::string& prefix() const noexcept { return prefix_; }
+  /// "int32": how a token is stored.
+  const char* dtype() const noexcept;
 
   /// Tokens in `document`; 0 is possible. Precondition: 0 <= document < documents().
   int64_t length(int64_t document) const noexcept;

@@ -34,9 +34,10 @@ std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tens
 
 }  // namespace
 
-Attention::Attention(Weights& weights, const Mesh& mesh, const std::string& prefix)
+Attention::Attention(Weights& weights, const Mesh& mesh, int64_t layer, const std::string& prefix)
     : tensor_(mesh.along(Axis::tensor)),
       context_(mesh.along(Axis::context)),
+      layer_(layer),
       head_dim_(weights.architecture().head_dim),
       eps_(weights.architecture().rms_eps),
       qkv_(weights.add(shares_heads(weights, mesh) ? names(prefix, {"q"}) : names(prefix, {"q", "k", "v"}))),
@@ -68,7 +69,8 @@ Tensor Attention::forward(const Tensor& x_TW, const Positions& positions, Remade
   };
   const Tensor q_BSHD = rotated(0, q_width_, q_norm_), k_BSGD = rotated(q_width_, kv_width_, k_norm_);
   const Tensor v_BSGD = heads(qkv, q_width_ + kv_width_, kv_width_);
-  const auto [k_BPGD, v_BPGD] = whole_sequence(context_, k_BSGD, v_BSGD, remade);
+  const auto [k_BPGD, v_BPGD] = positions.before ? positions.before->with(layer_, k_BSGD, v_BSGD)
+                                                 : whole_sequence(context_, k_BSGD, v_BSGD, remade);
   const Tensor out_BSHD = attention(q_BSHD, k_BPGD, v_BPGD, positions.segments).out_BSHD;
   const auto flat = [shape = Shape{batch * length, q_width_}](const Tensor& out) { return out.reshape(shape); };
   const Tensor out_NH = flat(out_BSHD);

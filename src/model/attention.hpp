@@ -13,13 +13,14 @@ namespace upcycle {
 /// fewer key/value heads than tensor ranks, neighbours hold the same one.
 class Attention {
  public:
-  Attention(Weights&, const Mesh&, const std::string& prefix);
+  Attention(Weights&, const Mesh&, int64_t layer, const std::string& prefix);
   /// **Collective** over the tensor and context groups. x [T, W] -> [T, W]. Adds what it can make again to `remade`, from x on.
   Tensor forward(const Tensor& x_TW, const Positions& positions, Remade& remade);
 
  private:
   const Communicator& tensor_;
   const Communicator& context_;
+  int64_t layer_;
   int64_t head_dim_;
   double eps_;
   Parameter& qkv_;              ///< q alone where there is a kv_

@@ -45,7 +45,7 @@ Block::Block(Weights& weights, const Mesh& mesh, int64_t layer, const ModelSetti
       eps_(weights.architecture().rms_eps),
       recompute_(settings.recompute),
       attention_norm_(weights.add({prefix_of(layer) + "input_layernorm.weight"})),
-      attention_(weights, mesh, prefix_of(layer) + "self_attn."),
+      attention_(weights, mesh, layer, prefix_of(layer) + "self_attn."),
       feed_forward_norm_(weights.add({prefix_of(layer) + "post_attention_layernorm.weight"})) {
   const std::string prefix = prefix_of(layer) + "mlp.";
   if (weights.architecture().is_moe_layer(layer)) {

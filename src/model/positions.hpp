@@ -1,4 +1,5 @@
 #pragma once
+#include "model/key_values.hpp"
 #include "ops/rope.hpp"
 #include "ops/segments.hpp"
 #include "parallel/zigzag.hpp"
@@ -13,6 +14,7 @@ struct Positions {
   int64_t sequences = 0;   ///< B
   RotaryTable rotary;      ///< of the positions of one sequence that are held here
   Segments segments;       ///< which keys of the whole sequences the queries held here see
+  KeyValues* before = nullptr;   ///< the keys and values of the positions in front, to which those of these rows are added
 };
 
 /// What the queries at the positions `held` of a sequence see: all up to themselves, or only from `starts`[i] on, the first position

@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <stdexcept>
+
 #include "model/vocabulary.hpp"
 #include "ops/linear.hpp"
 #include "ops/rms_norm.hpp"
@@ -39,6 +41,17 @@ Positions Stage::positions(int64_t sequences, int64_t held, const Tensor& starts
   }
   // Positions count from the beginning of the sample also inside packed documents: rotary attention sees only their differences.
   return {sequences, rotary_, segments_of(sequences, length, zigzag(length, ranks, rank), starts_BS, device)};
+}
+
+Positions Stage::positions_after(KeyValues& before, int64_t sequences, int64_t held) {
+  if (context_.size() > 1) throw std::logic_error("keys and values of earlier positions are kept where sequences are whole");
+  const at::Device device = weights_.all().front().parameter.value.device();
+  const int64_t room = before.room(), begin = before.length(), end = begin + held;
+  if (!rotary_.cos_SD.defined() || rotary_.cos_SD.size(0) != room || rotary_.cos_SD.device() != device) {
+    rotary_ = rotary_table(room, architecture().head_dim, architecture().rope_theta, device);
+  }
+  const RotaryTable mine = {rotary_.cos_SD.narrow(0, begin, held), rotary_.sin_SD.narrow(0, begin, held)};
+  return {sequences, mine, segments_of(sequences, end, {{begin, end}}, {}, device), &before};
 }
 
 Tensor Stage::embed(const Tensor& tokens_BS) { return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_); }

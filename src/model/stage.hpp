@@ -16,6 +16,9 @@ class Stage {
   /// Where the rows of `sequences` sequences stand, of each of which this context rank holds `held` positions. starts [B, S], on the
   /// host: where in its sequence the document of each of these begins (undefined: attention crosses the borders of documents).
   Positions positions(int64_t sequences, int64_t held, const Tensor& starts_BS = {});
+  /// The same of `held` further positions of `sequences` sequences whose keys and values so far are in `before`, and which pass through
+  /// the layers next. For looking at: nothing is recorded, and no sequence is cut over context ranks (std::logic_error).
+  Positions positions_after(KeyValues& before, int64_t sequences, int64_t held);
   /// **Collective** over the tensor group, as all that follow. int64 ids [B, S] -> [T, W], in the compute dtype.
   Tensor embed(const Tensor& tokens_BS);
   /// Through the layers of `chunk` (see Layout), which is one of this stage's.
@@ -47,7 +50,7 @@ class Stage {
   Parameter* final_norm_ = nullptr;
   Parameter* head_ = nullptr;     ///< the embedding itself where the model is tied
   int64_t first_token_ = 0;       ///< embedding and head hold the rows of this token and the following
-  RotaryTable rotary_;            ///< of the positions that positions() was last asked for
+  RotaryTable rotary_;            ///< of the positions that positions() was last asked for, or of all that a KeyValues has room for
 };
 
 }  // namespace upcycle

@@ -1,5 +1,6 @@
 #include "model/weights.hpp"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <stdexcept>
@@ -75,6 +76,13 @@ void Weights::allocate(at::ScalarType compute, at::Device device, int64_t zero) 
       if (!borrowed) weight.parameter.main_grad = view(bucket.gradients);
     }
     bucket.masters = masters;
+  }
+}
+
+void Weights::allocate_for_inference(at::ScalarType compute, at::Device device) {
+  for (Weight& weight : weights_) {
+    const at::ScalarType dtype = weight.spec().always_fp32() ? at::kFloat : compute;
+    weight.parameter.value = at::empty(weight.shape, at::TensorOptions().dtype(dtype).device(device));
   }
 }
 

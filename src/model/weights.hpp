@@ -41,6 +41,9 @@ class Weights {
   /// the gradients, which come then: 6 bytes a parameter, and never more than training takes.
   void allocate(at::ScalarType compute, at::Device device, int64_t zero = 0);
 
+  /// Values alone, as allocate() makes them, of undefined content: for models that are looked at and never trained.
+  void allocate_for_inference(at::ScalarType compute, at::Device device);
+
   /// From here on each rank keeps the masters of its own elements only, and gradients are zero. Called by the optimizer; once.
   void start_training();
 

@@ -12,10 +12,10 @@
 namespace upcycle {
 namespace {
 
-// The kernel wants rows of whole 16 bytes and knows bf16; everything else goes expert by expert.
+// The kernel wants rows of whole 16 bytes, and some, and knows bf16; everything else goes expert by expert.
 bool kernel_takes(const Tensor& x, const Parameter& weight) {
   const int64_t lanes = 16 / x.element_size();
-  return x.is_cuda() && x.scalar_type() == at::kBFloat16 && weight.value.size(1) % lanes == 0 &&
+  return x.is_cuda() && x.size(0) > 0 && x.scalar_type() == at::kBFloat16 && weight.value.size(1) % lanes == 0 &&
          weight.value.size(2) % lanes == 0;
 }
 

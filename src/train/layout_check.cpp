@@ -48,4 +48,12 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
   return check;
 }
 
+void refuse_what_does_not_divide(const RunConfig& run, const Architecture& architecture, int world) {
+  const std::vector<std::string> problems = check_layout(run, architecture, world).problems;
+  if (problems.empty()) return;
+  std::string lines;
+  for (const std::string& problem : problems) lines += "\n  " + problem;
+  fail("the run does not divide on ", world, " ranks:", lines);
+}
+
 }  // namespace upcycle

@@ -20,4 +20,7 @@ struct LayoutCheck {
 };
 LayoutCheck check_layout(const RunConfig&, const Architecture&, int world);
 
+/// Throws UserError with all of these problems.
+void refuse_what_does_not_divide(const RunConfig&, const Architecture&, int world);
+
 }  // namespace upcycle

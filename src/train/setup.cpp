@@ -34,14 +34,6 @@ Architecture source_architecture(const RunConfig& config, const std::optional<We
   return source->architecture();
 }
 
-void refuse_what_does_not_divide(const RunConfig& config, const Mesh& mesh, const Architecture& architecture) {
-  const std::vector<std::string> problems = check_layout(config, architecture, mesh.grid().world()).problems;
-  if (problems.empty()) return;
-  std::string lines;
-  for (const std::string& problem : problems) lines += "\n  " + problem;
-  fail("the run does not divide on ", mesh.grid().world(), " ranks:", lines);
-}
-
 // `checks`: one rank reads the tokens for all.
 void open_data(const RunConfig& config, Setup& setup, bool checks) {
   const int64_t vocab = setup.target.architecture.vocab, sequence = config.train.sequence;
@@ -52,12 +44,7 @@ void open_data(const RunConfig& config, Setup& setup, bool checks) {
   if (const std::string problem = too_many_passes(config, *setup.train); !problem.empty()) fail(problem);
   if (checks) setup.train->check(vocab);
   if (config.validate.every == 0) return;
-  if (config.data.validation.empty()) {
-    setup.validation.emplace(config.data.train, config.data.split, Split::validation, sequence, vocab, seed, borders);
-  } else {
-    setup.validation.emplace(config.data.validation, std::array<int64_t, 3>{0, 1, 0}, Split::validation, sequence, vocab, seed,
-                             borders);
-  }
+  setup.validation.emplace(open_validation(config, vocab));
   if (checks) setup.validation->check(vocab);
 }
 
@@ -214,6 +201,12 @@ void refuse_other_model(const RunConfig& config, const CheckpointReader& resume,
 
 }  // namespace
 
+Sampler open_validation(const RunConfig& config, int64_t vocab) {
+  const bool own = !config.data.validation.empty();
+  return {own ? config.data.validation : config.data.train, own ? std::array<int64_t, 3>{0, 1, 0} : config.data.split, Split::validation,
+          config.train.sequence, vocab, static_cast<uint64_t>(config.run.seed), config.data.documents};
+}
+
 at::ScalarType compute_dtype(Precision precision) { return precision == Precision::bf16 ? at::kBFloat16 : at::kFloat; }
 
 ReadDense reader_of(const Setup& setup) {
@@ -254,7 +247,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
     }
     if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
   }
-  refuse_what_does_not_divide(config, mesh, setup.target.architecture);
+  refuse_what_does_not_divide(config, setup.target.architecture, mesh.grid().world());
   open_data(config, setup, mesh.world().rank() == 0);
   const CheckpointBytes bytes = checkpoint_bytes(setup.target.architecture, compute_dtype(config.train.precision));
   const uint64_t first = config.upcycle.optimizer == Moments::reset ? bytes.step_zero : bytes.full;

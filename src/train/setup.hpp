@@ -33,6 +33,9 @@ ReadDense reader_of(const Setup& setup);
 /// but for the token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError.
 Setup prepare_run(const RunConfig&, const Mesh&);
 
+/// The validation stream of a run: data.validation, or the second share of data.train. Throws UserError like Sampler's constructor.
+Sampler open_validation(const RunConfig&, int64_t vocab);
+
 /// The compute dtype of a precision.
 at::ScalarType compute_dtype(Precision);
 

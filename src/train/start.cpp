@@ -16,13 +16,14 @@ void fill_masters(Weights& weights, const Fill& fill, const std::function<void()
   size_t done = 0;
   for (Weight& weight : weights.all()) {
     for (const Part& part : weight.parts) {
-      Tensor master = part.of(weight.parameter.master);
-      if (master.is_cuda()) {
+      const Parameter& parameter = weight.parameter;
+      Tensor target = part.of(parameter.master.defined() ? parameter.master : parameter.value);
+      if (target.is_cuda() || target.scalar_type() != at::kFloat) {
         const Tensor host = at::empty(part.box.size, at::kFloat);
         fill(part.spec, part.box, host);
-        master.copy_(host);
+        target.copy_(host);
       } else {
-        fill(part.spec, part.box, master);
+        fill(part.spec, part.box, target);
       }
     }
     ++done;

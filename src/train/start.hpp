@@ -13,8 +13,8 @@ namespace upcycle {
 /// Fills `target` (CPU, fp32, box.size) with `box` of parameter `spec`.
 using Fill = std::function<void(const ParameterSpec& spec, const Box& box, Tensor target)>;
 
-/// Calls `fill` for every part of every master of this rank, then publishes masters into values. `alive` is called after each
-/// weight: a large model takes longer than a watchdog waits.
+/// Calls `fill` for every part of every master of this rank, then publishes masters into values; of weights allocated for inference, for
+/// every value. `alive` is called after each weight: a large model takes longer than a watchdog waits.
 void fill_masters(Weights&, const Fill& fill, const std::function<void()>& alive = [] {});
 
 /// **Collective** over `world`. Fills recipe.clusters where the recipe asks for them: of each mixture layer, found by one rank and told to

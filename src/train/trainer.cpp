@@ -21,12 +21,15 @@ enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy, kEntropies };   /
 
 }  // namespace
 
-Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
-    : config_(config), mesh_(mesh), stage_(stage), optimizer_(optimizer), sampler_(train), replicas_(stage.weights(), mesh), balance_(config, mesh, stage),
+ForwardPass::ForwardPass(const RunConfig& config, const Mesh& mesh, Stage& stage)
+    : config_(config), mesh_(mesh), stage_(stage),
       pipeline_(mesh.along(Axis::pipeline), stage.weights().layout(),
                 [this] { return stage_.room(config_.train.micro_batch * config_.train.sequence / mesh_.grid().size(Axis::context)); }) {
   micro_batches_ = config.train.global_batch / config.train.micro_batch / mesh.grid().size(Axis::data);
 }
+
+Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
+    : ForwardPass(config, mesh, stage), optimizer_(optimizer), sampler_(train), replicas_(stage.weights(), mesh), balance_(config, mesh, stage) {}
 
 PendingReport Trainer::step() {
   optimizer_.zero_gradients();
@@ -66,7 +69,7 @@ Tensor Trainer::accumulate_gradients(int64_t learned) {
   return mesh_.here()[Axis::tensor] == 0 ? loss : at::zeros_like(loss);   // all tensor ranks know it; it counts once
 }
 
-double Trainer::validate(const Sampler& sampler, int64_t batches) {
+double ForwardPass::validate(const Sampler& sampler, int64_t batches) {
   loaded_.clear();
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
   const int64_t sequences = batches * config_.train.global_batch;
@@ -79,7 +82,7 @@ double Trainer::validate(const Sampler& sampler, int64_t batches) {
   return loss.item<double>() / static_cast<double>(sampler.learned(0, sequences));   // 0 / 0 is not a number: there is no mean
 }
 
-Tensor Trainer::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context) {
+Tensor ForwardPass::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context) {
   const MicroBatch here = micro_batch(sampler, first_sample);
   const Batch& batch = here.batch;
   const Tensor y_TW = stage_.blocks(chunk == 0 ? stage_.embed(batch.tokens_BS) : x_TW, here.positions, context, chunk);
@@ -88,9 +91,9 @@ Tensor Trainer::forward(const Sampler& sampler, int64_t first_sample, int chunk,
   return batch.learn_BS.defined() ? loss_N.masked_fill(batch.learn_BS.reshape({-1}).logical_not(), 0.0) : loss_N;
 }
 
-bool Trainer::is_last(int chunk) const { return chunk == stage_.weights().layout().chunks() - 1; }
+bool ForwardPass::is_last(int chunk) const { return chunk == stage_.weights().layout().chunks() - 1; }
 
-Trainer::MicroBatch Trainer::micro_batch(const Sampler& sampler, int64_t first_sample) {
+ForwardPass::MicroBatch ForwardPass::micro_batch(const Sampler& sampler, int64_t first_sample) {
   auto found = loaded_.find(first_sample);
   if (found == loaded_.end()) {
     const Batch batch = of_context_rank(sampler.batch(first_sample, config_.train.micro_batch), mesh_.grid().size(Axis::context),

@@ -48,23 +48,17 @@ struct StepReport : ExpertLoad {
 };
 StepReport read(const PendingReport&);
 
-/// The training step: the page everyone reads.
-class Trainer {
+/// A model's way through the samples of a stream: what training and validation share. Needs values, no gradients.
+class ForwardPass {
  public:
-  /// **Collective.** The referenced objects outlive the trainer.
-  Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train);
+  /// The referenced objects outlive this one.
+  ForwardPass(const RunConfig&, const Mesh&, Stage&);
 
-  /// **Collective.** One update on global_batch sequences. Of a step in which no token is learned the cross entropy has no gradient:
-  /// weights move by what balance losses, weight decay and AdamW's moments say.
-  PendingReport step();
   /// **Collective.** Mean cross entropy per learned token over the first `batches` global batches of `sampler`, not a number where
   /// there is none; no graph, no statistics.
   double validate(const Sampler& sampler, int64_t batches);
 
-  TrainingState& state() noexcept { return state_; }
-  Balance& balance() noexcept { return balance_; }
-
- private:
+ protected:
   /// A micro-batch on this rank's device, of each sequence what the rank holds.
   struct MicroBatch {
     Batch batch;
@@ -72,8 +66,6 @@ class Trainer {
     int64_t chunks_left;   ///< of this stage's, that have not computed it
   };
 
-  /// `learned`: labels of the step's global batch.
-  Tensor accumulate_gradients(int64_t learned);
   /// The micro-batch that begins with `first_sample` through one chunk of the model: token rows, or, after the last chunk, the losses of
   /// the tokens, 0 where a label is not learned.
   Tensor forward(const Sampler&, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext&);
@@ -84,14 +76,33 @@ class Trainer {
   const RunConfig& config_;
   const Mesh& mesh_;
   Stage& stage_;
+  Pipeline pipeline_;
+  int64_t micro_batches_;          ///< of one rank in a step
+  std::map<int64_t, MicroBatch> loaded_;   ///< those on their way through this stage's chunks, by their first sample
+};
+
+/// The training step: the page everyone reads.
+class Trainer : public ForwardPass {
+ public:
+  /// **Collective.** The referenced objects outlive the trainer.
+  Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train);
+
+  /// **Collective.** One update on global_batch sequences. Of a step in which no token is learned the cross entropy has no gradient:
+  /// weights move by what balance losses, weight decay and AdamW's moments say.
+  PendingReport step();
+
+  TrainingState& state() noexcept { return state_; }
+  Balance& balance() noexcept { return balance_; }
+
+ private:
+  /// `learned`: labels of the step's global batch.
+  Tensor accumulate_gradients(int64_t learned);
+
   Optimizer& optimizer_;
   const Sampler& sampler_;
   Replicas replicas_;
   TrainingState state_;
   Balance balance_;
-  Pipeline pipeline_;
-  int64_t micro_batches_;          ///< of one rank in a step
-  std::map<int64_t, MicroBatch> loaded_;   ///< those on their way through this stage's chunks, by their first sample
 };
 
 }  // namespace upcycle

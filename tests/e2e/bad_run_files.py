@@ -147,7 +147,7 @@ class RunFiles(Case):
 class CommandLines(Case):
     def test_mistakes(self):
         for arguments, message in (
-                ([], "a command is missing: plan, convert, train, sweep, export, inspect or verify"),
+                ([], "a command is missing: plan, convert, train, sweep, export, inspect, verify, sample or evaluate"),
                 (["trian", "run.toml"], "unknown command 'trian'; did you mean 'train'?"),
                 (["plan"], "RUN.toml is missing: upcycle plan RUN.toml"),
                 (["export", "runs/x"], "DIRECTORY is missing: upcycle export CHECKPOINT DIRECTORY"),
@@ -160,13 +160,18 @@ class CommandLines(Case):
                 (["plan", "run.toml", "--ranks", "0"], "--ranks 0: a positive integer is expected"),
                 (["plan", "run.toml", "--gpu-memory", "much"], "--gpu-memory: 'much' is no size: say 5GB, 500MB or 2GiB"),
                 (["plan", "run.toml", "--ranks", "2x"], "--ranks 2x: a positive integer is expected"),
+                (["sample", "x", "--top-p", "0"], "--top-p 0: a number above 0 and up to 1 is expected"),
+                (["sample", "x", "--set", "a.b=c"], "unknown option '--set'"),
+                (["train", "run.toml", "--tokenizer", "x"], "unknown option '--tokenizer'"),
+                (["evaluate", "run.toml", "--batches", "few"], "--batches few: a positive integer is expected"),
+                (["inspect", "nothing"], "nothing: neither the directory of a checkpoint or a run, nor token files (no nothing.idx)"),
                 (["plan", "run.toml", "--log-level", "loud"], "unknown log level 'loud'"),
                 (["--verison"], "unknown option '--verison'; did you mean '--version'?")):
             with self.subTest(arguments=arguments):
                 self.refused(*arguments, says=[message])
 
     def test_help_has_an_example_for_each_command(self):
-        for command in ("plan", "convert", "train", "export", "inspect", "verify"):
+        for command in ("plan", "convert", "train", "export", "inspect", "verify", "sample", "evaluate"):
             result = self.run_program(command, "--help")
             self.assertEqual(result.returncode, 0)
             self.assertRegex(result.stdout, rf"Example\n  (mpirun -n \d+ )?upcycle {command} ")

@@ -52,3 +52,9 @@ set_tests_properties(ranks.layouts.2 ranks.layouts.4 ranks.layouts.8 PROPERTIES 
 if(DEFINED ENV{UPCYCLE_ALL_LAYOUTS})
   set_tests_properties(ranks.layouts.2 ranks.layouts.4 ranks.layouts.8 PROPERTIES TIMEOUT 3600)
 endif()
+
+# Text from a model whose experts are spread; what one rank says is what the others are held against.
+ranks_test(generate RANKS 1 2 4 LINK train)
+target_compile_definitions(ranks_generate PRIVATE UPCYCLE_REFERENCE_DIR="${CMAKE_BINARY_DIR}/generate")
+set_tests_properties(ranks.generate.1 PROPERTIES FIXTURES_SETUP generate_reference)
+set_tests_properties(ranks.generate.2 ranks.generate.4 PROPERTIES FIXTURES_REQUIRED generate_reference)
