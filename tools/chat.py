@@ -56,7 +56,8 @@ class Template:
                 raise UserError(f'{where}: "tools" is text that is not JSON: {error}') from None
         documents = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or message.get("weight") == 0:  # OpenAI's way to keep an answer from being learned
+            # Weight 0 is OpenAI's way to keep an answer from being learned; a greeting that opens a chat answers nothing.
+            if message["role"] != "assistant" or message.get("weight") == 0 or i == 0:
                 continue
             whole = self.render(messages[:i + 1], tools, where)
             answer = (self._begin(messages[:i + 1], tools, whole, where), self._end(whole))
@@ -65,7 +66,7 @@ class Template:
             else:
                 documents.append((whole, [answer]))
         if not documents:
-            raise UserError(f"{where}: no message is an answer to learn (role assistant, weight not 0); leave the conversation out")
+            raise UserError(f"{where}: no message is an answer to learn (role assistant, not the first message, weight not 0); leave the conversation out")
         return documents
 
     def _begin(self, messages, tools, whole, where):

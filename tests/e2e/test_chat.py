@@ -211,7 +211,7 @@ class Chat(unittest.TestCase):
         self.check(tokenizer, [pieces])
 
     def test_other_ways_to_write_a_chat(self):
-        """ShareGPT's names, parts of text, an answer of weight 0, an end-of-document token, a template in a file, Parquet."""
+        """ShareGPT's names, parts of text, an answer of weight 0, a greeting, an end-of-document token, a template in a file, Parquet."""
         import pyarrow
         import pyarrow.parquet
         tokenizer = make.qwen(self.folder / "qwen")
@@ -224,9 +224,12 @@ class Chat(unittest.TestCase):
                 {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
                               {"role": "assistant", "content": "there"}, {"role": "user", "content": "left out"}]},
                 {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "no", "weight": 0},
-                              {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "there"}]}]
+                              {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "there"}]},
+                {"messages": messages([("assistant", "I am well."), *CHAT[:2]])}]
+        greeted = [("<|im_start|>assistant\nI am well.<|im_end|>\n<|im_start|>user\n" + CHAT[0][1] + "<|im_end|>\n"
+                    "<|im_start|>assistant\n", False), (CHAT[1][1] + "<|im_end|>", True), ("\n", False)]
         self.preprocess(tokenizer, rows, *template)
-        self.check(tokenizer, [*wanted * 2, skipped])
+        self.check(tokenizer, [*wanted * 2, skipped, greeted])
         for path in self.folder.glob("out.*"):
             path.unlink()
         self.preprocess(tokenizer, rows[:2], *template, "--eod", "<|endoftext|>")
