@@ -66,7 +66,8 @@ class Template:
             else:
                 documents.append((whole, [answer]))
         if not documents:
-            raise UserError(f"{where}: no message is an answer to learn (role assistant, not the first message, weight not 0); leave the conversation out")
+            raise UserError(f"{where}: no message is an answer to learn (role assistant, not the first message, weight not 0); leave the "
+                            "conversation out")
         return documents
 
     def _begin(self, messages, tools, whole, where):
@@ -115,7 +116,7 @@ def normalised(row, where):
     for number, message in enumerate(row[key], 1):
         here = f"{where}: message {number}"
         if not isinstance(message, dict):
-            raise UserError(f"{here} is a {type(message).__name__}, not an object with role and content")
+            raise UserError(f"{here} is of type {type(message).__name__}, not an object with role and content")
         message = {name: value for name, value in message.items() if value is not None}
         role = message.pop("role", None) or message.pop("from", None)
         if not isinstance(role, str) or role not in ROLES:
@@ -127,7 +128,7 @@ def normalised(row, where):
         if content is None and message.get("tool_calls"):
             content = ""
         if not isinstance(content, str):
-            kind = "no content" if content is None else f"a {type(content).__name__} as content"
+            kind = "no content" if content is None else f"content of type {type(content).__name__}"
             raise UserError(f"{here} ({role}) has {kind}; text is wanted, or a list of parts of type text")
         messages.append({"role": ROLES[role], "content": content, **message})
     return messages

@@ -203,15 +203,18 @@ def read_lines(one, shard, columns, split_on, progress):
 
 
 def json_row(line, place):
+    text = decode(line, place)
     try:
-        row = json.loads(decode(line, place))
+        row = json.loads(text)
     except json.JSONDecodeError as error:
         array = ": one object a line is wanted, not an array over many (jq -c '.[]' makes it so)" if line.lstrip()[:1] == b"[" else ""
         raise UserError(f"{place} is not JSON{array}: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{place} can't be read as JSON: {error}") from None
     except RecursionError:
         raise UserError(f"{place}: the JSON is nested too deeply") from None
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a {type(row).__name__}, but an object with keys is wanted, one on each line")
+        raise UserError(f"{place} is of type {type(row).__name__}; an object with keys is wanted, one on each line")
     return row
 
 

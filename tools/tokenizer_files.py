@@ -7,13 +7,16 @@ from user_error import UserError
 
 
 def read_json(path):
-    """{} when there is no such file."""
+    """The object in a JSON file; {} when there is no such file."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a value of type {type(content).__name__}, not an object with keys")
+    return content
 
 
 def end_token(folder, tokenizer, given):

@@ -232,6 +232,22 @@ class Interruptions(Base):
         self.assertRegex(said, r"\n[3-9]\d* of \d+ shards are in \S+out.parts already\n")
         self.assertEqual(self.bytes_of(), whole)
 
+    def test_worker_killed(self):
+        """As the kernel does where memory is short."""
+        whole = self.uninterrupted()
+        process = subprocess.Popen(self.command(*self.options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not list((self.folder / "out.parts").glob("*[0-9a-f].json")):
+            self.assertIsNone(process.poll())
+            time.sleep(0.005)
+        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+        os.kill(int(worker), 9)
+        said, errors = process.communicate()
+        self.assertEqual(process.returncode, 2, errors)
+        self.assertIn("tools/preprocess: a worker was killed, perhaps for lack of memory", errors)
+        self.assertIn("kept in", said)
+        self.run_tool(*self.options, says="already")
+        self.assertEqual(self.bytes_of(), whole)
+
     def test_killed_between_the_names_of_the_result(self):
         """<prefix>.bin has its name, <prefix>.idx and the report have not: no other run's, so it is made again."""
         whole = self.uninterrupted()
@@ -353,8 +369,9 @@ class Refusals(Base):
             ("blank.jsonl", "\n \n", "there is nothing to write"),
             ("json.jsonl", good + '{"text": "a"\n', "json.jsonl, line 3 is not JSON: Expecting ',' delimiter at column"),
             ("array.jsonl", '[\n{"text": "a"}\n]\n', "array.jsonl, line 1 is not JSON: one object a line is wanted"),
-            ("number.jsonl", good + "3\n", "number.jsonl, line 3: a int, but an object"),
+            ("number.jsonl", good + "3\n", "number.jsonl, line 3 is of type int; an object"),
             ("deep.jsonl", '{"text": ' + "[" * 100_000 + "\n", "deep.jsonl, line 1: the JSON is nested too deeply"),
+            ("digits.jsonl", good + '{"text": "a", "n": ' + "9" * 5000 + "}\n", "digits.jsonl, line 3 can't be read as JSON"),
             ("key.jsonl", good + '{"body": "a", "id": 3}\n', "key.jsonl, line 3: no key \"text\"; it has 'body', 'id': choose one by --key"),
             ("null.jsonl", good + '{"text": null}\n', 'null.jsonl, line 3: "text" is null, not text'),
             ("list.jsonl", good + '{"text": ["a"]}\n', 'list.jsonl, line 3: "text" is list, not text'),
@@ -407,6 +424,8 @@ class Refusals(Base):
         self.run_tool("a.jsonl", code=2, says="name the token that ends a document by --eod TOKEN")
         settings.write_text('{"eos_token": "</s>"}')
         self.run_tool("a.jsonl", code=2, says="is '</s>', which is no token of")
+        settings.write_text("[]")
+        self.run_tool("a.jsonl", code=2, says="tokenizer_config.json holds a value of type list")
         settings.write_text("{")
         self.run_tool("a.jsonl", code=2, says="tokenizer_config.json is not JSON")
         self.run_tool("a.jsonl", tokenizer=self.folder, code=2, says=f"{self.folder}/tokenizer.json: no such file")
