@@ -417,6 +417,7 @@ class Refusals(Base):
         self.run_tool("a.jsonl", "--model", self.folder / "bad", code=2, says="config.json has no vocab_size")
         config.write_text(f'{{"vocab_size": {largest + 1}}}')
         self.run_tool("a.jsonl", "--model", config, output="fits")
+        self.run_tool("a.jsonl", "--split-on", "", code=2, says="--split-on is for plain text, and none of the inputs is")
         self.run_tool("a.jsonl", "--eod", "<end>", code=2, says="--eod is '<end>', which is no token of")
         settings = self.tokenizer / "tokenizer_config.json"
         settings.write_text("{}")
@@ -434,6 +435,7 @@ class Refusals(Base):
         for output in ("out.bin", "out.idx"):
             self.run_tool("a.jsonl", output=output, code=2, says="the name without .bin and .idx is wanted")
         self.run_tool("a.jsonl", "--workers", 0, code=2, says="--workers 0: at least 1")
+        self.run_tool("a.jsonl", "--chat", "--key", "text", code=2, says="--key and --split-on are for texts")
         self.run_tool("a.jsonl", "--template-args", "{}", "--template", "x", code=2, says="are for --chat")
         self.assertEqual([path.name for path in self.folder.glob("out*")], [])
 
