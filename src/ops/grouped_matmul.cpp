@@ -2,7 +2,6 @@
 
 #include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <functional>
 
@@ -30,8 +29,7 @@ Tensor multiply(const Tensor& x, const Tensor& matrices, const Tensor& end_E, bo
   if (kernel) return at::_grouped_mm(x, matrices, end_E);
   Tensor y = at::empty({x.size(0), matrices.size(2)}, x.options());
   for_each_expert(end_E, [&](int64_t expert, int64_t begin, int64_t rows) {
-    Tensor part = y.narrow(0, begin, rows);
-    if (rows > 0) at::mm_out(part, x.narrow(0, begin, rows), matrices[expert]);
+    if (rows > 0) matrix_product_into(y.narrow(0, begin, rows), x.narrow(0, begin, rows), matrices[expert]);
   });
   return y;
 }
