@@ -71,6 +71,15 @@ Architecture source_architecture(const RunConfig& run, std::string& where) {
   return given;
 }
 
+/// Moments that are to be carried over must be there, where the source is.
+void refuse_lacking_moments(const RunConfig& run) {
+  if (run.upcycle.optimizer == Moments::reset || !fs::exists(run.source.model)) return;
+  const auto checkpoint = newest_checkpoint(run.source.model);
+  if (checkpoint && read_manifest(*checkpoint).files.contains(kFirstMomentsFile)) return;
+  fail("upcycle.optimizer: source.model = ", run.source.model, " has no moments to carry over: name a checkpoint that training wrote, not step 0 ",
+       "and not a Hugging Face directory, or leave the key out (\"reset\")");
+}
+
 /// "1.21e+11" is no size for people: "121.3 GB".
 std::string gigabytes(int64_t bytes) {
   char out[32];
@@ -115,6 +124,7 @@ void plan_data(Plan& plan) {
 Plan make_plan(const RunConfig& run, std::optional<int> ranks, std::optional<int64_t> gpu_memory) {
   Plan plan{.run = run, .has_weights = !run.source.all().empty(), .not_built = not_built(run)};
   const Architecture source = source_architecture(run, plan.source);
+  refuse_lacking_moments(run);
   plan.target = choose_target(run, source, plan.has_weights);
   if (run.source.models.size() > 1 && !plan.target.recipe) {
     fail("source.models names ", run.source.models.size(), " models, which become experts of one: say how many in moe.experts, or name one model");

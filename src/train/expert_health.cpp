@@ -1,16 +1,12 @@
 // N experts, e one of them, L of them on this rank; C copies, G shards of a copy; R rows and W columns of a piece of a matrix
 #include "train/expert_health.hpp"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "base/autograd.hpp"
-#include "base/error.hpp"
-#include "base/log.hpp"
-#include "train/dense_source.hpp"
 
 namespace upcycle {
 namespace {
@@ -49,7 +45,7 @@ enum Squares { kOwn, kDense, kDifference, kKinds };
 /// ||expert||^2, ||d||^2, ||expert - d||^2, this rank's parts: fp64 [layers, N, kKinds] on the CPU, zero where others have it.
 class Distances {
  public:
-  Distances(const Recipe* recipe, const ReadDense* read) : recipe_(read ? recipe : nullptr), read_(read) {}
+  Distances(const Recipe* recipe, const ReadDense* read) : recipe_(recipe), read_(read) {}
 
   void add(const Matrix& m, Tensor& squares_NK) {
     const Box& box = m.part.box;
@@ -58,7 +54,7 @@ class Distances {
       in_pieces(m, 1, [&](int64_t first, int64_t rows) {
         const Tensor value_RW = m.value_LRW[i].narrow(0, first, rows);
         here_K[kOwn].add_(square_of(value_RW));
-        if (!recipe_ || !trouble_.empty()) return;
+        if (!wanted() || !trouble_.empty()) return;
         try {
           const Box piece{{box.begin[0] + i, box.begin[1] + first, box.begin[2]}, {1, rows, box.size[2]}};
           const Tensor dense_1RW = dense_slice(m.part.spec, piece, *recipe_, *read_);
@@ -72,7 +68,7 @@ class Distances {
     }
   }
 
-  bool wanted() const { return recipe_ != nullptr; }
+  bool wanted() const { return recipe_ && read_; }
   const std::string& trouble() const { return trouble_; }
 
  private:
@@ -82,20 +78,19 @@ class Distances {
 };
 
 /// The groups of experts over whose pairs means are taken: each shard's copies, and each copy's shards. Without a recipe, or where
-/// there is one shard a copy, one group: all. Of what grew out of a mixture, each of the source's experts is a "shard", its copies side by side.
+/// there is one shard a copy, one group: all. Of a mixture that grew out of a smaller one the source's experts are the shards.
 struct Groups {
   int64_t copies, shards;
-  bool side_by_side = false;
-  int64_t sums() const { return shards + (shards > 1 ? copies : 0); }
+  bool side_by_side = false;   ///< the copies of a shard are neighbours; else the shards of a copy
   int64_t shard(int64_t e) const { return side_by_side ? e / copies : e % shards; }
   int64_t copy(int64_t e) const { return side_by_side ? e % copies : e / shards; }
-  Tensor by_copy(const Tensor& of_expert_N) const {   // [C, G]
-    return side_by_side ? of_expert_N.view({shards, copies}).t() : of_expert_N.view({copies, shards});
-  }
+  int64_t sums() const { return shards + (shards > 1 ? copies : 0); }
+  Tensor by_copy(const Tensor& x_N) const { return side_by_side ? x_N.view({shards, copies}).t() : x_N.view({copies, shards}); }
 };
 
-Groups groups_of(const Recipe& recipe) {
-  return {recipe.copies, recipe.moe.experts / recipe.copies, recipe.of_mixture()};
+Groups groups_of(const Recipe* recipe, int64_t experts) {
+  if (!recipe) return {experts, 1};
+  return {recipe->copies, experts / recipe->copies, recipe->of_mixture()};
 }
 
 /// |sum of unit vectors|^2 of each group, and, last, of all experts; what this rank adds to the sum over its stage's expert_tensor ranks.
@@ -170,7 +165,7 @@ ExpertHealth look_at_experts(const Weights& weights, const Mesh& mesh, const Rec
   }
 
   // 2. Sums of unit vectors, over all experts of a layer.
-  const Groups groups = recipe ? groups_of(*recipe) : Groups{architecture.experts, 1};
+  const Groups groups = groups_of(recipe, architecture.experts);
   const Tensor norm_YN = squares_YNK.select(2, kOwn).sqrt().contiguous();
   Tensor squared_YS = at::zeros({count, groups.sums() + 1}, at::kDouble);
   for (const Matrix& matrix : matrices) {
@@ -190,55 +185,6 @@ ExpertHealth look_at_experts(const Weights& weights, const Mesh& mesh, const Rec
     health.distance.assign(distance_N.const_data_ptr<double>(), distance_N.const_data_ptr<double>() + distance_N.numel());
   }
   return out;
-}
-
-std::optional<Origin> find_origin(const nlohmann::json& provenance, const std::string& clusters, const Architecture& architecture) {
-  if (!provenance.is_object() || !provenance.contains("recipe") || !provenance["source"].is_object()) return std::nullopt;
-  const nlohmann::json& source = provenance["source"];
-  try {
-    const nlohmann::json models = source.contains("models") ? source["models"] : nlohmann::json::array({source});
-    const Recipe recipe = recipe_from_json(provenance["recipe"], architecture, clusters);
-    if (architecture_from_hf(models.at(0).at("config"), "the provenance's source").experts != recipe.source.experts) {
-      // The run began with a mixture as it is, and keeps the recipe of the run that grew it.
-      return find_origin(source.value("provenance", nlohmann::json()), clusters, architecture);
-    }
-    Origin origin{recipe, {}, {}};
-    for (const nlohmann::json& model : models) {
-      origin.sources.push_back(model.at("path").get<std::string>());
-      origin.files.push_back(model.at("files"));
-    }
-    return origin;
-  } catch (const nlohmann::json::exception& error) {
-    fail("the provenance of this run is damaged: ", error.what());
-  }
-}
-
-ExpertWatch::ExpertWatch(const Weights& weights, const Mesh& mesh, const nlohmann::json& provenance, const std::string& clusters)
-    : weights_(weights), mesh_(mesh), origin_(find_origin(provenance, clusters, weights.architecture())) {}
-
-std::vector<LayerHealth> ExpertWatch::look(const std::function<void()>& alive) {
-  if (!origin_) return look_at_experts(weights_, mesh_, nullptr, nullptr, alive).layers;
-  // Opened anew each time: files that were replaced since are noticed, and none are mapped while the model trains.
-  std::vector<std::optional<WeightSource>> open(origin_->sources.size());
-  std::vector<ReadDense::One> each;
-  for (size_t i = 0; i < open.size(); ++i) {
-    each.emplace_back([&, i](const std::string& name, const Box& box) {
-      if (!open[i]) {
-        open[i].emplace(origin_->sources[i]);
-        if (open[i]->provenance()["files"] != origin_->files[i]) {
-          fail(origin_->sources[i].string(), ": these are not the files of step 0 any more");
-        }
-      }
-      return open[i]->read(name, box);
-    });
-  }
-  const ReadDense read(std::move(each));
-  ExpertHealth out = look_at_experts(weights_, mesh_, &origin_->recipe, &read, alive);
-  if (!out.trouble.empty() && !told_ && mesh_.world().rank() == 0) {
-    log::warning("the experts' distance to the dense model is left out of metrics.jsonl: " + out.trouble);
-    told_ = true;
-  }
-  return std::move(out.layers);
 }
 
 }  // namespace upcycle

@@ -1,9 +1,7 @@
 #pragma once
-#include <filesystem>
 #include <functional>
 #include <limits>
-#include <nlohmann/json.hpp>
-#include <optional>
+#include <string>
 #include <vector>
 
 #include "model/weights.hpp"
@@ -17,7 +15,7 @@ namespace upcycle {
 struct LayerHealth {
   int64_t layer = 0;
   double cosine = kUnknown;           ///< mean over all pairs of experts
-  double cosine_between = kUnknown;   ///< mean over the pairs of the same shard of different copies
+  double cosine_between = kUnknown;   ///< mean over the pairs of the same shard (or the same expert of a source) of different copies
   double cosine_inside = kUnknown;    ///< mean over the pairs of different shards of one copy
   std::vector<double> distance;       ///< of each expert: ||expert - d|| / ||d||, d its dense slice times the recipe's factor in the run's
                                       ///< precision; empty: not known
@@ -31,7 +29,7 @@ struct ExpertHealth {
 
 /// **Collective** over the world. Of the values that the model computes with, of every layer with experts, the same on all ranks and,
 /// to rounding, on any layout. `recipe`: says what is a copy and where each expert came from; null: unknown. `read`: reads the dense
-/// model; empty: no distances. Where it throws on some rank, nobody gets distances. No rank sees another's expert: unit vectors are
+/// model, or the models or the mixture that it grew out of; null: no distances. Where it throws on some rank, nobody gets distances. No rank sees another's expert: unit vectors are
 /// summed over groups of experts, piece by piece (|sum u|^2 = n + n (n - 1) mean cosine). Takes some 100 MB on the way, and reads
 /// the dense slice of each expert once. `alive` is called after each weight.
 ExpertHealth look_at_experts(const Weights&, const Mesh&, const Recipe* recipe, const ReadDense* read,
@@ -39,31 +37,5 @@ ExpertHealth look_at_experts(const Weights&, const Mesh&, const Recipe* recipe, 
 
 /// Elements that are looked at in one piece: of an expert, or of the sums of all groups together. Lowered by tests.
 inline int64_t health_piece_elements = int64_t{1} << 22;
-
-/// Where the experts of a run came from, by the provenance that its checkpoints carry.
-struct Origin {
-  Recipe recipe;
-  std::vector<std::filesystem::path> sources;   ///< the model, or several, that the recipe speaks of
-  std::vector<nlohmann::json> files;            ///< of each source, with their sizes
-};
-/// Empty: no recipe is known. `clusters`: the content of kClustersFile, "" where there is none. Throws UserError when the provenance is
-/// damaged.
-std::optional<Origin> find_origin(const nlohmann::json& provenance, const std::string& clusters, const Architecture& architecture);
-
-/// Looks at the experts of a run again and again. The dense model may be moved away while the run goes on: then distances are left
-/// out, and the log says so, once.
-class ExpertWatch {
- public:
-  /// The referenced objects outlive this one.
-  ExpertWatch(const Weights&, const Mesh&, const nlohmann::json& provenance, const std::string& clusters);
-  /// **Collective** over the world. As look_at_experts.
-  std::vector<LayerHealth> look(const std::function<void()>& alive);
-
- private:
-  const Weights& weights_;
-  const Mesh& mesh_;
-  std::optional<Origin> origin_;
-  bool told_ = false;
-};
 
 }  // namespace upcycle

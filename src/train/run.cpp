@@ -12,7 +12,7 @@
 #include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
 #include "train/certify.hpp"
-#include "train/expert_health.hpp"
+#include "train/expert_watch.hpp"
 #include "train/memory_plan.hpp"
 #include "train/metrics.hpp"
 #include "train/run_directory.hpp"
@@ -114,8 +114,7 @@ class Run {
                     {flops_per_token(setup_.target.architecture, config_.train.sequence),
                      device.is_cuda() ? peak_flops(device::name(device)) * mesh_.world().size() : 0.0},
                     state);
-    const auto clusters = setup_.record.texts.find(kClustersFile);
-    ExpertWatch experts(stage_.weights(), mesh_, setup_.record.provenance, clusters == setup_.record.texts.end() ? "" : clusters->second);
+    ExpertWatch experts(stage_.weights(), mesh_, setup_.record);
     const int64_t looks_every = setup_.target.architecture.is_moe() ? config_.log.experts_every : 0;
     const auto look = [&] {
       metrics.experts(state.step, state.position, experts.look([&] { alive(state.step, "looking at the experts"); }));

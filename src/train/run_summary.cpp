@@ -79,9 +79,9 @@ std::string of_health(const RunHistory::Experts& last) {
     if (std::isfinite(value)) out += (out.empty() ? "" : ", ") + format(pattern, value);
   };
   tell(last.cosine_between, "cosine %.4f between copies");
-  tell(last.cosine_inside, "cosine %.4f inside them");
+  tell(last.cosine_inside, "%.4f inside them");
   if (out.empty()) tell(last.cosine, "cosine %.4f between experts");
-  tell(last.distance, "%.4f from the dense model");
+  tell(last.distance, "%.4f from their source");
   return out;
 }
 
@@ -109,7 +109,7 @@ std::string summarize(const RunHistory& history, const RunEnd& end) {
       row("gradient norm", format("%.3g to %.3g, median %.3g", *least, *most, median(norms)));
     }
     if (end.experts > 0 && !steps.empty()) row("experts", of_experts(steps.back(), end.experts));
-    if (!history.experts().empty()) row("their weights", of_health(history.experts().back()));
+    if (!history.experts().empty()) row("expert weights", of_health(history.experts().back()));
     row("peak memory", text(binary(end.memory.peak), " of ", binary(end.memory.device), " on the fullest rank; planned in tensors: ",
                             binary(end.memory.planned)));
   }

@@ -239,9 +239,10 @@ class Plans(Case):
         plan = json.loads(self.run_program("plan", "next.toml", "--json").stdout)
         self.assertEqual(plan["architecture"]["num_experts"], 4)
         self.assertEqual(plan["exactness"], "unchanged")
+        self.refused("plan", "next.toml", "--set", "moe.experts=4", "moe.top_k=1", says=["a mixture of 4 experts, top-2, but [moe] asks for experts = 4"])
         self.refused("plan", "next.toml", "--set", "moe.experts=8", says=["needs moe.top_k = 4: the source takes 2 of its 4 experts"])
-        self.assertEqual(json.loads(self.run_program("plan", "next.toml", "--set", "moe.experts=8", "moe.top_k=4", "--json").stdout)["exactness"], "exact")
-        self.refused("plan", "next.toml", "--set", "moe.experts=6", says=["moe.experts = 6", "a mixture of 4 experts"])
+        larger = json.loads(self.run_program("plan", "next.toml", "--json", "--set", "moe.experts=8", "moe.top_k=4").stdout)
+        self.assertEqual((larger["architecture"]["num_experts"], larger["exactness"]), (8, "exact"))
 
     def test_the_resolved_run_is_a_run_file(self):
         self.store("run.toml", GOOD + "[moe]\nexperts = 4\n")

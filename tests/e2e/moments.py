@@ -87,8 +87,12 @@ class Moments(TrainCase):
         carry = '[upcycle]\noptimizer = "copy"\n'
         path, _ = self.run_file("hf", MOE + carry)
         self.refused("train", path, words=['upcycle.optimizer = "copy"', "Hugging Face directory", "no optimizer state"])
+        self.refused("plan", path, words=["upcycle.optimizer", "no moments to carry over"])
         path, _ = self.run_file("zero", MOE + carry, source=f'model = "{checkpoint(self.dense, 0)}"')
         self.refused("train", path, words=["step-00000000 is a checkpoint without moments", "later step"], ranks=2)
+        self.refused("plan", path, words=["upcycle.optimizer", "no moments to carry over"])
+        path, _ = self.run_file("there", MOE + carry, source=f'model = "{self.dense}"')
+        self.assertIn("moments copied", self.upcycle("plan", path))
         path, _ = self.run_file("random", MOE + carry, source=f'architecture = "{self.source / "config.json"}"')
         self.refused("train", path, words=["carries the moments", "source.model"])
         path, _ = self.run_file("word", MOE + '[upcycle]\noptimizer = "scale"\n')

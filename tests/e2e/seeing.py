@@ -198,7 +198,7 @@ class Experts(TrainCase):
 
         shutil.move(self.source, self.root / "moved")
         said = self.upcycle("train", path, ranks=2)
-        self.assertEqual(said.count("the experts' distance to the dense model is left out of metrics.jsonl"), 1, said)
+        self.assertEqual(said.count("the experts' distance to their source is left out of metrics.jsonl"), 1, said)
         self.assertIn(str(self.source), said)
         looks = lines_of(following, "experts")
         self.assertEqual([row["step"] for row in looks], [0, 2, 4, 6])
@@ -231,7 +231,7 @@ class Summary(TrainCase):
         norms = [step["grad_norm"] for step in steps]
         self.assertTrue(rows["gradient norm"].startswith(f"{min(norms):.3g} to {max(norms):.3g}, median "))
         self.assertIn(f"fullest / mean {steps[-1]['load_max_over_mean']:.2f}", rows["experts"])
-        self.assertIn(f"{np.mean(lines_of(run, 'experts')[-1]['cosine_between']):.4f} between copies", rows["their weights"])
+        self.assertIn(f"{np.mean(lines_of(run, 'experts')[-1]['cosine_between']):.4f} between copies", rows["expert weights"])
         self.assertRegex(rows["peak memory"], r"planned in tensors: \d+ MiB")
         self.assertEqual(rows["checkpoint"], str(tiny_run.checkpoint(run, 12)))
         self.assertIn(f"upcycle export {run} DIRECTORY", said)

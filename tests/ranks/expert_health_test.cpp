@@ -36,14 +36,16 @@ Architecture dense_model() {
   return a;
 }
 
-/// A dense model that no file holds; in bf16, as stored.
-ReadDense dense_reader(const Architecture& dense) {
-  return [dense](const std::string& name, const Box& box) {
+/// A model that no file holds; in bf16, as stored.
+ReadDense::One one_reader(const Architecture& model, uint64_t seed = 5) {
+  return [model, seed](const std::string& name, const Box& box) {
     const Tensor x = at::empty(box.size, at::kFloat);
-    initialise(find(catalogue(dense), name), box, dense, 5, x);
+    initialise(find(catalogue(model), name), box, model, seed, x);
     return x.to(at::kBFloat16);
   };
 }
+
+ReadDense dense_reader(const Architecture& dense) { return ReadDense(one_reader(dense)); }
 
 /// The freshly grown weights of this rank; `change(spec, expert, values)` changes those of one expert before they are rounded.
 using Change = std::function<void(const ParameterSpec& spec, int64_t expert, Tensor values)>;
@@ -84,7 +86,8 @@ std::vector<LayerHealth> brute_force(Weights& weights, const Mesh& mesh, const R
   std::vector<LayerHealth> out;
   const Architecture& architecture = weights.architecture();
   const std::vector<ParameterSpec> all = catalogue(architecture);
-  const int64_t N = architecture.experts, G = recipe ? recipe->granularity : 1;
+  // Side by side lie the shards of a copy, or the copies of a source's expert.
+  const int64_t N = architecture.experts, G = !recipe ? 1 : recipe->of_mixture() ? recipe->copies : recipe->granularity;
   for (int64_t layer = 0; layer < architecture.layers; ++layer) {
     if (!architecture.is_moe_layer(layer)) continue;
     std::vector<Tensor> own(static_cast<size_t>(N)), dense(own);
@@ -110,7 +113,8 @@ std::vector<LayerHealth> brute_force(Weights& weights, const Mesh& mesh, const R
       for (int64_t b = 0; b < a; ++b) {
         const Tensor &x = own[static_cast<size_t>(a)], &y = own[static_cast<size_t>(b)];
         const double cosine = at::dot(x, y).item<double>() / (x.norm().item<double>() * y.norm().item<double>());
-        const int kind = a / G == b / G ? 2 : a % G == b % G ? 1 : 0;
+        const bool same_block = a / G == b / G, same_place = a % G == b % G;
+        const int kind = (recipe && recipe->of_mixture() ? same_place : same_block) ? 2 : same_block || same_place ? 1 : 0;
         sum[0] += cosine, ++pairs[0];
         if (kind) sum[kind] += cosine, ++pairs[kind];
       }
@@ -221,15 +225,50 @@ TEST(ExpertHealth, PlantedChangesGiveTheRightNumbers) {
   health_piece_elements = int64_t{1} << 22;
 }
 
+TEST(ExpertHealth, OtherWaysToGrow) {
+  ParallelSection parallel;
+  parallel.expert = world_size();
+  struct Way {
+    const char* name;
+    Architecture source;
+    RunConfig run;
+    ReadDense read;
+  };
+  Architecture mixture = dense_model();
+  mixture.experts = 4, mixture.top_k = 2, mixture.expert_ffn = 24;
+  std::vector<Way> ways{{"hidden units in any order", dense_model(), run_of(8, 2, parallel, Precision::bf16), dense_reader(dense_model())},
+                        {"two sources", dense_model(), run_of(8, 2, parallel, Precision::fp32), ReadDense({one_reader(dense_model(), 5), one_reader(dense_model(), 6)})},
+                        {"out of a mixture", mixture, run_of(12, 1, parallel, Precision::bf16), dense_reader(mixture)}};
+  ways[0].run.upcycle.permutation = UnitOrder::random;
+  ways[1].run.source.models = {"a", "b"};
+  ways[2].run.moe.layers_text = "all", ways[2].run.moe.top_k = 6;
+  for (const Way& way : ways) {
+    SCOPED_TRACE(way.name);
+    const Recipe recipe = make_recipe(way.source, way.run);
+    Grown grown(way.run, recipe, way.read);
+    const auto [health, trouble] = look_at_experts(grown.stage.weights(), grown.mesh, &recipe, &way.read);
+    EXPECT_EQ(trouble, "");
+    std::vector<LayerHealth> wanted = brute_force(grown.stage.weights(), grown.mesh, &recipe, nullptr, at::kFloat);
+    for (LayerHealth& layer : wanted) layer.distance.assign(static_cast<size_t>(recipe.moe.experts), 0.0);   // of each to its own source
+    expect_same(health, wanted);
+    if (recipe.of_mixture()) {
+      EXPECT_NEAR(health[0].cosine_between, 1.0, kBound);
+      EXPECT_LT(health[0].cosine_inside, 0.1);
+    } else {
+      EXPECT_LT(health[0].cosine_between, 0.6);
+    }
+  }
+}
+
 TEST(ExpertHealth, InTrainingWithDividedMasters) {
   TinyModel model = tiny_models(4)[2];
   ASSERT_TRUE(model.name.starts_with("granular"));
   Recipe recipe;
+  recipe.source = dense_form(model.architecture);
   recipe.moe = model.architecture;
   recipe.granularity = 4, recipe.copies = 4, recipe.up_factor = 2, recipe.down_factor = 2;
   Architecture dense = dense_model();
   dense.ffn = 64;
-  recipe.source = dense;
   const ReadDense read = dense_reader(dense);
   RunConfig run = model.run;
   run.train.precision = Precision::bf16;
@@ -254,10 +293,10 @@ TEST(ExpertHealth, AZeroExpertAndASourceThatIsGone) {
   const RunConfig run = run_of(8, 2, parallel, Precision::fp32);
   const Recipe recipe = make_recipe(dense, run);
   Grown grown(run, recipe, read, [](const ParameterSpec&, int64_t e, Tensor values) { if (e == 3) values.zero_(); });
-  const ReadDense gone = [&](const std::string& name, const Box& box) -> Tensor {
+  const ReadDense gone([&](const std::string& name, const Box& box) -> Tensor {
     if (world_rank() == world_size() - 1) fail("the disk of the last rank is gone");
     return read(name, box);
-  };
+  });
   const auto [health, trouble] = look_at_experts(grown.stage.weights(), grown.mesh, &recipe, &gone);
   EXPECT_EQ(trouble, "the disk of the last rank is gone");
   ASSERT_EQ(health.size(), 3u);

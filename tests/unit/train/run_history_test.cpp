@@ -123,7 +123,7 @@ TEST(RunSummary, TellsTheRunOverAllItsStarts) {
             "  validation     6.0000 at step 0 -> 4.7500 at step 3, best 4.5000 at step 2\n"
             "  gradient norm  0.333 to 1, median 0.5\n"
             "  experts        fullest / mean 1.25, 1 dead, router entropy 1.50 of at most 2.08 nats\n"
-            "  their weights  cosine 0.9000 between copies, 0.3000 from the dense model\n"
+            "  expert weights cosine 0.9000 between copies, 0.3000 from their source\n"
             "  peak memory    3.00 GiB of 80.00 GiB on the fullest rank; planned in tensors: 700 MiB\n"
             "  checkpoint     runs/eight/checkpoints/step-00000003\n"
             "  next           upcycle export runs/eight DIRECTORY      for transformers and vLLM\n"
