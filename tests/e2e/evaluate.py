@@ -112,7 +112,7 @@ class Evaluate(TrainCase):
         self.refused("evaluate", run_file, "--set", "moe.experts=16", words=["belongs to another run: moe.experts: 8 there, 16 here"])
         self.refused("evaluate", run_file, "--data", self.root / "absent", words=["absent.idx: no such file"])
         self.refused("evaluate", run_file, "--batches", "0", words=["--batches 0: a positive integer is expected"])
-        self.refused("evaluate", run_file, "--set", "train.micro_batch=3", words=["train.global_batch = 8 is not a multiple"])
+        self.refused("evaluate", run_file, "--set", "train.micro_batch=3", words=["train.micro_batch = 3 does not divide train.global_batch = 8"])
         self.refused("evaluate", run_file, "--set", "parallel.expert=3", ranks=3, words=["the run does not divide on 3 ranks"])
         shutil.rmtree(self.source)
         self.refused("evaluate", run_file, words=["not a directory"])

@@ -161,6 +161,20 @@ class Sample(unittest.TestCase):
         self.assertEqual(len(said["prompt_tokens"]) + len(said["samples"][0]["tokens"]), POSITIONS)
         self.assertEqual(said["samples"][0]["ended_by"], "positions")
 
+    def test_an_installed_program_takes_the_script_beside_it(self):
+        prefix = self.root / "prefix"
+        for folder in ("bin", "libexec/upcycle"):
+            (prefix / folder).mkdir(parents=True)
+        shutil.copy(UPCYCLE, prefix / "bin")
+        arguments = [prefix / "bin/upcycle", "sample", self.dense, "--prompt", "x", "--device", "cpu", "--tokens", "1"]
+        for script, code, word in ((None, 0, "x"), ("print('{\"error\": \"the one beside it\"}')", 2, "upcycle: the one beside it"),
+                                   ("import sys; sys.exit('no way')", 2, "libexec/upcycle/tokens " + str(self.dense) + " ended (exit code 1):\nno way")):
+            if script:
+                (prefix / "libexec/upcycle/tokens").write_text(script)
+            result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+            self.assertEqual(result.returncode, code, result.stderr)
+            self.assertIn(word, result.stdout + result.stderr)
+
     def test_refusals(self):
         bare, large, bad = self.root / "bare", self.root / "large", self.root / "bad"
         for directory in (bare, large, bad):
