@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny_run
-from tiny_run import MOE, MPIRUN, VOCAB, TrainCase, make_dense, write_tokens
+from tiny_run import MOE, MPIRUN, VOCAB, TrainCase, make_dense, write_mask, write_tokens
 
 
 class Agreement(TrainCase):
@@ -71,6 +71,9 @@ class Agreement(TrainCase):
         on = [["-wdir", self.root / place, "--", "train", path] for place in "ab"]
         self.disagree(*on, words=["rank 1: ", "data.train, text.bin: 164 bytes, digest ", " on rank 0, 164 bytes, digest "])
         shutil.copy(self.root / "a/text.bin", self.root / "b/text.bin")
+        write_mask(self.root / "a/text", [np.ones(41)])
+        self.disagree(*on, words=["data.train, text.mask.bin: 41 bytes, digest ", "can't be read on rank 1"])
+        write_mask(self.root / "b/text", [np.ones(41)])
         tensors = tiny_run.dense_tensors()
         tensors["model.norm.weight"][7] += 1
         make_dense(self.root / "b/model", tensors)

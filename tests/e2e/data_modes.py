@@ -3,26 +3,14 @@
 Usage: data_modes.py UPCYCLE [unittest arguments]"""
 import json
 import os
-import struct
 import sys
 import unittest
-from pathlib import Path
 
 import numpy as np
 import tiny_run
-from tiny_run import MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, steps_of, write_tokens
+from tiny_run import MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, steps_of, write_mask, write_tokens
 
 STEADY = '[optimizer]\nschedule = "constant"\nlr = 1e-3\n'
-
-
-def write_mask(prefix, masks, code=1, dtype=np.uint8):
-    """Megatron's .mask.bin/.mask.idx beside the tokens, one byte each."""
-    lengths = np.array([len(mask) for mask in masks], np.int32)
-    size = np.dtype(dtype).itemsize
-    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) * size
-    Path(f"{prefix}.mask.bin").write_bytes(np.concatenate(masks).astype(dtype).tobytes())
-    Path(f"{prefix}.mask.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(masks), len(masks) + 1) + lengths.tobytes() +
-                                           offsets.tobytes() + np.arange(len(masks) + 1, dtype=np.int64).tobytes())
 
 
 def conversations(number, seed=5):
@@ -70,7 +58,7 @@ class FineTuning(DataCase):
         self.assertGreater(len(set(learned)), 3)
         self.assertTrue(all(8 * SEQUENCE * 0.25 < n < 8 * SEQUENCE for n in learned), learned)   # a quarter of the samples is plain
 
-        # A fresh start is bit for bit the same, on the same layout.
+        # Stopped and resumed on the same layout: bit for bit the same.
         path, stopped = self.run_file("stopped", MOE + self.VALIDATED, data=self.DATA)
         self.upcycle("train", path, "--set", "train.steps=4")
         self.upcycle("train", path, "--set", "train.steps=9")
@@ -114,7 +102,7 @@ class FineTuning(DataCase):
         self.refused_mask(f"chat.mask.idx: document 33 has {len(longer[33])} tokens, but {len(self.tokens[33])} in chat.idx", ranks=2)
         write_mask(chat, self.masks[:-1])
         self.refused_mask("chat.mask.idx: 79 documents, but 80 in chat.idx; document 79 is the first that the mask lacks")
-        write_mask(chat, self.masks, code=4, dtype=np.int32)
+        write_tokens(f"{chat}.mask", self.masks)   # of int32
         self.refused_mask("chat.mask.idx: dtype code 4, but a mask has one uint8")
         masks = [mask.copy() for mask in self.masks]
         masks[20][4] = 7

@@ -45,13 +45,18 @@ def make_dense(directory, tensors=None, **config):
     return directory
 
 
-def write_tokens(prefix, documents, magic=b"MMIDIDX\0\0", version=1):
-    """Megatron's .bin/.idx of int32 tokens."""
+def write_tokens(prefix, documents, magic=b"MMIDIDX\0\0", version=1, code=4, dtype=np.int32):
+    """Megatron's .bin/.idx of int32 tokens, or of what `code` and `dtype` say."""
     lengths = np.array([len(document) for document in documents], np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) * 4
-    Path(f"{prefix}.bin").write_bytes(np.concatenate(documents).astype(np.int32).tobytes())
-    Path(f"{prefix}.idx").write_bytes(magic + struct.pack("<QBQQ", version, 4, len(documents), len(documents) + 1) + lengths.tobytes() +
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) * np.dtype(dtype).itemsize
+    Path(f"{prefix}.bin").write_bytes(np.concatenate(documents).astype(dtype).tobytes())
+    Path(f"{prefix}.idx").write_bytes(magic + struct.pack("<QBQQ", version, code, len(documents), len(documents) + 1) + lengths.tobytes() +
                                       offsets.tobytes() + np.arange(len(documents) + 1, dtype=np.int64).tobytes())
+
+
+def write_mask(prefix, masks):
+    """The loss mask beside the tokens: a byte for each."""
+    write_tokens(f"{prefix}.mask", masks, code=1, dtype=np.uint8)
 
 
 def steps_of(run):
