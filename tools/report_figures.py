@@ -1,4 +1,4 @@
-"""The figures of tools/report. An arm has one look in all of them; the dense control is dashed black; bands are one standard deviation of the seeds."""
+"""The figures of tools/report. An arm looks alike in all of them; the dense control is dashed black."""
 import math
 
 import matplotlib.pyplot as plt
@@ -18,7 +18,8 @@ CONTROL = {"color": "black", "linestyle": (0, (4, 2)), "marker": "X"}
 
 
 def looks_of(sweeps):
-    """Arm's name -> colour, line, marker. Arms that differ in one number only, such as experts, are a family: one hue from light to dark."""
+    """(arm's name -> colour, line, marker; families). Arms that differ in one number only, such as experts, are a family: of one
+    hue, from light to dark."""
     arms = sorted((arm for arm in sweeps.arms if not arm.control), key=lambda arm: [run.name for run in arm.runs])
     families, ramp = {}, ramp_key(sweeps, arms)
     for arm in arms:
@@ -70,31 +71,32 @@ def draw(axes, curves, looks, x_name, y_name, markers=True):
     divisor, unit = scale(max((x[-1] for x, _, _ in curves.values()), default=1))
     for arm, (x, y, sd) in reversed(curves.items()):  # the best on top
         look = looks[arm.name]
-        shown = {"marker": look["marker"], "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.1} if markers and len(x) <= 40 else {}
-        if len(x) == 1:
-            shown = {"marker": look["marker"], "markersize": 4.2}
-        axes.plot(x / divisor, y, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, zorder=4 if arm.control else 3, **shown)
+        shown = {"marker": look["marker"], "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.1}
+        axes.plot(x / divisor, y, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, zorder=4 if arm.control else 3,
+                  **(shown if (markers and len(x) <= 40) or len(x) == 1 else {}))
         if sd is not None:
             axes.fill_between(x / divisor, y - sd, y + sd, color=look["color"], alpha=0.16, linewidth=0)
     plots.dress(axes, x_name + unit, y_name)
     axes.margins(x=0.02)
 
 
-def legend(figure, arms, looks, title):
-    handles = [Line2D([], [], color=looks[arm.name]["color"], linestyle=looks[arm.name]["linestyle"], marker=looks[arm.name]["marker"],
-                      markerfacecolor="white", markersize=5, linewidth=1.8, label=plots_short(arm.label)) for arm in arms]
-    figure.legend(handles=handles, title=title, frameon=False, loc="outside right upper", fontsize=9, title_fontsize=9, alignment="left",
-                  ncols=1 + len(handles) // 27, labelspacing=0.55, handlelength=2.6)
+def legend(figure, arms, looks):
+    def name_of(arm):
+        return short(arm.label) + ("" if arm.finished else f" (step {max(run.step for run in arm.runs)})")
+
+    handles = [Line2D([], [], **looks[arm.name], markerfacecolor="white", markersize=5, linewidth=1.8, label=name_of(arm)) for arm in arms]
+    figure.legend(handles=handles, title="best first", frameon=False, loc="outside right upper", fontsize=9, title_fontsize=9,
+                  alignment="left", ncols=1 + len(handles) // 27, labelspacing=0.55, handlelength=2.6)
 
 
-def plots_short(label, most=30):
+def short(label, most=30):
     return label if len(label) <= most else label[:most - 1] + "…"
 
 
-def two(arms, looks, title="best first"):
+def two(arms, looks):
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, wspace=0.03)
-    legend(figure, arms, looks, title)
+    legend(figure, arms, looks)
     return figure, panels
 
 
@@ -128,30 +130,33 @@ def against_control(sweeps, looks):
                 lines.append([(x, y - bar) for x, y, bar in both if y is not None and bar is not None])
             if curve := mean_curve(lines):
                 curves[arm] = curve
-        draw(axes, curves, looks, name, "difference to the dense control (nats)")
+        draw(axes, curves, looks, name, "difference to the dense control (nats)", markers=points is Run.points)
         axes.axhline(0, color=CONTROL["color"], linestyle=CONTROL["linestyle"], linewidth=1.5, zorder=2)
     return figure
 
 
 def size_and_speed(sweeps, looks, families):
     """Left: what parameters buy. Right: what they cost in speed."""
-    arms = [arm for arm in sweeps.arms if arm.values(Run.final)]
+    arms = [arm for arm in sweeps.arms if arm.finished and arm.values(Run.final)]
     fast = [arm for arm in sweeps.arms if any(run.log.steps for run in arm.counted)]
     if not fast:
         return None
+    arms = arms or [arm for arm in sweeps.arms if arm.values(Run.final)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.6, 1.2 + 0.27 * len(fast))), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, wspace=0.04)
     final = {arm.name: mean_sd(arm.values(Run.final)) for arm in arms}
     for members in families:
         known = [arm for arm in members if arm.name in final and arm.runs[0].parameters]
         known.sort(key=lambda arm: arm.runs[0].parameters)
-        left.plot([arm.runs[0].parameters for arm in known], [final[arm.name][0] for arm in known], color="0.7", linewidth=1.1, zorder=1)
+        left.plot([arm.runs[0].parameters for arm in known], [final[arm.name][0] for arm in known], color="0.7", linewidth=1.1,
+                  zorder=1)
     for arm in arms:
         look, (mean, sd) = looks[arm.name], final[arm.name]
         if arm.control:
             left.axhline(mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.5)
         if arm.runs[0].parameters:
-            left.errorbar(arm.runs[0].parameters, mean, yerr=sd, color=look["color"], marker=look["marker"], markersize=6.5, capsize=2.5, linestyle="none")
+            left.errorbar(arm.runs[0].parameters, mean, yerr=sd, color=look["color"], marker=look["marker"], markersize=6.5,
+                          capsize=2.5, linestyle="none")
     sizes = [arm.runs[0].parameters for arm in arms if arm.runs[0].parameters]
     if sizes and max(sizes) > 1.5 * min(sizes):
         left.set_xscale("log")
@@ -163,18 +168,19 @@ def size_and_speed(sweeps, looks, families):
         left.set_xlim(min(sizes) / 1.15, max(sizes) * (max(sizes) / min(sizes)) ** 0.22)  # room for the last name
     left.xaxis.set_major_formatter(EngFormatter(sep=" "))
     plots.dress(left, "total parameters", "final validation loss (nats per token)")
-    rates = [mean_sd(arm.values(lambda run: float(numpy.median(v)) if len(v := run.log.column("tokens_per_second")[1]) else None)) for arm in fast]
+    rates = [mean_sd(arm.values(Run.speed)) for arm in fast]
     places = range(len(fast))
     right.barh(places, [mean or 0 for mean, _ in rates], xerr=[sd or 0 for _, sd in rates], height=0.66,
                color=["0.55" if arm.control else looks[arm.name]["color"] for arm in fast], error_kw={"elinewidth": 1, "capsize": 2})
-    right.set_yticks(places, [plots_short(arm.label) for arm in fast], fontsize=9)
+    right.set_yticks(places, [short(arm.label) for arm in fast], fontsize=9)
     right.invert_yaxis()
     longest = max((mean or 0) + (sd or 0) for mean, sd in rates) or 1
     for place, (mean, sd) in zip(places, rates):
         if mean:
             right.text(mean + (sd or 0) + 0.012 * longest, place, EngFormatter(places=1, sep=" ")(mean), va="center", fontsize=8.5)
     right.set_xlim(0, 1.14 * longest)
-    name_points(figure, left, [(arm.runs[0].parameters, final[arm.name][0], plots_short(arm.label)) for arm in arms if arm.runs[0].parameters])
+    name_points(figure, left, [(arm.runs[0].parameters, final[arm.name][0], short(arm.label), -9 if arm.control else 4)
+                               for arm in arms if arm.runs[0].parameters])
     right.xaxis.set_major_formatter(EngFormatter(sep=" "))
     plots.dress(right, "tokens per second (median of the steps)", "")
     right.grid(axis="y", visible=False)
@@ -183,11 +189,11 @@ def size_and_speed(sweeps, looks, families):
 
 def name_points(figure, axes, points):
     """A name right of every point, moved up or down where names would lie on one another."""
-    figure.canvas.draw()  # places the axes
+    figure.draw_without_rendering()  # places the axes
     placed = []
-    for x, y, name in sorted(points, key=lambda point: -point[1]):
+    for x, y, name, above in sorted(points, key=lambda point: -point[1]):
         at = axes.transData.transform((x, y)) * 72 / figure.dpi  # points of the page
-        height = at[1] + 4
+        height = at[1] + above
         for other, theirs, length in placed:
             if abs(other - at[0]) < 5.2 * max(length, len(name)) + 6:
                 height = min(height, theirs - 10.5)
@@ -219,25 +225,23 @@ def training(sweeps, looks):
     curves = smooth_curves(sweeps.arms, "loss")
     if not curves:
         return None
-    figure, (left, right) = two(list(curves), looks)
-    draw(left, curves, looks, "tokens", "training loss, smoothed (nats per token)", markers=False)
     apart = {}
     for arm in (arm for arm in curves if sweeps.control and not arm.control):
         lines = []
         for run in arm.counted or arm.runs:
-            theirs = [dict(zip(*partner.log.column("loss"))) for partner in partners(run, sweeps.control)]
-            both = [(tokens, loss - numpy.mean([bar[tokens] for bar in theirs])) for tokens, loss in zip(*run.log.column("loss"))
-                    if theirs and all(tokens in bar for bar in theirs)]
-            if both:
-                tokens, values = numpy.array(both).T
-                lines.append(thin(tokens, plots.smooth(values)))
+            tokens, losses = run.log.column("loss")
+            for bars in [partner.log.column("loss") for partner in partners(run, sweeps.control)][:1]:
+                both, ours, theirs = numpy.intersect1d(tokens, bars[0], return_indices=True)
+                lines.append(thin(both, plots.smooth(losses[ours] - bars[1][theirs])) if len(both) else [])
         if curve := mean_curve(lines):
             apart[arm] = (*curve[:2], None)
+    figure, panels = plt.subplots(1, 1 + bool(apart), figsize=(WIDTH, 4.2), squeeze=False, layout="constrained")
+    legend(figure, list(curves), looks)
+    draw(panels[0, 0], curves, looks, "tokens", "training loss, smoothed (nats per token)", markers=False)
     if apart:
+        right = panels[0, 1]
         draw(right, apart, looks, "tokens", "difference to the dense control (nats)", markers=False)
         right.axhline(0, color=CONTROL["color"], linestyle=CONTROL["linestyle"], linewidth=1.5, zorder=2)
-    else:
-        right.set_axis_off()
     return figure
 
 
@@ -263,14 +267,24 @@ def figures(sweeps):
     band = band if any(len(arm.counted) > 1 for arm in sweeps.arms) else "One seed each: no spread is known."
     shades = " Arms of one hue differ in one number; darker is more." if families else ""
     drawn = {
-        "validation": (validation(sweeps, looks), f"Validation loss over the tokens seen (left) and the training FLOPs spent (right). {band}{shades}"),
-        "difference": (against_control(sweeps, looks), "The same, minus the dense control at equal tokens (left) and at equal training FLOPs (right); "
-                       f"below zero is better than dense. {band}"),
-        "size": (size_and_speed(sweeps, looks, families), "Final validation loss over all parameters (left) and speed (right); error bars are ± one "
-                 "standard deviation over the seeds."),
-        "training": (training(sweeps, looks), "Training loss, smoothed over a thirtieth of the run (left), and its difference to the dense control on "
-                     "the same batches where all arms see the same (right); means over seeds."),
-        "balance": (balance(sweeps, looks), "Load of the fullest expert over the mean, mean over layers (left; 1 is even), and experts that no token "
-                    "chose in a step, all layers together (right)."),
+        "validation": (validation(sweeps, looks),
+                       f"Validation loss over the tokens seen (left) and the training FLOPs spent (right). {band}{shades}"),
+        "difference": (against_control(sweeps, looks),
+                       "The same, minus the dense control at equal tokens (left) and at equal training FLOPs (right); below zero is "
+                       f"better than dense. Straight lines between validations. {band}"),
+        "size": (size_and_speed(sweeps, looks, families),
+                 "Final validation loss over all parameters (left) and speed (right); error bars are ± one standard deviation over "
+                 "the seeds."),
+        "training": (training(sweeps, looks),
+                     "Training loss, smoothed over a thirtieth of the run" +
+                     (" (left), and its difference to the dense control step by step (right)" if sweeps.control else "") +
+                     "; means over seeds."),
+        "balance": (balance(sweeps, looks),
+                    "Load of the fullest expert over the mean, mean over layers (left; 1 is even), and experts that no token chose in "
+                    "a step, all layers together (right)."),
     }
-    return {name: pair for name, pair in drawn.items() if pair[0] is not None}
+    drawn = {name: pair for name, pair in drawn.items() if pair[0] is not None}
+    for figure, _ in drawn.values():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not for every format again
+    return drawn

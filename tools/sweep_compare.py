@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from sweep_data import PER_RUN, STEPS, Arm, Mistake, Run, plots, read_sweep
 
-CLEAR = 2  # a difference counts when it is more than so many standard deviations of the seeds
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; after the last, 2.1 is near enough.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 UNSEEN = ("checkpoint.", "log.")  # sections that change no number
 
 
@@ -16,11 +17,15 @@ class Sweeps:
     """What the report tells of. Equal tokens and FLOPs: the most that all finished runs have reached; None where there is none."""
     directories: list
     facts: dict  # base, match, ranks, tokens_per_step, ...
-    arms: list  # by final loss, the best first; those without at the end
+    arms: list  # by final loss, the best first; then those that are not finished
     control: Arm | None
     equal_tokens: float | None
     equal_flops: float | None
     notes: list = field(default_factory=list)  # what is missing or odd
+
+    def bar_is_known(self):
+        """The control's final loss is there, to be beaten."""
+        return bool(self.control and self.control.finished and self.control.loss() is not None)
 
 
 def interpolate(points, x):
@@ -53,7 +58,7 @@ def partners(run, other):
 
 
 def difference(arm, other, value):
-    """(mean, sd, n) of an arm's runs minus their partners. Where a run has no partner of its own seed the other arm's spread counts too."""
+    """(mean, sd, n) of an arm's runs minus their partners; where a run has none of its own seed the other's spread counts too."""
     differences, paired = [], True
     for run in arm.counted:
         theirs = [number for partner in partners(run, other) if (number := value(partner)) is not None]
@@ -65,9 +70,15 @@ def difference(arm, other, value):
     return mean, math.hypot(sd, others) if sd is not None and not paired and others else sd, len(differences)
 
 
-def is_clear(mean, sd):
-    """Whether a difference is more than the seeds' spread; None: one seed does not tell."""
-    return None if sd is None else abs(mean) > CLEAR * sd
+def reach(sd, n):
+    """Half the 95 % confidence interval of a mean over n seeds; None: one seed does not tell."""
+    return None if sd is None or n < 2 else (STUDENT[n - 2] if n - 2 < len(STUDENT) else 2.1) * sd / math.sqrt(n)
+
+
+def is_clear(mean, sd, n):
+    """Whether a difference is more than the seeds' spread: zero is outside of the interval. None: one seed does not tell."""
+    half = reach(sd, n)
+    return None if half is None else abs(mean) > half
 
 
 def resolved(run):
@@ -88,7 +99,8 @@ def identity(content, runs):
     for run in (controls or runs)[:1]:
         out |= {"tokens per step": run.tokens_per_step, "control": "yes" if controls else "no"}
         if controls:
-            out |= {key: value for key, value in run.settings.items() if key not in PER_RUN and not key.startswith((*UNSEEN, "parallel."))}
+            out |= {key: value for key, value in run.settings.items()
+                    if key not in PER_RUN and not key.startswith((*UNSEEN, "parallel."))}
             out |= {"parameters of the control": run.parameters, "FLOPs per token of the control": run.flops_per_token}
         whole = resolved(run)
         sections = ("source.", "data.", "train.", "optimizer.", "validate.") if controls else ("source.", "data.", "validate.")
@@ -110,7 +122,8 @@ def key_of(run, match):
     """The same for the seeds of an arm."""
     hidden = PER_RUN + (STEPS if match != "tokens" else ())
     own = {} if run.control else run.settings
-    return json.dumps({key: value for key, value in own.items() if key not in hidden and not key.startswith(UNSEEN)}, sort_keys=True)
+    seen = {key: value for key, value in own.items() if key not in hidden and not key.startswith(UNSEEN)}
+    return json.dumps(seen, sort_keys=True)
 
 
 def without_copies(runs, notes):
@@ -125,7 +138,8 @@ def without_copies(runs, notes):
             if not any(other.log.validation == run.log.validation for other in unlike):
                 unlike.append(run)
         if len(unlike) > 1:
-            notes.append(f"{unlike[0].name} was run {len(unlike)} times, in " + ", ".join(str(run.sweep) for run in unlike) + ": each counts.")
+            where = ", ".join(str(run.sweep) for run in unlike)
+            notes.append(f"{unlike[0].name} was run {len(unlike)} times, in {where}: each counts.")
         kept += unlike
     return kept
 
@@ -144,7 +158,8 @@ def labels(arms, match):
             if key in arm.settings and (len(others) > 1 or arm.settings[key] != control.get(key)):
                 value = arm.settings[key]
                 value = value if isinstance(value, str) else json.dumps(value)
-                words.append(letters[key] + value if key in letters else value if key == "upcycle.scaling" else f"{key.split('.')[1]} {value}")
+                name = "" if key == "upcycle.scaling" else key.split(".")[-1] + " "
+                words.append(letters.get(key, name) + value)
         arm.label = "dense" if arm.control else " ".join(words) or arm.name
     twice = [arm.label for arm in arms]
     for arm in arms:
@@ -174,14 +189,17 @@ def compare(directories):
     basis = basis or [run for run in everyone if run.points() and run.points()[-1][0] > 0]
     ends = [run.points()[-1][0] for run in basis]
     flops = [run.flops_points()[-1][0] for run in basis if run.flops_per_token]
-    arms.sort(key=lambda arm: (mean_sd(arm.values(Run.final))[0] is None, mean_sd(arm.values(Run.final))[0] or 0))
-    constant = {key: value for key, value in arms[0].settings.items() if key not in PER_RUN and all(arm.settings.get(key) == value for arm in arms)}
+    arms.sort(key=lambda arm: (not arm.finished, arm.loss() is None, arm.loss() or 0))
+    constant = {key: value for key, value in arms[0].settings.items()
+                if key not in PER_RUN and all(arm.settings.get(key) == value for arm in arms)}
     facts = {"sweeps": list(dict.fromkeys(one["sweep"] for one, _ in read)), "base": content["base"], "match": match,
-             "ranks": sorted({one["ranks"] for one, _ in read}), "seeds": sorted({run.seed for run in everyone if run.seed is not None}),
+             "ranks": sorted({one["ranks"] for one, _ in read}),
+             "seeds": sorted({run.seed for run in everyone if run.seed is not None}),
              "tokens_per_step": sorted({run.tokens_per_step for run in everyone if run.tokens_per_step}), "constant": constant,
              "varying": varying, "machines": sorted({run.machine for run in everyone if run.machine})}
     control = next((arm for arm in arms if arm.control), None)
-    return Sweeps(directories, facts, arms, control, min(ends, default=None), min(flops, default=None), notes + missing(arms, control))
+    notes += missing(arms, control)
+    return Sweeps(directories, facts, arms, control, min(ends, default=None), min(flops, default=None), notes)
 
 
 def missing(arms, control):
@@ -192,13 +210,13 @@ def missing(arms, control):
         out.append("The dense control has no validation loss yet: no arm can be compared with it.")
     for arm in arms:
         for run in arm.runs:
-            name = arm.label + (f", seed {run.seed}" if run.seed is not None else "")
+            name = arm.label + (f", seed {run.seed}" if len(arm.runs) > 1 else "")
             if run.state != "done":
                 out.append(f"{name}: {run.progress()}{': ' + run.why if run.why else ''}.")
             if run.diverged():
                 out.append(f"{name}: its validation loss is not a number at step {max(run.log.validation)}; it has no final loss.")
             if run.unreadable:
-                out.append(f"{name}: {run.unreadable} lines of its metrics.jsonl can't be read and were left out.")
+                out.append(f"{name}: lines of its metrics.jsonl that can't be read were left out: {run.unreadable}.")
             if run.log.steps and not run.log.validation:
                 out.append(f"{name}: it has no validation loss (validate.every = 0?).")
             if run.log.steps and not arm.control and run.certificate is None:
@@ -209,12 +227,11 @@ def missing(arms, control):
 def row_of(arm, sweeps):
     """The arm's line of arms.csv, and of the page's tables. None: not known."""
     one = arm.runs[0]
-    out = {"arm": arm.name, "label": arm.label, "control": arm.control}
+    out = {"arm": arm.name, "label": arm.label, "control": arm.control, "finished": arm.finished}
     out |= {"seeds": " ".join(str(run.seed) for run in arm.runs if run.seed is not None), "parameters": one.parameters,
             "active_parameters": one.active, "flops_per_token": one.flops_per_token}
     out["steps"] = mean_sd([run.step for run in arm.counted])[0]
-    out["tokens"] = mean_sd([max([tokens for tokens, _ in run.log.validation.values()] + [row["tokens"] for row in run.log.steps.values()])
-                             for run in arm.counted])[0]
+    out["tokens"] = mean_sd([run.tokens() for run in arm.counted])[0]
     measures = {"final": Run.final}
     if sweeps.equal_tokens is not None:
         measures["equal_tokens"] = lambda run: interpolate(run.points(), sweeps.equal_tokens)
@@ -226,20 +243,22 @@ def row_of(arm, sweeps):
         values = arm.values(value)
         out[f"{name}_loss"], out[f"{name}_sd"] = mean_sd(values)
         out[f"{name}_n"] = len(values)
-        compared = difference(arm, sweeps.control, value) if sweeps.control and not arm.control else (None, None, 0)
+        # Ends compare only where both are ends.
+        apart = sweeps.control and not arm.control and (name != "final" or arm.finished and sweeps.control.finished)
+        compared = difference(arm, sweeps.control, value) if apart else (None, None, 0)
         out[f"{name}_difference"], out[f"{name}_difference_sd"] = compared[:2]
     out["at_tokens"], out["at_flops"] = sweeps.equal_tokens, sweeps.equal_flops
     beaten = []
-    if sweeps.control and not arm.control:
+    if sweeps.bar_is_known() and not arm.control:
         for run in arm.counted:
             bars = [loss for partner in partners(run, sweeps.control) if (loss := partner.final()) is not None]
             beaten.append(first_below(run.points(), statistics.fmean(bars)) if bars else None)
     reached = [tokens for tokens in beaten if tokens is not None]
     out["tokens_to_beat_control"], out["seeds_that_beat_control"] = mean_sd(reached)[0], len(reached)
-    out["tokens_per_second"] = mean_sd(arm.values(lambda run: statistics.median(v) if len(v := run.log.column("tokens_per_second")[1]) else None))[0]
+    out["tokens_per_second"] = mean_sd(arm.values(Run.speed))[0]
     out["seconds"] = mean_sd([sum(v) for run in arm.counted if len(v := run.log.column("seconds")[1])])[0]
-    out["fullest_over_mean"] = mean_sd(arm.values(lambda run: float(v.mean()) if len(v := run.late("load_max_over_mean")) else None))[0]
-    out["dead_experts"] = max(arm.values(lambda run: int(v.max()) if len(v := run.late("dead_experts")) else None), default=None)
+    out["fullest_over_mean"] = mean_sd([float(v.mean()) for run in arm.counted if len(v := run.late("load_max_over_mean"))])[0]
+    out["dead_experts"] = max([int(v.max()) for run in arm.counted if len(v := run.late("dead_experts"))], default=None)
     out["certificate"] = verdict_of(arm)
     out["state"] = "; ".join(f"{count} of {len(arm.runs)} {state}" if len(arm.runs) > 1 and count < len(arm.runs) else state
                              for state, count in counted([run.progress() for run in arm.runs]).items())
@@ -263,4 +282,5 @@ def validation_rows(sweeps):
         for run in arm.runs:
             for step, (tokens, loss) in sorted(run.log.validation.items()):
                 flops = tokens * run.flops_per_token if run.flops_per_token else None
-                yield {"arm": arm.name, "seed": run.seed, "step": step, "tokens": tokens, "flops": flops, "loss": loss, "sweep": run.sweep}
+                yield {"arm": arm.name, "seed": run.seed, "step": step, "tokens": tokens, "flops": flops, "loss": loss,
+                       "sweep": run.sweep}

@@ -1,8 +1,9 @@
-"""What `upcycle sweep` left in its directory, read and compared: tools/report's numbers. Losses stay the doubles that metrics.jsonl has."""
+"""What `upcycle sweep` left in its directory, for tools/report. Losses stay the doubles that metrics.jsonl has."""
 import importlib.machinery
 import importlib.util
 import json
 import re
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -70,6 +71,14 @@ class Run:
         """Validation loss at the end; None before there is any, and where it is no number."""
         return self.points()[-1][1] if self.points() and not self.diverged() else None
 
+    def tokens(self):
+        return max([tokens for tokens, _ in self.log.validation.values()] + [row["tokens"] for row in self.log.steps.values()])
+
+    def speed(self):
+        """Tokens per second, the median of the steps."""
+        rates = self.log.column("tokens_per_second")[1]
+        return float(statistics.median(rates)) if len(rates) else None
+
     def late(self, key):
         """Values in the last tenth of the steps, one at least."""
         values = self.log.column(key)[1]
@@ -90,15 +99,24 @@ class Arm:
     label: str = ""
 
     @property
+    def finished(self):
+        return any(run.state == "done" for run in self.runs)
+
+    @property
     def counted(self):
         return [run for run in self.runs if run.state == "done"] or [run for run in self.runs if run.points()]
+
+    def loss(self):
+        """Mean over its runs; None before there is any."""
+        losses = self.values(Run.final)
+        return statistics.fmean(losses) if losses else None
 
     def values(self, value):
         return [number for run in self.counted if (number := value(run)) is not None]
 
 
 def read_metrics(run, path):
-    """Steps computed again after a resume count, not those before it. A crash leaves half a line, with the next start right behind it."""
+    """Steps computed again after a resume replace those before it. A crash leaves half a line, the next start right behind it."""
     run.log = plots.Run(run.name)
     try:
         lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
@@ -184,15 +202,15 @@ def read_sweep(directory):
     try:
         content = json.loads(path.read_text())
         content["sweep"], content["base"], content["match"], content["ranks"], content["arms"][0]
-        runs = [Run(sweep=directory, name=str(arm["name"]), control=bool(arm["control"]), settings=dict(arm["settings"]), seed=arm.get("seed"),
-                    planned=int(arm.get("steps", 0)), parameters=arm.get("parameters"), active=arm.get("active_parameters"),
-                    flops_per_token=arm.get("flops_per_token"), tokens_per_step=arm.get("tokens_per_step"),
-                    cannot=str(arm.get("cannot", ""))) for arm in content["arms"]]
+        runs = [Run(sweep=directory, name=str(arm["name"]), control=bool(arm["control"]), settings=dict(arm["settings"]),
+                    seed=arm.get("seed"), planned=int(arm.get("steps", 0)), parameters=arm.get("parameters"),
+                    active=arm.get("active_parameters"), flops_per_token=arm.get("flops_per_token"),
+                    tokens_per_step=arm.get("tokens_per_step"), cannot=str(arm.get("cannot", ""))) for arm in content["arms"]]
     except OSError as error:
         raise Mistake(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise Mistake(f"{path} is damaged ({type(error).__name__}: {error}): move it away and run upcycle sweep again, which writes it anew; "
-                      "arms that are done stay") from None
+        raise Mistake(f"{path} is damaged ({type(error).__name__}: {error}): move it away and run upcycle sweep again, "
+                      "which writes it anew; arms that are done stay") from None
     for run in runs:
         settle(run)
     return content, runs
