@@ -1,11 +1,12 @@
 """The figures of tools/report. An arm looks alike in all of them; the dense control is dashed black."""
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
 
 from sweep_compare import interpolate, mean_sd, partners
 from sweep_data import Run, plots
@@ -32,10 +33,10 @@ def looks_of(sweeps):
             for shade, arm in zip(numpy.linspace(0.48, 1.0, len(members)) if len(members) > 1 else [0.75], members):
                 looks[arm.name] = {"color": to_hex(plt.get_cmap(RAMPS[f])(shade)), "linestyle": "-", "marker": plots.MARKERS[f]}
     else:
-        families = {}
+        families, markers = {}, [marker for marker in plots.MARKERS if marker != CONTROL["marker"]]
         for i, arm in enumerate(arms):
             looks[arm.name] = {"color": plots.COLOURS[i % 6], "linestyle": STYLES[i // 6 % len(STYLES)],
-                               "marker": plots.MARKERS[i % len(plots.MARKERS)]}
+                               "marker": markers[i % len(markers)]}
     return looks, list(families.values())
 
 
@@ -82,15 +83,17 @@ def draw(axes, curves, looks, x_name, y_name, markers=True):
 
 def legend(figure, arms, looks):
     def name_of(arm):
-        return short(arm.label) + ("" if arm.finished else f" (step {max(run.step for run in arm.runs)})")
+        return folded(arm.label) + ("" if arm.finished else f" (step {max(run.step for run in arm.runs)})")
 
-    handles = [Line2D([], [], **looks[arm.name], markerfacecolor="white", markersize=5, linewidth=1.8, label=name_of(arm)) for arm in arms]
+    handles = [Line2D([], [], **looks[arm.name], markerfacecolor="white", markersize=5, linewidth=1.8, label=name_of(arm))
+               for arm in arms]
     figure.legend(handles=handles, title="best first", frameon=False, loc="outside right upper", fontsize=9, title_fontsize=9,
                   alignment="left", ncols=1 + len(handles) // 27, labelspacing=0.55, handlelength=2.6)
 
 
-def short(label, most=30):
-    return label if len(label) <= most else label[:most - 1] + "…"
+def folded(label):
+    """On several lines where it is long."""
+    return textwrap.fill(label, 24)
 
 
 def two(arms, looks):
@@ -125,12 +128,13 @@ def against_control(sweeps, looks):
                 other = mean_curve([points(partner) for partner in partners(run, sweeps.control)])
                 theirs = list(zip(other[0], other[1])) if other else []
                 ours = points(run)
-                grid = sorted({x for x, _ in ours + theirs})
+                # Where the arm was measured, and where the shorter of the two ends: in between the arm is not known well enough.
+                grid = sorted({x for x, _ in ours} | {min(line[-1][0] for line in (ours, theirs) if line)})
                 both = [(x, interpolate(ours, x), interpolate(theirs, x)) for x in grid]
                 lines.append([(x, y - bar) for x, y, bar in both if y is not None and bar is not None])
             if curve := mean_curve(lines):
                 curves[arm] = curve
-        draw(axes, curves, looks, name, "difference to the dense control (nats)", markers=points is Run.points)
+        draw(axes, curves, looks, name, "difference to the dense control (nats)")
         axes.axhline(0, color=CONTROL["color"], linestyle=CONTROL["linestyle"], linewidth=1.5, zorder=2)
     return figure
 
@@ -142,7 +146,9 @@ def size_and_speed(sweeps, looks, families):
     if not fast:
         return None
     arms = arms or [arm for arm in sweeps.arms if arm.values(Run.final)]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.6, 1.2 + 0.27 * len(fast))), layout="constrained")
+    longest = max(len(arm.label) for arm in fast)
+    height = max(3.6, 1.2 + (0.27 if longest < 25 else 0.36) * len(fast))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, wspace=0.04)
     final = {arm.name: mean_sd(arm.values(Run.final)) for arm in arms}
     for members in families:
@@ -155,7 +161,9 @@ def size_and_speed(sweeps, looks, families):
         if arm.control:
             left.axhline(mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.5)
         if arm.runs[0].parameters:
-            left.errorbar(arm.runs[0].parameters, mean, yerr=sd, color=look["color"], marker=look["marker"], markersize=6.5,
+            same = [other for other in arms if other.runs[0].parameters == arm.runs[0].parameters]  # side by side
+            place = 1 + 0.03 * (same.index(arm) - (len(same) - 1) / 2)
+            left.errorbar(arm.runs[0].parameters * place, mean, yerr=sd, color=look["color"], marker=look["marker"], markersize=6.5,
                           capsize=2.5, linestyle="none")
     sizes = [arm.runs[0].parameters for arm in arms if arm.runs[0].parameters]
     if sizes and max(sizes) > 1.5 * min(sizes):
@@ -171,16 +179,19 @@ def size_and_speed(sweeps, looks, families):
     rates = [mean_sd(arm.values(Run.speed)) for arm in fast]
     places = range(len(fast))
     right.barh(places, [mean or 0 for mean, _ in rates], xerr=[sd or 0 for _, sd in rates], height=0.66,
-               color=["0.55" if arm.control else looks[arm.name]["color"] for arm in fast], error_kw={"elinewidth": 1, "capsize": 2})
-    right.set_yticks(places, [short(arm.label) for arm in fast], fontsize=9)
+               color=["0.55" if arm.control else looks[arm.name]["color"] for arm in fast], edgecolor="white", linewidth=0,
+               hatch=["" if arm.control or looks[arm.name]["linestyle"] == "-" else "///" for arm in fast],
+               error_kw={"elinewidth": 1, "capsize": 2})
+    right.set_yticks(places, [folded(arm.label) for arm in fast], fontsize=9 if longest < 25 else 8)
     right.invert_yaxis()
-    longest = max((mean or 0) + (sd or 0) for mean, sd in rates) or 1
+    fastest = max((mean or 0) + (sd or 0) for mean, sd in rates) or 1
     for place, (mean, sd) in zip(places, rates):
         if mean:
-            right.text(mean + (sd or 0) + 0.012 * longest, place, EngFormatter(places=1, sep=" ")(mean), va="center", fontsize=8.5)
-    right.set_xlim(0, 1.14 * longest)
-    name_points(figure, left, [(arm.runs[0].parameters, final[arm.name][0], short(arm.label), -9 if arm.control else 4)
-                               for arm in arms if arm.runs[0].parameters])
+            right.text(mean + (sd or 0) + 0.012 * fastest, place, EngFormatter(places=1, sep=" ")(mean), va="center", fontsize=8.5)
+    right.set_xlim(0, 1.14 * fastest)
+    # Long names have no room beside the points, whose marks the legends of the other figures tell.
+    name_points(figure, left, [(arm.runs[0].parameters, final[arm.name][0], arm.label, -9 if arm.control else 4)
+                               for arm in arms if arm.runs[0].parameters and (longest < 20 or arm.control)])
     right.xaxis.set_major_formatter(EngFormatter(sep=" "))
     plots.dress(right, "tokens per second (median of the steps)", "")
     right.grid(axis="y", visible=False)
@@ -254,7 +265,6 @@ def balance(sweeps, looks):
     left.axhline(1, color="0.35", linewidth=1, linestyle=(0, (4, 3)))
     draw(right, dead, looks, "tokens", "experts without a token, smoothed", markers=False)
     right.set_ylim(bottom=0, top=max(1.0, right.get_ylim()[1]))
-    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     if dead and max(y.max() for _, y, _ in dead.values()) == 0:
         right.text(0.5, 0.5, "none, in no arm at any step", transform=right.transAxes, ha="center", color="0.35")
     return figure
@@ -273,8 +283,8 @@ def figures(sweeps):
                        "The same, minus the dense control at equal tokens (left) and at equal training FLOPs (right); below zero is "
                        f"better than dense. Straight lines between validations. {band}"),
         "size": (size_and_speed(sweeps, looks, families),
-                 "Final validation loss over all parameters (left) and speed (right); error bars are ± one standard deviation over "
-                 "the seeds."),
+                 "Final validation loss over all parameters (left; arms of one size side by side) and speed (right); error bars are "
+                 "± one standard deviation over the seeds."),
         "training": (training(sweeps, looks),
                      "Training loss, smoothed over a thirtieth of the run" +
                      (" (left), and its difference to the dense control step by step (right)" if sweeps.control else "") +

@@ -141,8 +141,8 @@ def verdict(sweeps, rows):
         arm, control = min(reached, key=lambda arm: rows[arm.name]["tokens_to_beat_control"]), rows[sweeps.control.name]
         row = rows[arm.name]
         cost = row["tokens_to_beat_control"] / control["tokens"]
-        words = (f"Soonest below the dense control's final loss: {names([arm])}, after {large(row['tokens_to_beat_control'])} tokens, "
-                 f"{cost:.0%} of the control's")
+        words = (f"Soonest below the dense control's final loss: {names([arm])}, after {large(row['tokens_to_beat_control'])} "
+                 f"tokens, {cost:.0%} of the control's")
         if row["flops_per_token"] and control["flops_per_token"]:
             words += f", which cost {cost * row['flops_per_token'] / control['flops_per_token']:.0%} of its training FLOPs"
         out.append(words + ".")
@@ -152,11 +152,11 @@ def verdict(sweeps, rows):
         if start is not None and (str(run.sweep), number(start)) not in starts:
             starts.append((str(run.sweep), number(start)))
     if starts:
-        out.append("The dense model that all arms grew from has a validation loss of " +
-                   (starts[0][1] if len(starts) == 1 else ", ".join(f"{loss} in {escape(where)}" for where, loss in starts)) +
-                   " before any step.")
+        same = len({loss for _, loss in starts}) == 1
+        loss = starts[0][1] if same else ", ".join(f"{loss} in {escape(where)}" for where, loss in starts)
+        out.append(f"The dense model that all arms grew from has a validation loss of {loss} before any step.")
     if sweeps.control and len(values := sweeps.control.values(Run.final)) > 1 and len(set(values)) == 1:
-        out.append("The control's seeds agree to the last digit: a seed draws the routers only, and the batches are the same for all.")
+        out.append("The control's seeds agree to the last digit: a seed draws the routers only; the batches are the same for all.")
     most = max(rows[arm.name]["final_n"] for arm in sweeps.arms)
     if most == 1:
         out.append("Every arm has one seed: how far chance moves these numbers is not known.")
@@ -220,7 +220,8 @@ def beaten(row):
 def behaviour(sweeps, rows):
     columns = [column("arm", "label", str, left=True), column("loss at step 0", "start_loss", number)]
     if sweeps.control:
-        columns.append(column("−\u00a0dense at step 0", "start_difference", lambda value: signed(value, 1, "e")))
+        columns.append(column("−\u00a0dense at step 0", "start_difference",
+                              lambda value: "0" if value == 0 else signed(value, 1, "e")))
     columns += [column("certificate", "certificate", lambda words: words or "–", left=True),
                 column("fullest expert / mean", "fullest_over_mean", lambda value: number(value, 2)),
                 column("dead experts", "dead_experts", lambda value: number(value, 0)), column("tokens/s", "tokens_per_second", large),
@@ -235,10 +236,12 @@ def facts(sweeps):
              "time": "time: steps that take as long for every arm"}.get(known["match"], known["match"])
     letters = [words for key, words in (("moe.experts", "E experts"), ("moe.granularity", "G granularity: shards of a copy"),
                                         ("moe.top_k", "K experts a token")) if key in known["varying"]]
+    compared = f"{len(others)} arm{'s' * (len(others) != 1)} that differ in {', '.join(known['varying']) or 'nothing'}"
+    compared += " beside the dense model, continued" if sweeps.control else ""
+    compared += f" ({'; '.join(letters)})" if letters else ""
     lines = [("Sweep", ", ".join(map(str, known["sweeps"]))), ("Read from", ", ".join(map(str, sweeps.directories))),
              ("Base run file", known["base"]),
-             ("Compared", f"{len(others)} arm{'s' * (len(others) != 1)} that differ in " + (", ".join(known["varying"]) or "nothing")
-              + (" beside the dense model, continued" if sweeps.control else "") + (f" ({'; '.join(letters)})" if letters else "")),
+             ("Compared", compared + "".join(f". {words}" for words in known["together"])),
              ("Matched by", match), ("Seeds", ", ".join(map(str, known["seeds"])) or "–"),
              ("Tokens per step", ", ".join(f"{tokens:.0f}" for tokens in known["tokens_per_step"]) or "–"),
              ("Ranks per arm", ", ".join(map(str, known["ranks"])))]
@@ -259,7 +262,7 @@ def image(figure, most):
 
 
 METHOD = """<p class="note">Losses are means over the seeds, ± the sample standard deviation, n seeds in brackets. “Final” is
-the last validation of the runs that are done, or of those still going where none is. A difference is taken run by run against
+the last validation of the runs that are done or, where none is, of the one that got furthest. A difference is taken run by run against
 the control of the same seed, then averaged; it counts when zero is outside of its 95 % confidence interval (Student’s t over
 the seeds). The best of many arms is flattered by chance. Equal tokens and equal FLOPs are the most that all finished runs have
 reached; a loss between two validations is on the straight line between them, on each run's own points. An arm read before its

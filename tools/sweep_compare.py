@@ -9,6 +9,8 @@ from sweep_data import PER_RUN, STEPS, Arm, Mistake, Run, plots, read_sweep
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; after the last, 2.1 is near enough.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+LETTERS = {"moe.experts": "E", "moe.granularity": "G", "moe.top_k": "K"}  # of keys, in labels
+WORDS = {"upcycle.scaling": "", "upcycle.router_logit_std": "router std ", "optimizer.router_lr_scale": "router lr ×"}
 UNSEEN = ("checkpoint.", "log.")  # sections that change no number
 
 
@@ -144,28 +146,36 @@ def without_copies(runs, notes):
     return kept
 
 
-def labels(arms, match):
-    """What tells the arms apart, short: "E8 G4 K8"."""
+def label_arms(arms, match):
+    """Names what tells the arms apart, short: "E8 G4 K8 noise 0.1". Returns the keys in which they differ, those in labels first, and
+    sentences on the others: keys that only ever change together with one that is in the labels."""
     others = [arm for arm in arms if not arm.control]
     hidden = PER_RUN + ("data.seed",) + (STEPS if match != "tokens" else ())
-    control = next((arm.settings for arm in arms if arm.control), {})
-    keys = [key for key in dict.fromkeys(key for arm in others for key in arm.settings) if key not in hidden]
-    varying = [key for key in keys if len({json.dumps(arm.settings.get(key)) for arm in (others if len(others) > 1 else arms)}) > 1]
-    letters = {"moe.experts": "E", "moe.granularity": "G", "moe.top_k": "K"}
+    values = {key: [json.dumps(arm.settings.get(key)) for arm in (others if len(others) > 1 else arms)]
+              for key in dict.fromkeys(key for arm in others for key in arm.settings) if key not in hidden}
+    varying = sorted((key for key in values if len(set(values[key])) > 1), key=lambda key: key not in LETTERS)
+    shown, together = [], []
+    for key in varying:
+        twin = next((one for one in shown if one not in LETTERS and len(set(zip(values[one], values[key]))) == len(set(values[one]))
+                     == len(set(values[key]))), None)
+        if twin is None or key in LETTERS:
+            shown.append(key)
+        else:
+            pairs = ", ".join(f"{mine} with {theirs}" for mine, theirs in dict.fromkeys(zip(values[key], values[twin])))
+            together.append(f"{key} goes with {twin}: {pairs}")
     for arm in arms:
         words = []
-        for key in varying if not arm.control else ():
-            if key in arm.settings and (len(others) > 1 or arm.settings[key] != control.get(key)):
+        for key in shown if not arm.control else ():
+            if key in arm.settings:
                 value = arm.settings[key]
                 value = value if isinstance(value, str) else json.dumps(value)
-                name = "" if key == "upcycle.scaling" else key.split(".")[-1] + " "
-                words.append(letters.get(key, name) + value)
+                words.append(LETTERS.get(key, WORDS.get(key, key.split(".")[-1] + " ")) + value)
         arm.label = "dense" if arm.control else " ".join(words) or arm.name
     twice = [arm.label for arm in arms]
     for arm in arms:
         if twice.count(arm.label) > 1:
             arm.label = arm.name
-    return varying
+    return shown + [key for key in varying if key not in shown], together
 
 
 def compare(directories):
@@ -179,7 +189,7 @@ def compare(directories):
             groups.setdefault((run.control, key_of(run, match)), []).append(run)
     arms = [Arm(re.sub(r"_seed-\d+$", "", runs[0].name), control, runs[0].settings, without_copies(runs, notes))
             for (control, _), runs in groups.items()]
-    varying = labels(arms, match)
+    varying, together = label_arms(arms, match)
     everyone = [run for arm in arms for run in arm.runs]
     if not any(run.points() for run in everyone):
         states = [f"{sum(run.state == state for run in everyone)} {state}" for state in dict.fromkeys(run.state for run in everyone)]
@@ -196,7 +206,7 @@ def compare(directories):
              "ranks": sorted({one["ranks"] for one, _ in read}),
              "seeds": sorted({run.seed for run in everyone if run.seed is not None}),
              "tokens_per_step": sorted({run.tokens_per_step for run in everyone if run.tokens_per_step}), "constant": constant,
-             "varying": varying, "machines": sorted({run.machine for run in everyone if run.machine})}
+             "varying": varying, "together": together, "machines": sorted({run.machine for run in everyone if run.machine})}
     control = next((arm for arm in arms if arm.control), None)
     notes += missing(arms, control)
     return Sweeps(directories, facts, arms, control, min(ends, default=None), min(flops, default=None), notes)

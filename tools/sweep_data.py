@@ -91,7 +91,7 @@ class Run:
 
 @dataclass(eq=False)
 class Arm:
-    """The runs of one setting; the loss to judge it by is that of those that are done, if any is."""
+    """The runs of one setting. Those that are done count; while none is, those that got furthest."""
     name: str
     control: bool
     settings: dict
@@ -104,7 +104,9 @@ class Arm:
 
     @property
     def counted(self):
-        return [run for run in self.runs if run.state == "done"] or [run for run in self.runs if run.points()]
+        begun = [run for run in self.runs if run.points()]
+        return [run for run in self.runs if run.state == "done"] or [
+            run for run in begun if run.points()[-1][0] == max(other.points()[-1][0] for other in begun)]
 
     def loss(self):
         """Mean over its runs; None before there is any."""

@@ -283,6 +283,24 @@ class Report(unittest.TestCase):
             self.assertIn(words, page.text)
         self.assertNotIn("an old error", page.text)
 
+    def test_labels_and_what_only_changes_together(self):
+        arms = [self.arm("names", "dense", [4.0, 3.0], control=True)]
+        for experts, std, lr, scaling in ((8, 0.02, 1.0, "exact"), (8, 1.4, 0.1, "exact"), (16, 1.4, 0.1, "cube_root")):
+            settings = {"upcycle.router_logit_std": std, "optimizer.router_lr_scale": lr, "upcycle.scaling": scaling, "moe.experts": experts, "moe.top_k": 2}
+            arms.append(self.arm("names", f"arm-{len(arms)}", [4.0, 3.0 - std], settings=settings))
+        sweeps, _ = self.compared(self.sweep("names", arms))
+        self.assertEqual({arm.name: arm.label for arm in sweeps.arms},
+                         {"dense": "dense", "arm-1": "E8 router std 0.02 exact", "arm-2": "E8 router std 1.4 exact", "arm-3": "E16 router std 1.4 cube_root"})
+        self.assertEqual(sweeps.facts["together"], ["optimizer.router_lr_scale goes with upcycle.router_logit_std: 1.0 with 0.02, 0.1 with 1.4"])
+        self.assertEqual(sweeps.facts["constant"], {"train.steps": 30, "data.seed": 7})
+
+    def test_of_unfinished_seeds_the_one_that_got_furthest_counts(self):
+        directory = self.sweep("far", [self.arm("far", "dense", [4.0, 3.5, 3.2, 3.0], control=True), self.arm("far", "experts-8_seed-1", [4.0, 3.4, 3.1]),
+                                       self.arm("far", "experts-8_seed-2", [4.0, 3.3], seed=2)])
+        _, rows = self.compared(directory)
+        self.assertEqual([rows["experts-8"][key] for key in ("final_loss", "final_n", "steps", "finished")], [3.1, 1, 20, False])
+        self.assertEqual(rows["experts-8"]["state"], "1 of 2 stopped at step 20 of 30; 1 of 2 stopped at step 10 of 30")
+
     def test_nothing_is_done_yet(self):
         """All are compared where the slowest is; the control's end is not known, so nothing is said to beat it."""
         directory = self.sweep("young", [self.arm("young", "dense", [4.0, 3.5, 3.2], control=True), self.arm("young", "experts-8", [4.0, 3.4])])
