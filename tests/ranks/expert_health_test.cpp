@@ -264,11 +264,11 @@ TEST(ExpertHealth, InTrainingWithDividedMasters) {
   TinyModel model = tiny_models(4)[2];
   ASSERT_TRUE(model.name.starts_with("granular"));
   Recipe recipe;
-  recipe.source = dense_form(model.architecture);
   recipe.moe = model.architecture;
   recipe.granularity = 4, recipe.copies = 4, recipe.up_factor = 2, recipe.down_factor = 2;
   Architecture dense = dense_model();
-  dense.ffn = 64;
+  dense.ffn = 64;   // of four shards
+  recipe.source = dense;
   const ReadDense read = dense_reader(dense);
   RunConfig run = model.run;
   run.train.precision = Precision::bf16;

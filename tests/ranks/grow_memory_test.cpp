@@ -133,6 +133,7 @@ ParallelSection layout_of(int64_t tensor, int64_t pipeline, int64_t expert, int6
 }
 
 TEST(GrowMemory, RanksHoldTheirOwnBoxesOnly) {
+  mallopt(M_MMAP_THRESHOLD, 1 << 17);   // and stays there: large blocks are never cut out of what was freed before
   const Communicator world = Communicator::everyone();
   std::optional<Scratch> scratch;
   std::string folder;
