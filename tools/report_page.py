@@ -120,7 +120,7 @@ def best_words(sweeps, rows, where, key, value):
     at = {"equal_tokens": sweeps.equal_tokens, "equal_flops": sweeps.equal_flops}.get(key)
     end = row["tokens"] * (row["flops_per_token"] if key == "equal_flops" else 1)
     if at is not None and at < 0.99 * end:
-        words += f" It is read at {at / end:.0%} of its run, before its learning-rate schedule ends."
+        words += f" The best arm is read at {at / end:.0%} of its run, before its learning-rate schedule ends."
     if others:
         gaps = [(arm, *difference(arm, best, value)) for arm in others]
         near = [arm for arm, mean, spread, n in gaps if is_clear(mean, spread, n) is False]
