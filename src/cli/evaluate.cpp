@@ -48,16 +48,16 @@ int run_evaluate(const Arguments& arguments) {
   std::vector<std::string> set = arguments.set;
   if (arguments.data) set.push_back("data.validation=" + ordered_json{{1.0, *arguments.data}}.dump());
   const Communicator world = Communicator::everyone();
-  const RunConfig config = read_agreed_run(world, arguments.positional.at(0), set);                             // 1. one run
-  const Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds(), nccl::abort_all);    // 2. nobody waits for the dead
+  const RunConfig config = read_agreed_run(world, arguments.positional.at(0), set);   // 1. one run; 2. nobody waits for the dead
+  const Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds(), nccl::abort_all);
   at::Device device = at::kCPU;
   world.together([&] {
     device = device::choose(config.run.device, host_rank());
     device::set_tf32(false);
   });
   if (!config.run.share_gpu) refuse_shared_gpus(world, device);
-  const Evaluation evaluation =
-      or_abort_nccl([&] { return evaluate(config, world, device, arguments.batches.value_or(config.validate.batches)); });   // 3. one model after the other
+  const int64_t batches = arguments.batches.value_or(config.validate.batches);
+  const Evaluation evaluation = or_abort_nccl([&] { return evaluate(config, world, device, batches); });   // 3. one model after the other
   if (world.rank() != 0) return kExitDone;
   if (arguments.json) {
     std::cout << to_json(evaluation).dump(2) << std::endl;

@@ -151,7 +151,8 @@ int run_inspect(const Arguments& arguments) {
   const bool directory = fs::is_directory(what);   // a checkpoint is one; token files are two files
   const std::optional<std::string> prefix = data_prefix(what);
   if (directory && prefix) {
-    fail(what, " is a directory, and ", *prefix, ".idx is there, too: say ", *prefix, ".idx for the token files, ", what, "/ for the checkpoint");
+    fail(what, " is a directory, and ", *prefix, ".idx is there, too: say ", *prefix, ".idx for the token files, ", what,
+         "/ for the checkpoint");
   }
   if (prefix) {
     inspect_data(*prefix, arguments.tokenizer, arguments.json);

@@ -55,21 +55,24 @@ void print(const IndexedDataset& data, const DataSummary& summary, const std::ve
     constexpr double kWidth = 40;
     const double share = static_cast<double>(bucket.documents) / static_cast<double>(most);
     const std::string bar(static_cast<size_t>(kWidth * share + (bucket.documents > 0 ? 0.999 : 0)), '#');
-    std::printf("%21s %12ld %15ld  %s\n", range(bucket).c_str(), static_cast<long>(bucket.documents), static_cast<long>(bucket.tokens), bar.c_str());
+    std::printf("%21s %12ld %15ld  %s\n", range(bucket).c_str(), static_cast<long>(bucket.documents),
+                static_cast<long>(bucket.tokens), bar.c_str());
   }
   for (const Shown& shown : documents) {
-    std::printf("\ndocument %ld, %ld of %ld tokens\n", static_cast<long>(shown.document), static_cast<long>(shown.ids.size()), static_cast<long>(shown.length));
+    std::printf("\ndocument %ld, %zu of %ld tokens\n", static_cast<long>(shown.document), shown.ids.size(), static_cast<long>(shown.length));
     std::printf("  %s\n", shown.words ? nlohmann::json(*shown.words).dump().c_str() : nlohmann::json(shown.ids).dump().c_str());
   }
 }
 
 ordered_json to_json(const IndexedDataset& data, const DataSummary& summary, const std::vector<Shown>& documents) {
-  ordered_json out = {{"data", data.prefix()}, {"documents", summary.documents}, {"empty_documents", summary.empty}, {"tokens", summary.tokens},
-                      {"dtype", data.dtype()}, {"tokens_seen", summary.seen}};
+  ordered_json out = {{"data", data.prefix()},     {"documents", summary.documents}, {"empty_documents", summary.empty},
+                      {"tokens", summary.tokens}, {"dtype", data.dtype()},          {"tokens_seen", summary.seen}};
   out["ids"] = summary.seen > 0 ? ordered_json{{"smallest", summary.smallest_id}, {"largest", summary.largest_id}} : ordered_json();
   out["learned"] = summary.learned ? ordered_json(*summary.learned) : ordered_json();
   for (const auto& [percent, length] : summary.quantiles) out["quantiles"].push_back({{"percent", percent}, {"tokens", length}});
-  for (const LengthBucket& b : summary.lengths) out["lengths"].push_back({{"from", b.from}, {"to", b.to}, {"documents", b.documents}, {"tokens", b.tokens}});
+  for (const LengthBucket& b : summary.lengths) {
+    out["lengths"].push_back({{"from", b.from}, {"to", b.to}, {"documents", b.documents}, {"tokens", b.tokens}});
+  }
   for (const Shown& shown : documents) {
     out["first_documents"].push_back({{"document", shown.document}, {"tokens", shown.length}, {"ids", shown.ids},
                                       {"text", shown.words ? ordered_json(*shown.words) : ordered_json()}});
@@ -87,8 +90,8 @@ void inspect_data(const std::string& prefix, const std::optional<std::string>& t
   if (tokenizer_directory) tokenizer.emplace(*tokenizer_directory);
   const DataSummary summary = summarise(data, mask ? &*mask : nullptr);
   if (tokenizer && summary.seen > 0 && summary.largest_id >= tokenizer->vocabulary()) {
-    fail(prefix, ".bin has id ", summary.largest_id, ", but the tokenizer of ", *tokenizer_directory, " knows ids up to ", tokenizer->vocabulary() - 1,
-         ": the data was made with another one");
+    fail(prefix, ".bin has id ", summary.largest_id, ", but the tokenizer of ", *tokenizer_directory, " knows ids up to ",
+         tokenizer->vocabulary() - 1, ": the data was made with another one");
   }
   const std::vector<Shown> documents = first_documents(data, tokenizer ? &*tokenizer : nullptr);
   if (json) {

@@ -129,7 +129,8 @@ po::options_description options_of(const Usage* usage) {
         "merge the experts of an upcycled model back into dense feed-forwards: the mean over copies, without routers");
   }
   if (usage && usage->command == "evaluate") {
-    add("data", po::value<std::string>()->value_name("PREFIX"), "token files to evaluate on: PREFIX.bin and PREFIX.idx (default: the run's validation)");
+    add("data", po::value<std::string>()->value_name("PREFIX"),
+        "token files to evaluate on: PREFIX.bin and PREFIX.idx (default: the run's validation)");
     add("batches", po::value<std::string>()->value_name("N"), "global batches to evaluate on (default: validate.batches)");
   }
   if (usage && usage->command == "sample") add_sample_options(options);

@@ -36,7 +36,9 @@ WeightSource open_model(const Communicator& world, const std::string& path) {
   std::string folder;
   world.together([&] {
     if (world.rank() != 0) return;
-    if (!fs::is_directory(path)) fail(path, ": no such directory; CHECKPOINT is a step directory, a run directory or a Hugging Face directory");
+    if (!fs::is_directory(path)) {
+      fail(path, ": no such directory; CHECKPOINT is a step directory, a run directory or a Hugging Face directory");
+    }
     source.emplace(path);
     source->check();
     folder = source->folder().string();
@@ -101,12 +103,18 @@ int run_sample(const Arguments& arguments) {
                       model.is_moe() ? text(model.experts, " experts do not divide over more of them") : "a dense model has no experts to spread"));
   }
   const bool exact = !device.is_cuda() || model.dtype == at::kFloat;
-  const nlohmann::json routers = source.is_checkpoint() ? read_manifest(source.folder()).training.value("routers", nlohmann::json()) : nlohmann::json();
+  nlohmann::json routers;
+  if (source.is_checkpoint()) routers = read_manifest(source.folder()).training.value("routers", nlohmann::json());
   or_abort_nccl([&] {
-    Generator generator(model, as_they_are([&](const std::string& name, const Box& box) { return source.read(name, box); }), routers, mesh,
-                        device, exact ? at::kFloat : at::kBFloat16);
-    ordered_json all = {{"model", source.folder().string()}, {"prompt", prompt}, {"prompt_tokens", request.prompt}, {"temperature", options.temperature},
-                        {"top_p", options.top_p}, {"seed", options.seed}, {"samples", ordered_json::array()}};
+    const Fill fill = as_they_are([&](const std::string& name, const Box& box) { return source.read(name, box); });
+    Generator generator(model, fill, routers, mesh, device, exact ? at::kFloat : at::kBFloat16);
+    ordered_json all = {{"model", source.folder().string()},
+                        {"prompt", prompt},
+                        {"prompt_tokens", request.prompt},
+                        {"temperature", options.temperature},
+                        {"top_p", options.top_p},
+                        {"seed", options.seed},
+                        {"samples", ordered_json::array()}};
     for (int sample = 0; sample < options.samples; ++sample) {                            // 4. one text after the other
       if (world.rank() != 0) {
         generator.generate({}, sample, {});

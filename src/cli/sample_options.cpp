@@ -30,7 +30,8 @@ SampleOptions sample_options(const po::variables_map& values) {
   given("prompt-file", [&](const std::string& value) { out.prompt_file = value; });
   given("tokens", [&](const std::string& value) { out.tokens = positive_integer(value, "--tokens"); });
   given("temperature", [&](const std::string& value) {
-    out.temperature = number<double>(value, "--temperature", "a number that is not negative", [](double t) { return t >= 0 && std::isfinite(t); });
+    const auto good = [](double t) { return t >= 0 && std::isfinite(t); };
+    out.temperature = number<double>(value, "--temperature", "a number that is not negative", good);
   });
   given("top-p", [&](const std::string& value) {
     out.top_p = number<double>(value, "--top-p", "a number above 0 and up to 1", [](double p) { return p > 0 && p <= 1; });

@@ -12,7 +12,9 @@ std::string quoted(const std::string& words) { return nlohmann::json(words).dump
 
 ordered_json to_json(const std::vector<ChosenExperts>& routing) {
   ordered_json layers = ordered_json::array();
-  for (const ChosenExperts& layer : routing) layers.push_back({{"layer", layer.layer}, {"experts", layer.experts}, {"weights", layer.weights}});
+  for (const ChosenExperts& layer : routing) {
+    layers.push_back({{"layer", layer.layer}, {"experts", layer.experts}, {"weights", layer.weights}});
+  }
   return layers;
 }
 

@@ -13,12 +13,13 @@ namespace {
 
 void refuse_other_documents(const IndexedDataset& data, const IndexedDataset& mask) {
   if (mask.documents() != data.documents()) {
-    fail(mask.prefix(), ".idx: ", mask.documents(), " documents, but ", data.prefix(), ".idx has ", data.documents(), ": it is the mask of other data");
+    fail(mask.prefix(), ".idx: ", mask.documents(), " documents, but ", data.prefix(), ".idx has ", data.documents(),
+         ": it is the mask of other data");
   }
   for (int64_t document = 0; document < data.documents(); ++document) {
     if (mask.length(document) == data.length(document)) continue;
-    fail(mask.prefix(), ".idx: document ", document, " has ", mask.length(document), " tokens, but ", data.length(document), " in ", data.prefix(),
-         ".idx: it is the mask of other data");
+    fail(mask.prefix(), ".idx: document ", document, " has ", mask.length(document), " tokens, but ", data.length(document), " in ",
+         data.prefix(), ".idx: it is the mask of other data");
   }
 }
 

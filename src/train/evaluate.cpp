@@ -4,7 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
-#include "base/error.hpp"
+#include "base/fault.hpp"
 #include "base/log.hpp"
 #include "checkpoint/manifest.hpp"
 #include "train/agreement.hpp"
@@ -70,10 +70,13 @@ std::vector<Evaluated> models_of(const RunConfig& config) {
   }
   if (newest) {
     const int64_t step = read_manifest(*newest).step;
-    if (const auto first = newest_checkpoint(newest->parent_path() / step_directory(0)); first && step != 0) models.push_back({"step 0", *first});
+    const auto first = newest_checkpoint(newest->parent_path() / step_directory(0));
+    if (first && step != 0) models.push_back({"step 0", *first});
     models.push_back({text("step ", step), *newest});
   }
-  if (models.empty()) fail("nothing to evaluate: the run starts at random, and run.directory = ", directory.string(), " has no checkpoint yet");
+  if (models.empty()) {
+    fail("nothing to evaluate: the run starts at random, and run.directory = ", directory.string(), " has no checkpoint yet");
+  }
   return models;
 }
 
@@ -103,7 +106,13 @@ Evaluation evaluate(const RunConfig& config, const Communicator& world, at::Devi
   if (world.size() > 1) agree(world, "the models", facts);
   for (size_t i = 0; i < sources.size(); ++i) {
     log::info(text("evaluating ", out.models[i].model, ", ", out.models[i].folder.string()));
-    out.models[i].loss = validation_loss(layout_for(config, sources[i].architecture()), sources[i], world.size(), device, batches);
+    const RunConfig own = layout_for(config, sources[i].architecture());
+    try {
+      out.models[i].loss = validation_loss(own, sources[i], world.size(), device, batches);
+    } catch (const std::exception& error) {
+      if (fs::exists(out.models[i].folder)) throw;
+      throw LonelyMistake(text(out.models[i].folder.string(), " was removed while it was read (checkpoint.keep): evaluate again"));
+    }
   }
   return out;
 }

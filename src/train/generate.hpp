@@ -46,7 +46,8 @@ class Generator {
  public:
   /// **Collective.** Each rank fills its own boxes, in `compute` dtype; ranks that are of no use hold nothing. `mesh` is laid out by
   /// generation_layout, prepared for `device`, and outlives this. `routers`: the biases of a checkpoint's routers, see Balance::state.
-  Generator(const Architecture&, const Fill& fill, const nlohmann::json& routers, const Mesh& mesh, at::Device device, at::ScalarType compute);
+  Generator(const Architecture&, const Fill& fill, const nlohmann::json& routers, const Mesh& mesh, at::Device device,
+            at::ScalarType compute);
 
   /// **Collective.** Goes on with the prompt; calls `tell` for each token, on rank 0, which alone looks at the request. Text number
   /// `sample` of a request has random numbers of its own. A prompt like that of the call before is not computed again.
