@@ -137,7 +137,7 @@ std::string describe_data(const Plan& plan) {
   for (const Passes& data : plan.passes) {
     if (data.samples == 0) continue;
     out += text(out.empty() ? "  data         " : "               ", line("%.4g", data.passes()), " passes over the ", data.samples,
-                " samples of ", data.prefix, "\n");
+                " samples of ", data.prefix, data.masked ? ", learned where its loss mask says so\n" : "\n");
   }
   return out;
 }
@@ -205,7 +205,7 @@ ordered_json to_json(const Plan& plan) {
   }
   ordered_json data = ordered_json::array();
   for (const Passes& part : plan.passes) {
-    data.push_back({{"prefix", part.prefix}, {"samples", part.samples}, {"drawn", part.drawn}, {"passes", part.passes()}});
+    data.push_back({{"prefix", part.prefix}, {"samples", part.samples}, {"drawn", part.drawn}, {"passes", part.passes()}, {"masked", part.masked}});
   }
   ordered_json recipe;
   if (plan.target.recipe) recipe = to_json(*plan.target.recipe);

@@ -132,7 +132,8 @@ int64_t Sampler::samples() const noexcept {
 std::vector<Sampler::DataSet> Sampler::data_sets() const {
   std::vector<DataSet> out;
   for (size_t d = 0; d < state_->sources.size(); ++d) {
-    out.push_back({state_->prefixes[d], state_->schedule.share(static_cast<int64_t>(d)), state_->sources[d]->samples()});
+    const Source& source = *state_->sources[d];
+    out.push_back({state_->prefixes[d], state_->schedule.share(static_cast<int64_t>(d)), source.samples(), source.masked()});
   }
   return out;
 }

@@ -73,6 +73,7 @@ class Sampler {
     std::string prefix;
     double share;      ///< of the stream's samples
     int64_t samples;   ///< of one pass over this part of it; 0: mock data
+    bool masked;       ///< it has a loss mask
   };
   std::vector<DataSet> data_sets() const;
   /// How many of the stream's first `count` samples are of data set `place` of the blend. Exact.

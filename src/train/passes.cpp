@@ -7,7 +7,7 @@ namespace upcycle {
 std::vector<Passes> passes_of(const RunConfig& config, const Sampler& train) {
   const double all = static_cast<double>(config.train.steps) * static_cast<double>(config.train.global_batch);
   std::vector<Passes> out;
-  for (const Sampler::DataSet& data : train.data_sets()) out.push_back({data.prefix, data.share * all, data.samples});
+  for (const Sampler::DataSet& data : train.data_sets()) out.push_back({data.prefix, data.share * all, data.samples, data.masked});
   return out;
 }
 

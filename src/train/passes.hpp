@@ -13,6 +13,7 @@ struct Passes {
   std::string prefix;
   double drawn;      ///< samples, to one
   int64_t samples;   ///< of one pass; 0: mock data, which never repeats itself
+  bool masked;       ///< learned where a loss mask says so
   double passes() const { return samples > 0 ? drawn / static_cast<double>(samples) : 0.0; }
 };
 std::vector<Passes> passes_of(const RunConfig&, const Sampler& train);

@@ -257,6 +257,9 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog) {
   const ParameterCount count = count_parameters(setup->target.architecture);
   log::info(text(config.run.name, ": ", count.total, " parameters, ", count.active, " active per token; ", world.size(), " ranks (",
                  describe(mesh.grid()), ") on ", device::name(device), ", tensors by ", mesh.transport()));
+  for (const Sampler::DataSet& data : setup->train->data_sets()) {
+    if (data.masked) log::info(data.prefix + ": learned where its loss mask says so");
+  }
   Run run(config, mesh, *setup, watchdog, lock ? &*lock : nullptr, device);
   if (!setup->resume) run.begin();                                       // 5. grow, certify, store step 0
   return run.train();                                                    // 6. train

@@ -52,7 +52,10 @@ class FineTuning(DataCase):
 
     def test_stopped_and_resumed_on_other_layouts(self):
         path, straight = self.run_file("straight", MOE + self.VALIDATED, steps=9, data=self.DATA)
-        self.upcycle("train", path)
+        self.assertIn(" samples of chat, learned where its loss mask says so\n", self.upcycle("plan", path))
+        said = self.upcycle("train", path)
+        self.assertIn("chat: learned where its loss mask says so", said)
+        self.assertNotIn("plain: learned", said)
         learned = [line["learned_tokens"] for line in steps_of(straight)]
         self.assertEqual(len(learned), 9)
         self.assertGreater(len(set(learned)), 3)

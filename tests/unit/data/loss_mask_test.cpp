@@ -81,6 +81,8 @@ TEST(LossMask, DataSetsWithAndWithoutOneBlend) {
   const Sampler sampler = make();
   sampler.check(1 << 20);
   EXPECT_TRUE(sampler.masked());
+  EXPECT_TRUE(sampler.data_sets()[0].masked);
+  EXPECT_FALSE(sampler.data_sets()[1].masked || sampler.data_sets()[2].masked);
   int64_t of_a = 0;
   for (int64_t i = 0; i < 200; ++i) {
     const Batch batch = sampler.batch(i, 1);
