@@ -114,7 +114,7 @@ void plan_data(Plan& plan) {
   const auto there = [](const Blend& part) { return part.prefix == "mock" || (fs::exists(part.prefix + ".idx") && fs::exists(part.prefix + ".bin")); };
   if (data.train.empty() || !std::all_of(data.train.begin(), data.train.end(), there)) return;
   const Sampler sampler(data.train, data.split, Split::train, plan.run.train.sequence, plan.target.architecture.vocab,
-                        static_cast<uint64_t>(plan.run.run.seed), data.documents);
+                        static_cast<uint64_t>(plan.run.data_seed()), data.documents);
   plan.passes = passes_of(plan.run, sampler);
   if (const std::string problem = too_many_passes(plan.run, sampler); !problem.empty()) plan.problems.push_back(problem);
 }
