@@ -200,6 +200,7 @@ class Plots(unittest.TestCase):
         runs = [self.write(f"run-{i}-with-quite-a-long-name-of-{'many' * (i % 4)}-parts", [step(s, 5 - s / (9 + i)) for s in range(1, 9)]) for i in range(11)]
         result = self.draw(*runs, "--format", "png")
         self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertGreater(self.pixels("loss.png").shape[0], 645, "the legend takes room of its own")
 
     def test_mistakes_are_named(self):
         for lines, message in (
