@@ -89,7 +89,6 @@ Evaluation evaluate(const RunConfig& config, const Communicator& world, at::Devi
     list = found.dump();
   });
   Evaluation out;
-  out.tokens = batches * config.train.global_batch * config.train.sequence;
   for (const auto& model : nlohmann::json::parse(world.broadcast(list, 0))) out.models.push_back({model[0], model[1].get<std::string>()});
 
   std::vector<WeightSource> sources;
@@ -99,7 +98,9 @@ Evaluation evaluate(const RunConfig& config, const Communicator& world, at::Devi
       const WeightSource& source = sources.emplace_back(model.folder);
       source.check();
       refuse_what_does_not_divide(layout_for(config, source.architecture()), source.architecture(), world.size());
-      if (world.rank() == 0) open_validation(config, source.architecture().vocab).check(source.architecture().vocab);
+      const Sampler data = open_validation(config, source.architecture().vocab);
+      if (world.rank() == 0) data.check(source.architecture().vocab);
+      out.tokens = data.learned(0, batches * config.train.global_batch);
       for (const auto& fact : facts_of_directory(model.model, source.folder())) facts.push_back(fact);
     }
   });

@@ -18,7 +18,7 @@ struct Evaluated {
 };
 
 struct Evaluation {
-  int64_t tokens = 0;              ///< that each of them predicted
+  int64_t tokens = 0;              ///< that each of them predicted, and that count (those a loss mask names)
   std::vector<Evaluated> models;   ///< the run's source first, then checkpoints; the same on all ranks
 };
 
