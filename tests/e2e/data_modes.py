@@ -3,13 +3,16 @@
 Usage: data_modes.py UPCYCLE [unittest arguments]"""
 import json
 import os
+import subprocess
 import sys
 import unittest
+from pathlib import Path
 
 import numpy as np
 import tiny_run
-from tiny_run import MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, steps_of, write_mask, write_tokens
+from tiny_run import CONFIG, MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, steps_of, write_mask, write_tokens
 
+PREPROCESS = Path(__file__).resolve().parents[2] / "tools/preprocess"
 STEADY = '[optimizer]\nschedule = "constant"\nlr = 1e-3\n'
 
 
@@ -93,6 +96,30 @@ class FineTuning(DataCase):
             last[name] = json.loads([line for line in (run / "metrics.jsonl").read_text().splitlines() if '"validation"' in line][-1])["loss"]
             self.assertEqual("learned_tokens" in steps_of(run)[0], name == "answers")
         self.assertGreater(last["answers"], last["all"] + 1.0, last)
+
+    def test_from_conversations(self):
+        """What tools/preprocess --chat writes: one epoch learns all that the masks name, but for what it leaves out in front."""
+        import tokenizers_for_tests
+        template = ("{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{%- endfor %}"
+                    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+        tokenizer = tokenizers_for_tests.qwen(self.root / "tokenizer", template)
+        chats = [[("user", f"What is {i} and {i}?"), ("assistant", f"It is {2 * i}.")] for i in range(60)]
+        (self.root / "chats.jsonl").write_text("".join(
+            json.dumps({"messages": [{"role": role, "content": content} for role, content in chat]}) + "\n" for chat in chats))
+        made = subprocess.run([sys.executable, PREPROCESS, "chats.jsonl", "--chat", "--tokenizer", tokenizer, "--output", "sft"],
+                              cwd=self.root, capture_output=True, text=True)
+        self.assertEqual(made.returncode, 0, made.stdout + made.stderr)
+        mask = np.fromfile(self.root / "sft.mask.bin", np.uint8)
+        self.assertTrue(0.1 < mask.mean() < 0.6, mask.mean())
+        samples = (len(mask) - 1) // SEQUENCE
+        architecture = self.root / "random.json"
+        architecture.write_text(json.dumps(CONFIG | {"vocab_size": 512}))
+        path, run = self.run_file("run", MOE, steps=1, global_batch=samples, source=f'architecture = "{architecture}"',
+                                  data='train = [[1.0, "sft"]]\nsplit = [1, 0, 0]\ndocuments = "packed"\nepochs = 1')
+        self.upcycle("train", path)
+        learned = steps_of(run)[0]["learned_tokens"]
+        self.assertTrue(mask.sum() - SEQUENCE - 1 < learned <= mask.sum(), (learned, mask.sum()))
+        self.refused("train", path, "--set", "train.steps=2", words=["2 passes", "At most train.steps = 1"])
 
     def refused_mask(self, *words, ranks=1):
         path, _ = self.run_file("run", MOE + self.VALIDATED, data=self.DATA)
