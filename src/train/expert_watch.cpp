@@ -9,16 +9,16 @@
 namespace upcycle {
 namespace {
 
-using Json = nlohmann::json;
+using Record = nlohmann::json;
 
-Json member(const Json& object, const char* key) { return object.is_object() ? object.value(key, Json()) : Json(); }
+Record member(const Record& object, const char* key) { return object.is_object() ? object.value(key, Record()) : Record(); }
 
 // The record in which the recipe was made: a checkpoint's, where the run took its mixture as it was.
-Json where_it_grew(Json provenance) {
+Record where_it_grew(Record provenance) {
   for (;;) {
-    const Json before = member(member(provenance, "source"), "provenance"), recipe = member(provenance, "recipe");
+    const Record before = member(member(provenance, "source"), "provenance"), recipe = member(provenance, "recipe");
     if (!recipe.is_null() && recipe != member(before, "recipe")) return provenance;
-    if (before.is_null()) return Json();
+    if (before.is_null()) return Record();
     provenance = before;
   }
 }
@@ -39,12 +39,12 @@ ReadDense::One reader(const Origin::Source& source) {
 }  // namespace
 
 std::optional<Origin> find_origin(const RunRecord& record, const Architecture& architecture) {
-  const Json grew = where_it_grew(record.provenance);
+  const Record grew = where_it_grew(record.provenance);
   if (grew.is_null() || !architecture.is_moe()) return std::nullopt;
   const auto clusters = record.texts.find(kClustersFile);
   Origin origin{recipe_from_json(grew["recipe"], architecture, clusters == record.texts.end() ? "" : clusters->second), {}};
-  const Json source = member(grew, "source"), several = member(source, "models");
-  for (const Json& one : several.is_array() ? several : Json::array({source})) {
+  const Record source = member(grew, "source"), several = member(source, "models");
+  for (const Record& one : several.is_array() ? several : Record::array({source})) {
     if (!member(one, "path").is_string()) return std::nullopt;
     origin.sources.push_back({one["path"].get<std::string>(), member(one, "files")});
   }
