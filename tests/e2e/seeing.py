@@ -14,12 +14,12 @@ import numpy as np
 import tiny_run
 from tiny_run import LAYERS, MOE, TrainCase, steps_of
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
-from tensorboard.util import tensor_util
+from tensorboard.util import tb_logging, tensor_util
 
+tb_logging.get_logger().setLevel("ERROR")   # it tells of every purge
 TAGS = {"train/loss": "loss", "train/learning_rate": "lr", "train/gradient_norm": "grad_norm", "speed/tokens_per_second": "tokens_per_second",
         "speed/tflops": "tflops", "balance/aux_loss": "aux_loss", "balance/z_loss": "z_loss", "balance/router_entropy": "router_entropy",
         "balance/load_max_over_mean": "load_max_over_mean", "balance/dead_experts": "dead_experts", "balance/dropped": "dropped"}

@@ -1,10 +1,11 @@
 # tests of this folder
 
-# NCCL against MPI, on several ranks of one GPU; what holders of the same weights do beside the computation.
+# NCCL against MPI, on several ranks of one GPU; what holders of the same weights do beside the computation; the look at the experts.
 if(UPCYCLE_CUDA)
   upcycle_gtest(gpu_nccl SOURCES gpu/nccl_test.cpp support/mpi_main.cpp LINK upcycle_parallel upcycle::torch_cuda GTest::gtest)
   upcycle_gtest(gpu_replicas SOURCES gpu/replicas_test.cpp support/mpi_main.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
-  foreach(name nccl replicas)
+  upcycle_gtest(gpu_expert_health SOURCES gpu/expert_health_test.cpp support/mpi_main.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
+  foreach(name nccl replicas expert_health)
     add_dependencies(gpu_tests gpu_${name})
     foreach(ranks 1 2 4)
       add_test(NAME gpu.${name}.${ranks} COMMAND ${UPCYCLE_MPIRUN} -np ${ranks} $<TARGET_FILE:gpu_${name}>)
