@@ -224,13 +224,6 @@ po::variables_map parse_options(const std::vector<std::string>& words, const po:
   return values;
 }
 
-int64_t arm_number(const std::string& value) {
-  int64_t number = 0;
-  const auto [rest, code] = std::from_chars(value.data(), value.data() + value.size(), number);
-  if (code != std::errc() || rest != value.data() + value.size() || number < 0) fail("--arm ", value, ": a number from 0 on is expected");
-  return number;
-}
-
 Arguments without_command(const std::vector<std::string>& words) {
   std::vector<std::string> positional;
   const auto values = parse_options(words, options_of(nullptr), nullptr, positional);
@@ -270,7 +263,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     arguments.dry_run = values["dry-run"].as<bool>();
     arguments.run_file = values["run-file"].as<bool>();
     arguments.slurm = values["slurm"].as<bool>();
-    if (values.count("arm")) arguments.arm = arm_number(values["arm"].as<std::string>());
+    if (values.count("arm")) arguments.arm = number<int64_t>(values["arm"].as<std::string>(), "--arm", "a number from 0 on", [](int64_t n) { return n >= 0; });
   }
   if (values.count("ranks")) arguments.ranks = positive_integer(values["ranks"].as<std::string>(), "--ranks");
   if (values.count("gpu-memory")) arguments.gpu_memory = values["gpu-memory"].as<std::string>();

@@ -16,14 +16,13 @@
 #include "cli/command.hpp"
 #include "cli/sweep_arms.hpp"
 #include "cli/sweep_jobs.hpp"
+#include "train/run.hpp"
 
 namespace upcycle {
 namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-
-constexpr int kExitRequeue = 75;
 
 std::string content_of(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -120,7 +119,7 @@ class Progress {
     const bool saved = end.wished && end.code != kExitMistake;   // asked to stop: whatever the launcher made of code 75
     if (end.code == kExitDone && progress.saved >= arm.steps()) {
       std::cout << text(arm.name, ": done, ", static_cast<int64_t>(end.seconds), " s", progress.validation ? text(", validation loss ", *progress.validation) : "", "\n");
-    } else if (end.code == kExitRequeue || saved) {
+    } else if (end.code == kRequeue || saved) {
       std::cout << text(arm.name, ": stopped at step ", std::max<int64_t>(0, progress.saved), " of ", arm.steps(), "\n");
     } else {
       worst_ = std::max(worst_, end.code == kExitMistake ? kExitMistake : kExitFault);
@@ -241,7 +240,7 @@ int run_sweep(const Arguments& arguments) {
   for (const std::string& name : progress.failed()) failures += (failures.empty() ? "; failed: " : ", ") + name;
   std::cout << text(complete, " of ", arms.size(), " arms are done (", finished, " were before)", unable ? text("; ", unable, " can't run") : "", failures,
                     "\ntools/report ", sweep.directory, " compares them\n");
-  if (stopped) return kExitRequeue;
+  if (stopped) return kRequeue;
   return progress.worst();
 }
 

@@ -8,15 +8,14 @@
 #include "config/fields.hpp"
 #include "config/run_checks.hpp"
 #include "config/suggest.hpp"
+#include "config/toml_value.hpp"
 
 // A run file becomes a RunConfig in four passes: TOML, the file's keys, the --set keys, checks of fields against each
 // other. Problems are collected, so that the user meets all of them at once.
 namespace upcycle {
-namespace {
 
 using nlohmann::json;
 
-/// TOML's values as JSON; a date, time or anything else that no key takes becomes null.
 json to_json_value(const toml::node& node) {
   if (const auto* value = node.as_string()) return value->get();
   if (const auto* value = node.as_integer()) return value->get();
@@ -34,6 +33,8 @@ json to_json_value(const toml::node& node) {
   }
   return nullptr;
 }
+
+namespace {
 
 class Reading {
  public:

@@ -13,6 +13,7 @@
 #include "base/error.hpp"
 #include "config/fields.hpp"
 #include "config/suggest.hpp"
+#include "config/toml_value.hpp"
 
 // [sweep]                       where and how
 // [set]                         keys of the run file for all arms: `train.steps = 100`
@@ -28,19 +29,6 @@ struct SweepAxis {
   std::string key;
   std::vector<std::string> values;
 };
-
-json json_of(const toml::node& node) {
-  if (const auto* value = node.as_string()) return value->get();
-  if (const auto* value = node.as_integer()) return value->get();
-  if (const auto* value = node.as_floating_point()) return value->get();
-  if (const auto* value = node.as_boolean()) return value->get();
-  json list = json::array();
-  if (const auto* array = node.as_array()) {
-    for (const toml::node& value : *array) list.push_back(json_of(value));
-    return list;
-  }
-  return nullptr;
-}
 
 class SweepReading {
  public:
@@ -143,7 +131,7 @@ class SweepReading {
       refuse(node, "unknown key '", key, "'", did_you_mean(key, all));
     }
     if (kOurs.contains(key)) refuse(node, key, " is set by the sweep itself (sweep.directory, sweep.seeds, sweep.same_batches)");
-    const json value = json_of(node);
+    const json value = to_json_value(node);
     const std::string problem = field->read(value);
     if (problem.empty()) return {key, {value.dump()}};
     if (!node.is_array()) refuse(node, key, ": ", problem);
