@@ -1,8 +1,15 @@
 # cmake --install build/cpu --prefix PREFIX: the program into bin, the scripts of tools/installed.txt, and what one reads in share/upcycle.
 include(GNUInstallDirs)
 
-# LibTorch, CUDA and MPI are found where they were at linking; the build tree's own paths go.
-set_target_properties(upcycle PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+# LibTorch, CUDA and MPI are found where they were at linking; the build tree's own paths go. CMake's link path leaves out what lies in
+# the source tree, where tools/setup puts the environment that LibTorch is in.
+set(found_in ${torch_lib})
+foreach(library ${CUDART_LIBRARY} ${NCCL_LIBRARY})
+  cmake_path(GET library PARENT_PATH folder)
+  list(APPEND found_in ${folder})
+endforeach()
+list(REMOVE_DUPLICATES found_in)
+set_target_properties(upcycle PROPERTIES INSTALL_RPATH "${found_in}" INSTALL_RPATH_USE_LINK_PATH ON)
 install(TARGETS upcycle RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(DIRECTORY configs checkpoints-schema slurm DESTINATION ${CMAKE_INSTALL_DATADIR}/upcycle PATTERN site.sh EXCLUDE)
 

@@ -63,7 +63,7 @@ int world_size() noexcept {
 int host_rank() noexcept { return stored_host_rank(); }
 
 void abort_all_ranks(int exit_code) {
-  end_within(10, exit_code);
+  end_within(5, exit_code);  // MPI_Abort may wait for a launcher that has gone
   end_heedless_launcher();
   if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, exit_code);
   std::_Exit(exit_code);

@@ -86,7 +86,7 @@ TEST(Mesh, WithoutNcclAutomaticFallsBackToHostMemory) {
     mesh.prepare(gpu, Transport::nccl);
     ADD_FAILURE() << "accepted";
   } catch (const UserError& error) {
-    EXPECT_STREQ(error.what(), "run.transport = \"nccl\": NCCL is not built in; use \"auto\" or \"mpi\"");
+    EXPECT_STREQ(error.what(), "run.transport = \"nccl\", but NCCL is not built in; use \"auto\" or \"mpi\"");
   }
   if (world_size() > 1) {
     Communicator world = Communicator::everyone();
