@@ -2,37 +2,40 @@
 
 #include <xxhash.h>
 
-#include <memory>
-
 #include "base/error.hpp"
+#include "checkpoint/blocks.hpp"
 
 namespace upcycle {
 
-std::string digest(const CheckpointReader& reader, const SeePart& also) {
-  struct Free {
-    void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
-  };
-  const std::unique_ptr<XXH3_state_t, Free> state(XXH3_createState());
-  XXH3_128bits_reset(state.get());
-  for (const std::string& file : reader.tensor_files()) {
-    for (const auto& [name, tensor] : reader.tensors(file)) {
-      const std::string title =
-          text(file, '\n', name, '\n', c10::toString(tensor.dtype), '\n', describe(tensor.shape), '\n');
-      XXH3_128bits_update(state.get(), title.data(), title.size());
-      reader.stream(file, name, [&](const Tensor& part) {
-        XXH3_128bits_update(state.get(), part.const_data_ptr(), part.nbytes());
-        if (also) also(file, name, part);
-      });
-    }
-  }
-  XXH128_canonical_t bytes;
-  XXH128_canonicalFromHash(&bytes, XXH3_128bits_digest(state.get()));
+std::string digest_of(std::string_view bytes) {
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits(bytes.data(), bytes.size()));
   std::string hex;
-  for (const unsigned char byte : bytes.digest) {
+  for (const unsigned char byte : canonical.digest) {
     hex += "0123456789abcdef"[byte >> 4];
     hex += "0123456789abcdef"[byte & 15];
   }
   return hex;
+}
+
+std::string digest_of(std::span<const TensorSpec> specs, std::span<const uint64_t> checksums) {
+  std::string said;
+  size_t next = 0;
+  for (const TensorSpec& spec : specs) {
+    said += text(spec.name, '\n', c10::toString(spec.dtype), '\n', describe(spec.shape), '\n');
+    const auto count = static_cast<size_t>(Blocks(spec.shape, static_cast<int64_t>(c10::elementSize(spec.dtype))).count());
+    for (const uint64_t sum : checksums.subspan(next, count)) {
+      for (int byte = 0; byte < 8; ++byte) said += static_cast<char>(sum >> (8 * byte));   // little-endian
+    }
+    next += count;
+  }
+  return digest_of(said);
+}
+
+std::string digest_of_tensors(const nlohmann::json& tensors) {
+  std::string said;
+  for (const auto& [file, summary] : tensors.items()) said += file + '\n' + summary.value("digest", "") + '\n';
+  return digest_of(said);
 }
 
 }  // namespace upcycle

@@ -1,16 +1,21 @@
 #pragma once
-#include <functional>
+#include <nlohmann/json.hpp>
+#include <span>
 #include <string>
+#include <string_view>
 
-#include "checkpoint/reader.hpp"
+#include "checkpoint/tensor_file.hpp"
 
 namespace upcycle {
 
-/// XXH3-128, in hex, of everything a checkpoint's tensor files say: file, name, dtype, shape and bytes of every tensor,
-/// in the order of the names. Two checkpoints of the same state have the same digest, however they were laid out and
-/// written. Reads all of it, once, in bounded memory; `also` sees what
-/// passes by: every tensor in turn, in 1-d parts of its stored dtype.
-using SeePart = std::function<void(const std::string& file, const std::string& name, const Tensor& part)>;
-std::string digest(const CheckpointReader&, const SeePart& also = {});
+/// XXH3-128 of bytes, canonical, in hex.
+std::string digest_of(std::string_view bytes);
+
+/// Of one kind of tensor, whatever files it lies in: of name, dtype and shape of every tensor, in the order of the names, and the
+/// checksums of its blocks. Two checkpoints of the same state have the same digests, however they were laid out and written.
+std::string digest_of(std::span<const TensorSpec> specs, std::span<const uint64_t> checksums);
+
+/// Of a whole checkpoint's tensors: of what the manifest's `tensors` says of each kind.
+std::string digest_of_tensors(const nlohmann::json& tensors);
 
 }  // namespace upcycle

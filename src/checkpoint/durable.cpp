@@ -42,6 +42,18 @@ void write_at(const FileDescriptor& file, std::span<const std::byte> bytes, uint
   }
 }
 
+size_t read_at(const FileDescriptor& file, std::span<std::byte> bytes, uint64_t offset, const fs::path& path) {
+  size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t got = ::pread(file.get(), bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail_with_errno("reading", path);
+    if (got == 0) break;
+    done += static_cast<size_t>(got);
+  }
+  return done;
+}
+
 void make_durable(const fs::path& path) {
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file) fail_with_errno("opening", path);

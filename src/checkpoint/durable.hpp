@@ -23,6 +23,8 @@ FileDescriptor create_file(const std::filesystem::path& path);
 /// Writes all of `bytes` at `offset`. Throws UserError naming `path` when the disk is full or fails.
 void write_at(const FileDescriptor&, std::span<const std::byte> bytes, uint64_t offset,
               const std::filesystem::path& path);
+/// Fills `bytes` from `offset`, as far as the file goes; returns how many. Throws UserError naming `path`.
+size_t read_at(const FileDescriptor&, std::span<std::byte> bytes, uint64_t offset, const std::filesystem::path& path);
 /// fsync of a file or a directory. Throws UserError naming it.
 void make_durable(const std::filesystem::path& path);
 /// Renames and makes the new name durable. Throws UserError naming both.

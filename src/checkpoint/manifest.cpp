@@ -5,6 +5,7 @@
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
+#include "checkpoint/digest.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/safetensors_header.hpp"
 
@@ -52,6 +53,17 @@ json to_json(const Manifest& m) {
           {"tensors", m.tensors}};
 }
 
+std::string to_text(const Manifest& manifest) {
+  json out = to_json(manifest);
+  out["digest"] = digest_of(out.dump());
+  return out.dump(2) + "\n";
+}
+
+std::string part_name(const std::string& file, size_t i, size_t n) {
+  const fs::path path = file;
+  return text(path.stem().string(), '-', std::setfill('0'), std::setw(5), i, "-of-", std::setw(5), n, path.extension().string());
+}
+
 Manifest read_manifest(const fs::path& checkpoint) {
   const fs::path path = checkpoint / kManifestFile;
   if (!fs::exists(path)) fail(checkpoint.string(), ": not a checkpoint (it has no ", kManifestFile, ")");
@@ -62,9 +74,16 @@ Manifest read_manifest(const fs::path& checkpoint) {
     fail(path.string(), ": has no 'schema_version': not a checkpoint of this program");
   }
   const json& version = parsed["schema_version"];
-  if (version != kSchemaVersion) {
-    fail(path.string(), ": schema version ", version.dump(), ", but this program reads version ", kSchemaVersion,
+  if (!reads_schema(version.get<int64_t>())) {
+    fail(path.string(), ": schema version ", version.dump(), ", but this program reads versions 1 to ", kSchemaVersion,
          " only: use the program that wrote it, or a newer one");
+  }
+  if (version != 1) {
+    json signed_part = parsed;
+    signed_part.erase("digest");
+    if (parsed.value("digest", json()) != digest_of(signed_part.dump())) {
+      fail(path.string(), ": is not what was written (its digest does not fit its content): the file was changed or damaged");
+    }
   }
   try {
     return {.schema_version = version.get<int>(),

@@ -8,7 +8,9 @@
 
 namespace upcycle {
 
-inline constexpr int kSchemaVersion = 1;
+inline constexpr int kSchemaVersion = 2;   ///< that is written; older ones are read
+/// True for the schema versions that this program reads.
+constexpr bool reads_schema(int64_t version) { return version == 1 || version == kSchemaVersion; }
 inline constexpr const char* kManifestFile = "manifest.json";
 
 // The files of tensors that a checkpoint may hold; what is in each: checkpoint/writer.hpp.
@@ -29,14 +31,17 @@ struct Manifest {
   nlohmann::json training;  ///< step, tokens, data position, optimizer's step count, skipped steps; empty for convert
   nlohmann::json layout;    ///< ranks and axes it was written on; information only
   nlohmann::json files;     ///< name -> size in bytes; filled by the writer
-  nlohmann::json tensors;   ///< number of tensors and bytes per file; filled by the writer
+  nlohmann::json tensors;   ///< number of tensors, bytes, digest (and parts) per kind of tensor; filled by the writer
 };
 
-/// manifest.json's content.
 nlohmann::json to_json(const Manifest&);
+/// manifest.json's content: to_json, and the digest of that.
+std::string to_text(const Manifest&);
+/// The i-th (from 1) of n files that weights.h5 is divided into: "weights-00001-of-00003.h5".
+std::string part_name(const std::string& file, size_t i, size_t n);
 
-/// Throws UserError naming the file for a missing or unreadable manifest and for an unknown schema version (with those
-/// that this program reads).
+/// Throws UserError naming the file for a missing or unreadable manifest, for an unknown schema version (with those
+/// that this program reads), and for one that is not what was written.
 Manifest read_manifest(const std::filesystem::path& checkpoint);
 
 /// Throws UserError naming the file when one that `manifest` lists is missing or has another size.

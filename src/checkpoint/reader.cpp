@@ -2,28 +2,59 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <set>
+#include <utility>
+
 #include "base/error.hpp"
-#include "checkpoint/slabs.hpp"
-#include "checkpoint/tensor_file.hpp"
+#include "checkpoint/boxes.hpp"
+#include "checkpoint/stored_file.hpp"
 
 namespace upcycle {
 namespace {
 
+constexpr int64_t kAhead = 4;   // blocks that the system is asked for before they are needed
+
 bool is_floating(at::ScalarType dtype) { return c10::isFloatingType(dtype); }
 
-/// Straight into `local` where it is plain memory of the stored dtype; else through one small host buffer.
-void fill_piece(const StoredDataset& dataset, const Box& box, const Tensor& local) {
-  const at::ScalarType stored = dataset.spec().dtype;
-  for (const Box& slab : slabs(box.size, kSlabBytes / static_cast<int64_t>(c10::elementSize(stored)))) {
-    Tensor target = view_of(local, slab);
-    const Box place = shifted(slab, box.begin);
-    if (target.is_cpu() && target.is_contiguous() && target.scalar_type() == stored) {
-      dataset.read(place, target.mutable_data_ptr());
-      continue;
+std::span<std::byte> bytes_of(const Tensor& x) { return {static_cast<std::byte*>(x.mutable_data_ptr()), x.nbytes()}; }
+
+// A box of a tensor, block by block: straight into `local` where it is plain memory of the stored dtype; else through one small buffer.
+void fill_piece(const StoredFile& file, const StoredFile::Entry& entry, const Box& wanted, const Tensor& local) {
+  const TensorSpec& spec = entry.spec;
+  const Blocks blocks = entry.blocks();
+  Tensor buffer;
+  const auto read = [&](int64_t number, std::span<std::byte> memory) {
+    uint64_t sum = 0;
+    if (const std::string complaint = file.read(entry, number, memory, sum); !complaint.empty()) throw DamagedCheckpoint(complaint);
+  };
+  const ElementRange span = span_of(wanted, spec.shape);
+  const int64_t last = blocks.of(span.end - 1);
+  for (int64_t number = blocks.of(span.begin); number <= last; ++number) {
+    const ElementRange run = blocks.run(number);
+    const std::vector<Box> rows = boxes_of_run(spec.shape, run.begin, run.end);
+    if (rows.size() == 1 && intersection(rows[0], wanted) == rows[0]) {
+      const Tensor target = view_of(local, relative_to(rows[0], wanted));
+      if (target.is_cpu() && target.is_contiguous() && target.scalar_type() == spec.dtype) {
+        file.expect(entry, number + 1, std::min(number + kAhead, last + 1));
+        read(number, bytes_of(target));
+        continue;
+      }
     }
-    const Tensor buffer = at::empty(slab.size, at::TensorOptions(stored));
-    dataset.read(place, buffer.mutable_data_ptr());
-    target.copy_(buffer);
+    bool is_read = false;
+    int64_t at = 0;
+    for (const Box& row : rows) {
+      if (const auto part = intersection(row, wanted)) {
+        if (!std::exchange(is_read, true)) {
+          buffer = at::empty({run.size()}, at::TensorOptions(spec.dtype));
+          file.expect(entry, number + 1, std::min(number + kAhead, last + 1));
+          read(number, bytes_of(buffer));
+        }
+        const Tensor stored = view_of(buffer.narrow(0, at, elements(row)).view(row.size), relative_to(*part, row));
+        view_of(local, relative_to(*part, wanted)).copy_(stored);
+      }
+      at += elements(row);
+    }
   }
 }
 
@@ -32,29 +63,45 @@ void fill_piece(const StoredDataset& dataset, const Box& box, const Tensor& loca
 struct CheckpointReader::State {
   std::filesystem::path folder;
   Manifest manifest;
-  std::map<std::string, TensorFile> files;
-  mutable std::map<std::string, std::map<std::string, StoredTensor>>
-      listed;  ///< made when asked for: it opens every dataset
+  std::map<std::string, std::vector<StoredFile>> files;   ///< by kind of tensor; several where it is divided
+  std::map<std::string, std::map<std::string, StoredTensor>> listed;
 
-  const TensorFile& open(const std::string& file) const {
-    const auto found = files.find(file);
-    if (found == files.end()) fail(folder.string(), ": this checkpoint has no ", file);
-    return found->second;
-  }
-
-  StoredDataset dataset(const std::string& file, const std::string& name) const {
-    const TensorFile& in = open(file);
-    if (!in.contains(name)) fail((folder / file).string(), ": tensor '", name, "' is not there");
-    return in.dataset(name);
+  struct Found {
+    const StoredFile& file;
+    const StoredFile::Entry& entry;
+  };
+  Found find(const std::string& kind, const std::string& name) const {
+    const auto of_kind = files.find(kind);
+    if (of_kind == files.end()) fail(folder.string(), ": this checkpoint has no ", kind);
+    for (const StoredFile& file : of_kind->second) {
+      if (const auto found = file.entries().find(name); found != file.entries().end()) return {file, found->second};
+    }
+    fail((folder / kind).string(), ": tensor '", name, "' is not there");
   }
 };
 
 CheckpointReader::CheckpointReader(const std::filesystem::path& folder) : state_(std::make_unique<State>()) {
-  state_->folder = folder;
-  state_->manifest = read_manifest(folder);
-  check_complete(folder, state_->manifest);
-  for (const auto& [file, size] : state_->manifest.files.items()) {
-    if (std::filesystem::path(file).extension() == ".h5") state_->files.emplace(file, TensorFile::open(folder / file));
+  State& s = *state_;
+  s.folder = folder;
+  s.manifest = read_manifest(folder);
+  check_complete(folder, s.manifest);
+  std::set<std::string> divided;   // files that hold a part, and the indices through which parts are seen
+  for (const auto& [kind, summary] : s.manifest.tensors.items()) {
+    if (!summary.is_object() || !summary.contains("parts")) continue;
+    divided.insert(kind);
+    for (const auto& part : summary["parts"]) {
+      divided.insert(part.get<std::string>());
+      s.files[kind].emplace_back(folder / part.get<std::string>());
+    }
+  }
+  for (const auto& [file, size] : s.manifest.files.items()) {
+    if (std::filesystem::path(file).extension() == ".h5" && !divided.contains(file)) s.files[file].emplace_back(folder / file);
+  }
+  for (const auto& [kind, files] : s.files) {
+    for (const StoredFile& file : files) {
+      if (s.manifest.schema_version > 1 && !file.has_checksums() && !file.entries().empty()) fail(file.path().string(), ": has no checksums");
+      for (const auto& [name, entry] : file.entries()) s.listed[kind][name] = {kind, entry.spec.dtype, entry.spec.shape};
+    }
   }
 }
 
@@ -66,24 +113,17 @@ const Manifest& CheckpointReader::manifest() const noexcept { return state_->man
 
 std::vector<std::string> CheckpointReader::tensor_files() const {
   std::vector<std::string> names;
-  for (const auto& [name, file] : state_->files) names.push_back(name);
+  for (const auto& [name, files] : state_->files) names.push_back(name);
   return names;
 }
 
-const std::map<std::string, StoredTensor>& CheckpointReader::tensors(const std::string& file) const {
-  const auto [entry, is_new] = state_->listed.try_emplace(file);
-  if (is_new && state_->files.contains(file)) {
-    for (TensorSpec& spec : state_->files.at(file).list())
-      entry->second[spec.name] = {file, spec.dtype, std::move(spec.shape)};
-  }
-  return entry->second;
-}
+const std::map<std::string, StoredTensor>& CheckpointReader::tensors(const std::string& file) const { return state_->listed[file]; }
 
 void CheckpointReader::fill(const std::string& file, std::span<Piece> pieces) const {
   for (Piece& piece : pieces) {
-    const StoredDataset dataset = state_->dataset(file, piece.name);
+    const auto [stored, entry] = state_->find(file, piece.name);
     const std::string where = text((state_->folder / file).string(), ": tensor '", piece.name, "'");
-    const TensorSpec& spec = dataset.spec();
+    const TensorSpec& spec = entry.spec;
     if (spec.shape != piece.shape)
       fail(where, ": has shape ", describe(spec.shape), ", but ", describe(piece.shape), " is wanted");
     if (spec.dtype != piece.local.scalar_type() &&
@@ -91,23 +131,38 @@ void CheckpointReader::fill(const std::string& file, std::span<Piece> pieces) co
       fail(where, ": holds ", c10::toString(spec.dtype), ", but ", c10::toString(piece.local.scalar_type()),
            " is wanted");
     }
-    if (piece.local.sizes() != at::IntArrayRef(piece.box.size)) {
+    if (piece.local.sizes() != at::IntArrayRef(piece.box.size) || !inside(piece.box, spec.shape)) {
       throw std::logic_error(
           text(where, ": ", describe(piece.local.sizes().vec()), " can't take the box ", describe(piece.box)));
     }
-    fill_piece(dataset, piece.box, piece.local.detach());
+    if (elements(piece.box) > 0) fill_piece(stored, entry, piece.box, piece.local.detach());
   }
 }
 
 void CheckpointReader::stream(const std::string& file, const std::string& name,
                               const std::function<void(const Tensor&)>& visit) const {
-  const StoredDataset dataset = state_->dataset(file, name);
-  const TensorSpec& spec = dataset.spec();
-  for (const Box& slab : slabs(spec.shape, kSlabBytes / static_cast<int64_t>(c10::elementSize(spec.dtype)))) {
-    const Tensor buffer = at::empty({elements(slab)}, at::TensorOptions(spec.dtype));
-    dataset.read(slab, buffer.mutable_data_ptr());
-    visit(buffer);
+  for (int64_t number = 0; number < blocks(file, name); ++number) {
+    const StoredBlock here = block(file, name, number);
+    if (!here.complaint.empty()) throw DamagedCheckpoint(here.complaint);
+    visit(here.values);
   }
+}
+
+int64_t CheckpointReader::blocks(const std::string& file, const std::string& name) const { return state_->find(file, name).entry.blocks().count(); }
+
+StoredBlock CheckpointReader::block(const std::string& file, const std::string& name, int64_t number) const {
+  const auto [stored, entry] = state_->find(file, name);
+  StoredBlock out{at::empty({entry.blocks().run(number).size()}, at::TensorOptions(entry.spec.dtype)), 0, ""};
+  stored.expect(entry, number + 1, number + kAhead);
+  out.complaint = stored.read(entry, number, bytes_of(out.values), out.checksum);
+  return out;
+}
+
+std::vector<uint64_t> CheckpointReader::checksums(const std::string& file, const std::string& name) const {
+  const auto [stored, entry] = state_->find(file, name);
+  std::vector<uint64_t> out;
+  for (int64_t number = 0; stored.has_checksums() && number < entry.blocks().count(); ++number) out.push_back(stored.checksum_of(entry, number));
+  return out;
 }
 
 }  // namespace upcycle

@@ -8,6 +8,7 @@
 #include <cerrno>
 
 #include "base/error.hpp"
+#include "checkpoint/blocks.hpp"
 #include "checkpoint/durable.hpp"
 
 namespace upcycle {
@@ -15,6 +16,9 @@ namespace {
 
 namespace fs = std::filesystem;
 static_assert(std::is_same_v<hid_t, int64_t>);
+
+/// No tensor's path: a part of a name has no '.'.
+constexpr const char* kChecksums = "/.checksums";
 
 /// The innermost entry of HDF5's error stack, which says what really happened ("No space left on device").
 std::string first_error() {
@@ -120,6 +124,18 @@ void reserve(const fs::path& path, uint64_t bytes) {
   }
 }
 
+/// The place of a dataset's bytes in its file.
+uint64_t place_of(const Hdf5Id& dataset) {
+  const haddr_t offset = H5Dget_offset(dataset.get());
+  return offset == HADDR_UNDEF ? 0 : offset;
+}
+
+uint64_t blocks_of(const std::vector<TensorSpec>& specs) {
+  uint64_t out = 0;
+  for (const TensorSpec& spec : specs) out += static_cast<uint64_t>(Blocks(spec.shape, static_cast<int64_t>(c10::elementSize(spec.dtype))).count());
+  return out;
+}
+
 /// Adds the tensors below `group` (a path) to `out`, depth first.
 void collect(const Hdf5Id& file, const std::string& group, const std::string& where, std::vector<std::string>& out) {
   const Hdf5Id id = own(H5Gopen2(file.get(), group.c_str(), H5P_DEFAULT), where);
@@ -134,7 +150,7 @@ void collect(const Hdf5Id& file, const std::string& group, const std::string& wh
     const std::string path = (group == "/" ? "" : group) + "/" + name;
     const Hdf5Id object = own(H5Oopen(file.get(), path.c_str(), H5P_DEFAULT), where + ": " + path);
     if (H5Iget_type(object.get()) == H5I_GROUP) collect(file, path, where, out);
-    if (H5Iget_type(object.get()) == H5I_DATASET) out.push_back(path);
+    if (H5Iget_type(object.get()) == H5I_DATASET && path != kChecksums) out.push_back(path);
   }
 }
 
@@ -165,8 +181,8 @@ std::string name_of_path(const std::string& path) {
   return name;
 }
 
-void StoredDataset::transfer(const Box& box, void* memory, bool writing) const {
-  const std::string doing = text(writing ? "writing " : "reading ", file_, ": tensor '", spec_.name, "'");
+void StoredDataset::write(const Box& box, const void* source) const {
+  const std::string doing = text("writing ", file_, ": tensor '", spec_.name, "'");
   if (!inside(box, spec_.shape))
     throw std::logic_error(
         text(doing, ": box ", upcycle::describe(box), " is not inside ", upcycle::describe(spec_.shape)));
@@ -177,20 +193,14 @@ void StoredDataset::transfer(const Box& box, void* memory, bool writing) const {
     const std::vector<hsize_t> begin(box.begin.begin(), box.begin.end()), size(box.size.begin(), box.size.end());
     check(H5Sselect_hyperslab(in_file.get(), H5S_SELECT_SET, begin.data(), nullptr, size.data(), nullptr), doing);
   }
-  const hid_t type = file_type(spec_.dtype);
-  if (!writing) {
-    check(H5Dread(id_.get(), type, in_memory.get(), in_file.get(), H5P_DEFAULT, memory), doing);
-  } else if (H5Dwrite(id_.get(), type, in_memory.get(), in_file.get(), H5P_DEFAULT, memory) < 0) {
+  if (H5Dwrite(id_.get(), file_type(spec_.dtype), in_memory.get(), in_file.get(), H5P_DEFAULT, source) < 0) {
     // MPI-IO does not say why.
     fail(doing, ": ", first_error(),
          " (a full disk, a quota, or a limit on file sizes? Free some space, or choose another directory)");
   }
 }
 
-void StoredDataset::read(const Box& box, void* target) const { transfer(box, target, false); }
-void StoredDataset::write(const Box& box, const void* source) const { transfer(box, const_cast<void*>(source), true); }
-
-void TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
+Extents TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
   std::sort(specs.begin(), specs.end(), [](const TensorSpec& a, const TensorSpec& b) { return a.name < b.name; });
   const std::string doing = "creating " + path.string();
   uint64_t bytes = 0;
@@ -199,7 +209,8 @@ void TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
   check_free_space(path, bytes, path.filename().string());
   // Data and more than enough for metadata. HDF5 must not be the one who finds out: it can't close a file that it can't
   // extend, and crashes on it when the process ends.
-  reserve(path, bytes + 8192 * specs.size() + (4 << 20));
+  const uint64_t blocks = blocks_of(specs);
+  reserve(path, bytes + 8 * blocks + 8192 * specs.size() + (4 << 20));
   const Hdf5Id access = access_properties();
   // Big datasets on page borders; metadata in blocks of its own instead of strewn between the data.
   check(H5Pset_alignment(access.get(), 64 << 10, 4096), doing);
@@ -209,6 +220,10 @@ void TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
   check(H5Pset_layout(of_dataset.get(), H5D_CONTIGUOUS), doing);
   check(H5Pset_alloc_time(of_dataset.get(), H5D_ALLOC_TIME_EARLY), doing);
   check(H5Pset_fill_time(of_dataset.get(), H5D_FILL_TIME_NEVER), doing);
+  const Hdf5Id of_checksums = without_times(H5P_DATASET_CREATE);   // written by HDF5: a block that nobody wrote has 0
+  check(H5Pset_alloc_time(of_checksums.get(), H5D_ALLOC_TIME_EARLY), doing);
+  check(H5Pset_fill_time(of_checksums.get(), H5D_FILL_TIME_ALLOC), doing);
+  Extents extents;
   {
     TensorFile file(own(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, of_file.get(), access.get()), doing), path.string());
     for (const TensorSpec& spec : specs) {
@@ -221,10 +236,50 @@ void TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
       write_attribute(dataset, "name", spec.name);
       write_attribute(dataset, "dtype", dtype_name(spec.dtype));
     }
+    const Hdf5Id checksums = own(H5Dcreate2(file.id_.get(), kChecksums, H5T_STD_U64LE, make_space({static_cast<int64_t>(blocks)}).get(),
+                                            H5P_DEFAULT, of_checksums.get(), H5P_DEFAULT), doing);
+    write_attribute(checksums, "algorithm", "XXH3-64");
+    write_attribute(checksums, "block_bytes", std::to_string(Blocks::kBytes));
+    extents = file.extents(specs);
     file.close();
   }
   reserve(path, fs::file_size(path));
   make_durable(path);
+  return extents;
+}
+
+Extents TensorFile::extents(std::span<const TensorSpec> specs) const {
+  Extents out;
+  for (const TensorSpec& spec : specs) out.offsets.push_back(dataset(spec.name).offset());
+  const Hdf5Id checksums = own(H5Dopen2(id_.get(), kChecksums, H5P_DEFAULT), path_);
+  out.checksums = place_of(checksums);
+  return out;
+}
+
+void TensorFile::create_index(const fs::path& path, const std::map<std::string, std::vector<TensorSpec>>& parts) {
+  const std::string doing = "creating " + path.string();
+  const Hdf5Id access = access_properties(), of_file = without_times(H5P_FILE_CREATE), of_group = without_times(H5P_GROUP_CREATE);
+  TensorFile file(own(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, of_file.get(), access.get()), doing), path.string());
+  for (const auto& [part, specs] : parts) {
+    for (const TensorSpec& spec : specs) {
+      const std::string place = hdf5_path(spec.name);
+      make_groups(file.id_, place, of_group, doing);
+      check(H5Lcreate_external(part.c_str(), place.c_str(), file.id_.get(), place.c_str(), H5P_DEFAULT, H5P_DEFAULT), doing);
+    }
+  }
+  file.close();
+  make_durable(path);
+}
+
+std::vector<uint64_t> TensorFile::checksums() const {
+  if (check(H5Lexists(id_.get(), kChecksums, H5P_DEFAULT), path_) == 0) return {};
+  const std::string where = path_ + ": " + kChecksums;
+  const Hdf5Id dataset = own(H5Dopen2(id_.get(), kChecksums, H5P_DEFAULT), where);
+  const Hdf5Id space = own(H5Dget_space(dataset.get()), where), type = own(H5Dget_type(dataset.get()), where);
+  if (H5Tequal(type.get(), H5T_STD_U64LE) <= 0 || H5Sget_simple_extent_ndims(space.get()) != 1) fail(where, ": is no list of checksums");
+  std::vector<uint64_t> out(static_cast<size_t>(H5Sget_simple_extent_npoints(space.get())));
+  if (!out.empty()) check(H5Dread(dataset.get(), H5T_STD_U64LE, H5S_ALL, H5S_ALL, H5P_DEFAULT, out.data()), where);
+  return out;
 }
 
 TensorFile TensorFile::open_for_writing(const fs::path& path, const Communicator& world) {
@@ -261,6 +316,10 @@ StoredDataset TensorFile::dataset(const std::string& name) const {
   std::vector<hsize_t> sizes(static_cast<size_t>(check(H5Sget_simple_extent_ndims(space.get()), where)));
   check(H5Sget_simple_extent_dims(space.get(), sizes.data(), nullptr), where);
   out.spec_ = {name, dtype_of(type.get(), where), Shape(sizes.begin(), sizes.end())};
+  if (elements(out.spec_.shape) > 0) {
+    out.offset_ = place_of(out.id_);
+    if (out.offset_ == 0) fail(where, ": is not stored in one piece: not a file of this program");
+  }
   return out;
 }
 

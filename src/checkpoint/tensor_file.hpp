@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -31,20 +32,27 @@ using Hdf5Id = Handle<int64_t, close_hdf5, no_hdf5>;  ///< an hid_t; hdf5.h stay
 std::string hdf5_path(const std::string& name);
 std::string name_of_path(const std::string& path);
 
+/// Where a file's bytes lie. A dataset without elements has no place.
+struct Extents {
+  std::vector<uint64_t> offsets;   ///< of each tensor's first byte, in the order of the names
+  uint64_t checksums = 0;          ///< of the first checksum; none: 0
+};
+
 /// One tensor of a TensorFile. Boxes must lie inside its shape.
 class StoredDataset {
  public:
   const TensorSpec& spec() const noexcept { return spec_; }
-  /// `target`: the box in row-major order, in the stored dtype. Throws UserError with HDF5's own words.
-  void read(const Box& box, void* target) const;
-  /// Independent: other ranks may do something else meanwhile.
+  /// Of its first byte in file(); 0 without elements.
+  uint64_t offset() const noexcept { return offset_; }
+  /// `source`: the box in row-major order, in the stored dtype. Independent: other ranks may do something else meanwhile. Throws
+  /// UserError with HDF5's own words.
   void write(const Box& box, const void* source) const;
 
  private:
   friend class TensorFile;
-  void transfer(const Box& box, void* memory, bool writing) const;
   TensorSpec spec_;
   std::string file_;
+  uint64_t offset_ = 0;
   Hdf5Id id_;
 };
 
@@ -57,8 +65,12 @@ class TensorFile {
   /// Makes the file with all datasets allocated and no data in them, flushed and fsynced. By one process alone, through
   /// the serial driver: 20,000 datasets take a second, against five when all ranks create them together. Reserves the
   /// disk space where the file system can, so that a full disk shows now. The same specs in any order give the same
-  /// bytes.
-  static void create(const std::filesystem::path& path, std::vector<TensorSpec> specs);
+  /// bytes. Beside the tensors there is room for the checksum of every block (Blocks), all 0.
+  static Extents create(const std::filesystem::path& path, std::vector<TensorSpec> specs);
+  /// The extents of what create() made, for specs in the order of their names.
+  Extents extents(std::span<const TensorSpec> specs) const;
+  /// A file without data through which `parts`, files beside it with their tensors, look like one: external links.
+  static void create_index(const std::filesystem::path& path, const std::map<std::string, std::vector<TensorSpec>>& parts);
 
   /// **Collective.** Opens what create() made, by MPI-IO, to write from all ranks of `world`. close() and the
   /// destructor are collective, too.
@@ -69,6 +81,8 @@ class TensorFile {
 
   StoredDataset dataset(const std::string& name) const;
   bool contains(const std::string& name) const;
+  /// The checksums of every block, by the order of the tensors' names; empty for a file that has none (schema version 1).
+  std::vector<uint64_t> checksums() const;
   /// All tensors, in no particular order. Throws UserError on datasets of foreign types.
   std::vector<TensorSpec> list() const;
 

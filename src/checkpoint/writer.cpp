@@ -2,25 +2,16 @@
 
 #include "base/error.hpp"
 #include "base/log.hpp"
-#include "checkpoint/coverage.hpp"
+#include "base/text_file.hpp"
 #include "checkpoint/durable.hpp"
-#include "checkpoint/slabs.hpp"
-#include "checkpoint/tensor_file.hpp"
+#include "checkpoint/file_writer.hpp"
 
 namespace upcycle {
 namespace {
 
 namespace fs = std::filesystem;
-
-/// In bounded pieces: what is strided or on a GPU goes through one small host buffer.
-void write_piece(const TensorFile& file, const Piece& piece) {
-  const StoredDataset dataset = file.dataset(piece.name);
-  const Tensor local = piece.local.detach();
-  for (const Box& slab : slabs(piece.box.size, kSlabBytes / local.element_size())) {
-    const Tensor host = view_of(local, slab).to(at::kCPU).contiguous();
-    dataset.write(shifted(slab, piece.box.begin), host.const_data_ptr());
-  }
-}
+constexpr const char* kContinues = "continues.txt";
+constexpr uint64_t kRoom = uint64_t{64} << 20;   // of a writer's own thread
 
 /// A damaged step that a run resumed behind is in the way of the new one, but not ours to delete.
 void make_way(const fs::path& folder) {
@@ -31,22 +22,31 @@ void make_way(const fs::path& folder) {
     why = error.what();
   }
   if (why.empty()) fail(folder.string(), ": this checkpoint exists; move it away, or resume from it");
+  set_aside(folder, why);
+}
+
+}  // namespace
+
+fs::path set_aside(const fs::path& folder, const std::string& why) {
   fs::path aside = folder;
   for (int n = 1; fs::exists(aside); ++n) aside = folder.string() + ".damaged-" + std::to_string(n);
   rename_durably(folder, aside);
   log::warning(text("a damaged checkpoint is in the way (", why, "): it is now ", aside.string()));
+  return aside;
 }
-
-}  // namespace
 
 struct CheckpointWriter::State {
   fs::path folder;
   fs::path partial;
   const Communicator& world;
+  WriteOptions options;
+  std::unique_ptr<WriterThread> own_thread = {};
+  std::vector<std::shared_ptr<FileWriter>> added = {};   ///< shared with the thread's last task
   nlohmann::json files = nlohmann::json::object();
-  nlohmann::json tensors = nlohmann::json::object();
+  bool continued = false;
   bool committed = false;
 
+  WriterThread& thread() { return own_thread ? *own_thread : *options.thread; }
   /// **Collective.** `action` on rank 0 alone; its error is everybody's.
   template <class Action>
   void on_first_rank(Action&& action) {
@@ -54,70 +54,83 @@ struct CheckpointWriter::State {
       if (world.rank() == 0) action();
     });
   }
+  void refuse_second(const std::string& file) const {
+    if (files.contains(file)) throw std::logic_error(text("the checkpoint has a file '", file, "' already"));
+  }
 };
 
-CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world)
-    : state_(new State{.folder = folder, .partial = folder.string() + ".partial", .world = world}) {
+CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, WriteOptions options)
+    : state_(new State{.folder = folder, .partial = folder.string() + ".partial", .world = world, .options = std::move(options)}) {
   State& s = *state_;
   s.on_first_rank([&] {
     if (fs::exists(s.folder)) make_way(s.folder);
+    const fs::path words = s.partial / kContinues;
+    s.continued = !s.options.continues.empty() && fs::exists(words) && text_of(words) == s.options.continues;
+    if (s.continued) return;
     std::error_code error;
     fs::remove_all(s.partial, error);  // of a writer that was killed
     fs::create_directories(s.partial, error);
     if (error) fail("creating ", s.partial.string(), ": ", error.message());
+    if (!s.options.continues.empty()) write_text_durably(words, s.options.continues);
   });
+  s.continued = world.all_reduce(int64_t{s.continued}, Reduce::max) > 0;
+  if (!s.options.thread) s.own_thread = std::make_unique<WriterThread>(kRoom);
 }
 
 CheckpointWriter::~CheckpointWriter() {
-  if (state_->committed || state_->world.rank() != 0) return;
+  State& s = *state_;
+  s.own_thread.reset();   // nobody writes into what is removed
+  if (s.committed || s.world.rank() != 0 || !s.options.continues.empty()) return;
   std::error_code ignored;
-  fs::remove_all(state_->partial, ignored);
+  fs::remove_all(s.partial, ignored);
 }
+
+uint64_t CheckpointWriter::bytes() const noexcept {
+  uint64_t bytes = 0;
+  for (const auto& file : state_->added) bytes += file->bytes();
+  return bytes;
+}
+
+Transfer CheckpointWriter::transfer() const noexcept { return state_->added.empty() ? state_->options.transfer : state_->added[0]->transfer(); }
 
 void CheckpointWriter::add(const std::string& file, std::span<const Piece> pieces) {
   State& s = *state_;
-  if (s.files.contains(file)) throw std::logic_error(text("the checkpoint has a file '", file, "' already"));
-  const fs::path path = s.partial / file;
-  std::string mine;
-  s.world.together([&] { mine = declare(pieces); });
-  const std::vector<TensorSpec> specs = check_coverage(s.world.all_gather(mine));
-
-  s.on_first_rank([&] { TensorFile::create(path, specs); });
-  std::optional<TensorFile> out;
-  s.world.together([&] { out = TensorFile::open_for_writing(path, s.world); });
-  s.world.together([&] {
-    for (const Piece& piece : pieces) write_piece(*out, piece);
-  });
-  s.world.together([&] { out->close(); });
-  // On every rank: a rank's bytes may still be on its own host.
-  s.world.together([&] { make_durable(path); });
-
-  int64_t bytes = 0;
-  for (const TensorSpec& spec : specs)
-    bytes += elements(spec.shape) * static_cast<int64_t>(c10::elementSize(spec.dtype));
-  s.tensors[file] = {{"count", specs.size()}, {"bytes", bytes}};
-  s.files[file] = nullptr;
+  s.refuse_second(file);
+  s.added.push_back(std::make_shared<FileWriter>(s.partial / file, pieces, s.world, s.options, s.thread(), s.continued));
+  s.added.back()->write();
+  for (const std::string& name : s.added.back()->files()) s.files[name] = nullptr;
+  if (!s.options.thread) s.world.together([&] { s.thread().finish(); });
 }
 
 void CheckpointWriter::add_text(const std::string& file, const std::string& content) {
   State& s = *state_;
-  if (s.files.contains(file)) throw std::logic_error(text("the checkpoint has a file '", file, "' already"));
+  s.refuse_second(file);
   s.on_first_rank([&] { write_text_durably(s.partial / file, content); });
   s.files[file] = nullptr;
 }
 
 void CheckpointWriter::commit(Manifest manifest) {
   State& s = *state_;
-  s.on_first_rank([&] {
-    for (const auto& [file, size] : s.files.items()) s.files[file] = fs::file_size(s.partial / file);
+  s.world.together([&] { s.thread().finish(); });
+  for (const auto& file : s.added) file->gather_checksums();
+  if (s.world.rank() == 0) {
     manifest.schema_version = kSchemaVersion;
-    manifest.files = s.files;
-    manifest.tensors = s.tensors;
-    write_text_durably(s.partial / kManifestFile, to_json(manifest).dump(2) + "\n");
-    make_durable(s.partial);
-    rename_durably(s.partial, s.folder);
-  });
-  s.committed = true;
+    s.thread().push([folder = s.folder, partial = s.partial, added = s.added, files = s.files, manifest = std::move(manifest)]() mutable {
+      manifest.tensors = nlohmann::json::object();
+      for (const auto& file : added) {
+        file->store_checksums();
+        manifest.tensors[file->files().front()] = file->summary();
+      }
+      fs::remove(partial / kContinues);
+      for (const auto& [file, size] : files.items()) size = fs::file_size(partial / file);
+      manifest.files = files;
+      write_text_durably(partial / kManifestFile, to_text(manifest));
+      make_durable(partial);
+      rename_durably(partial, folder);
+    });
+  }
+  if (!s.options.thread) s.world.together([&] { s.thread().finish(); });
+  s.committed = true;   // or, with a thread given, on its way: the folder is that thread's
 }
 
 }  // namespace upcycle

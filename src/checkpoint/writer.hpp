@@ -5,6 +5,7 @@
 
 #include "checkpoint/manifest.hpp"
 #include "checkpoint/piece.hpp"
+#include "checkpoint/write_options.hpp"
 #include "parallel/communicator.hpp"
 
 namespace upcycle {
@@ -18,34 +19,42 @@ namespace upcycle {
 //   convert. exp_avg_sq.h5   float32, Adam's second moments, likewise. manifest.json, certificate.json, and small text
 //   files (config.json, run.toml, tokenizer files) through add_text.
 
-/// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank its boxes. Whole or
-/// absent: all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer destroyed before
-/// commit(), or after an error, removes the partial folder (best effort).
+/// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank whole blocks of rows (WritePlan), with a
+/// checksum for each. Whole or absent: all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer
+/// destroyed before commit(), or after an error, removes the partial folder (best effort).
 class CheckpointWriter {
  public:
   /// **Collective.** Throws UserError when `folder` is a valid checkpoint already or its parent can't be written.
-  /// A damaged checkpoint in the way is renamed to <folder>.damaged-1 with a warning; a .partial of a killed writer is
-  /// removed. `world` must outlive the writer.
-  CheckpointWriter(std::filesystem::path folder, const Communicator& world);
-  CheckpointWriter(std::filesystem::path folder, Communicator&& world) = delete;
+  /// A damaged checkpoint in the way is renamed to <folder>.damaged-1 with a warning. `world` must outlive the writer.
+  CheckpointWriter(std::filesystem::path folder, const Communicator& world, WriteOptions options = {});
+  CheckpointWriter(std::filesystem::path folder, Communicator&& world, WriteOptions options = {}) = delete;
   ~CheckpointWriter();
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
   /// **Collective.** One file of the checkpoint, e.g. "weights.h5". `pieces`: this rank's, of any number of tensors;
-  /// all ranks' together must cover every tensor exactly once. Dtypes of one tensor agree. Throws UserError with the
-  /// file when the disk is full, on all ranks.
+  /// all ranks' together must cover every tensor, each element once or by equal boxes of several ranks (replicas). Dtypes of one tensor
+  /// agree. Throws UserError with the file when the disk is full, on all ranks; with a thread given, perhaps only later.
   void add(const std::string& file, std::span<const Piece> pieces);
 
   /// **Collective.** Further small files (certificate.json, tokenizer files, config.json); rank 0's content is written.
   void add_text(const std::string& file, const std::string& content);
 
-  /// **Collective.** Completes `manifest` (files, tensors), writes it, makes all durable, renames.
+  /// **Collective.** Waits for all ranks' bytes, completes `manifest` (files, tensors, checksums), writes it, makes all durable, renames;
+  /// with a thread given, rank 0's thread does what comes after the waiting, and WriterThread::finish says how it went.
   void commit(Manifest manifest);
+
+  /// Bytes that this rank writes, of all files added so far.
+  uint64_t bytes() const noexcept;
+  /// How the bytes go: direct, buffered or independent.
+  Transfer transfer() const noexcept;
 
  private:
   struct State;
   std::unique_ptr<State> state_;
 };
+
+/// Renames a checkpoint that is not what was written to <folder>.damaged-N and warns, naming `why`. Returns the new name. For one rank.
+std::filesystem::path set_aside(const std::filesystem::path& folder, const std::string& why);
 
 }  // namespace upcycle

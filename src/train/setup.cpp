@@ -163,7 +163,7 @@ void refuse_other_schemas(const std::filesystem::path& directory) {
   for (const auto& entry : std::filesystem::directory_iterator(directory / "checkpoints", none)) {
     if (!step_of(entry.path().filename().string()) || !std::filesystem::exists(entry.path() / kManifestFile)) continue;
     const auto manifest = nlohmann::json::parse(content_of(entry.path() / kManifestFile), nullptr, false);
-    if (manifest.is_object() && manifest.contains("schema_version") && manifest["schema_version"] != kSchemaVersion) {
+    if (manifest.is_object() && manifest.contains("schema_version") && !reads_schema(manifest.value("schema_version", 0))) {
       read_manifest(entry.path());   // says which version, and what to do
     }
   }

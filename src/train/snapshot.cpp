@@ -6,7 +6,7 @@
 
 #include "base/autograd.hpp"
 #include "base/dtype.hpp"
-#include "checkpoint/slabs.hpp"
+#include "checkpoint/boxes.hpp"
 #include "checkpoint/writer.hpp"
 
 namespace upcycle {
@@ -57,11 +57,6 @@ Tensor own_of(const Bucket& bucket, const Tensor& flat) {
   return flat.numel() == bucket.own.size() ? flat : flat.narrow(0, bucket.own.begin, bucket.own.size());
 }
 
-// Of the ranks that hold the same box one writes it; which one depends on the name, so that the work is spread.
-bool writes(const Bucket& bucket, const ParameterSpec& spec) {
-  return static_cast<int64_t>(std::hash<std::string>{}(spec.name) % static_cast<size_t>(bucket.place.holders)) == bucket.place.index;
-}
-
 using Wanted = std::function<bool(const Bucket&, const ParameterSpec&)>;
 
 void append(std::vector<Piece>& pieces, const Weights& weights, const Bucket& bucket, const Range& run, const Tensor& flat, const Wanted& wanted) {
@@ -110,9 +105,7 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
   const std::filesystem::path folder = checkpoints / step_directory(state.step);
   for (const Weight& weight : weights.all()) weight.parameter.arrived();
   const std::set<std::string> keep_master = rounded(weights, world);
-  const Wanted one_writer = writes;
-  // What is divided among the holders each writes for itself.
-  const Wanted owner = [](const Bucket& bucket, const ParameterSpec& spec) { return bucket.divided() || writes(bucket, spec); };
+  const Wanted all = [](const Bucket&, const ParameterSpec&) { return true; };   // replicas too: the writer takes each value once
 
   CheckpointWriter writer(folder, world);
   const auto add = [&](const char* file, const std::vector<Piece>& pieces) {
@@ -122,14 +115,14 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
   std::vector<Piece> values, masters, first, second;
   for (size_t index = 0; index < weights.buckets().size(); ++index) {
     const Bucket& bucket = weights.buckets()[index];
-    append(values, weights, bucket, whole_of(bucket), bucket.values, one_writer);
+    append(values, weights, bucket, whole_of(bucket), bucket.values, all);
     if (bucket.dtype != at::kFloat) {
       append(masters, weights, bucket, bucket.own, own_of(bucket, bucket.masters),
-             [&](const Bucket& b, const ParameterSpec& spec) { return owner(b, spec) && keep_master.contains(spec.name); });
+             [&](const Bucket&, const ParameterSpec& spec) { return keep_master.contains(spec.name); });
     }
     if (!optimizer) continue;
-    append(first, weights, bucket, bucket.own, optimizer->exp_avg(index), owner);
-    append(second, weights, bucket, bucket.own, optimizer->exp_avg_sq(index), owner);
+    append(first, weights, bucket, bucket.own, optimizer->exp_avg(index), all);
+    append(second, weights, bucket, bucket.own, optimizer->exp_avg_sq(index), all);
   }
   add(kWeightsFile, values);
   if (!keep_master.empty()) add(kMastersFile, masters);

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Holds a checkpoint against checkpoints-schema/. Usage: check_schema.py CHECKPOINT; exit code 1 and a line for every problem."""
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 import h5py
+import xxhash
 
 SCHEMA = Path(__file__).resolve().parents[2] / "checkpoints-schema"
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
@@ -40,6 +42,12 @@ def violations(value, schema, where):
     return found
 
 
+def digest_of(manifest):
+    """Of a manifest without its digest, as README.md of the schema says."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
 def dtype_of(dataset, dtypes):
     kind = dataset.id.get_type()
     if not isinstance(kind, h5py.h5t.TypeFloatID):
@@ -53,7 +61,34 @@ def tensors_of(path):
     tensors = {}
     with h5py.File(path) as file:
         file.visititems(lambda place, item: tensors.update({place: item}) if isinstance(item, h5py.Dataset) else None)
-        yield from tensors.items()
+        yield from ((place, item) for place, item in tensors.items() if place != ".checksums")
+
+
+def blocks_of(dataset, form):
+    """Byte ranges of a tensor's blocks."""
+    size = dataset.id.get_type().get_size()
+    row = size * (dataset.shape[-1] if len(dataset.shape) > 1 else 1)
+    rows, aligned = max(1, form["block_bytes"] // max(row, 1)), form["page"] // math.gcd(form["page"], row)
+    rows -= rows % aligned if rows >= aligned else 0
+    total = size * math.prod(dataset.shape)
+    return [(begin, min(begin + rows * row, total)) for begin in range(0, total, rows * row)]
+
+
+def check_sums(path, form):
+    """The blocks of a file whose stored checksum is not that of its bytes."""
+    with h5py.File(path) as file, open(path, "rb") as data:
+        stored, found = file[form["path"]], []
+        attributes = {"algorithm": form["algorithm"].encode(), "block_bytes": str(form["block_bytes"]).encode()}
+        if stored.dtype != form["dtype"] or dict(stored.attrs) != attributes:
+            found.append(f"{path.name}: {form['path']} is {stored.dtype} with {dict(stored.attrs)}")
+        sums = iter(stored[...].tolist())
+        for place in sorted((place for place, _ in tensors_of(path)), key=lambda place: place.replace("/", ".")):
+            offset = file[place].id.get_offset()
+            for begin, end in blocks_of(file[place], form):
+                data.seek(offset + begin)
+                if xxhash.xxh3_64_intdigest(data.read(end - begin)) != next(sums, None):
+                    found.append(f"{path.name}: {place}: bytes {begin} to {end} of the tensor have another checksum")
+        return found + ([f"{path.name}: more checksums than blocks"] if next(sums, None) is not None else [])
 
 
 def check_file(path, rules, schema, stated):
@@ -72,7 +107,8 @@ def check_file(path, rules, schema, stated):
             problems.append(f"{where}: attributes say {dict(dataset.attrs)}")
         if dataset.chunks or dataset.compression or dataset.id.get_offset() is None:
             problems.append(f"{where}: not contiguous")
-    if stated != {"count": len(names), "bytes": total}:
+    problems += check_sums(path, schema["checksums"])
+    if {key: stated[key] for key in ("count", "bytes")} != {"count": len(names), "bytes": total}:
         problems.append(f"{path.name}: {len(names)} tensors of {total} bytes, the manifest says {stated}")
     return problems, names
 
@@ -81,6 +117,8 @@ def check(checkpoint):
     """All problems of a checkpoint, one line each."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     problems = violations(manifest, json.loads((SCHEMA / "manifest.schema.json").read_text()), "manifest.json")
+    if manifest.get("digest") != digest_of(manifest):
+        problems.append("manifest.json: its digest is that of something else")
     schema = json.loads((SCHEMA / "tensors.json").read_text())
     files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
     del files["manifest.json"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 import torch
-from check_schema import check
+from check_schema import check, digest_of
 from safetensors.torch import save_file
 
 UPCYCLE = None
@@ -70,7 +70,7 @@ class CheckpointTools(unittest.TestCase):
         path = self.step / "manifest.json"
         manifest = json.loads(path.read_text()) | changes
         manifest["files"] = {str(p.relative_to(self.step)): p.stat().st_size for p in self.step.rglob("*") if p.is_file() and p != path}
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
 
     def assert_bad(self, *words):
         said = self.upcycle("verify", self.step, expect=1)
@@ -110,9 +110,16 @@ class CheckpointTools(unittest.TestCase):
             self.assertEqual(told["values"], sum(value.numel() for value in self.source.values()))
             self.assertEqual(len(told["digest"]), 32)
             self.assertIn("good", self.upcycle("verify", path))
-        first = told["digest"]
-        self.patch("model/norm/weight", b"\x80\x3f")
-        self.assertNotEqual(json.loads(self.upcycle("verify", self.step, "--json"))["digest"], first)
+
+    def test_a_flipped_bit_is_named(self):
+        first = json.loads(self.upcycle("verify", self.step, "--json"))["digest"]
+        self.patch("model/layers/1/mlp/up_proj/weight", b"\x80\x3f")
+        told = json.loads(self.upcycle("verify", self.step, "--json", expect=1).split("\nupcycle:")[0])
+        self.assertNotEqual(told["digest"], first)
+        self.assertIn("tensor 'model.layers.1.mlp.up_proj.weight' (layer 1), elements 0 to 1535", told["problems"][0])
+        self.assertIn("are not what was written", told["problems"][0])
+        self.assertIn("its tensors or checksums are not those of the manifest", told["problems"][1])
+        self.assertEqual(len(told["problems"]), 2)
 
     def test_inspect(self):
         total = sum(value.numel() for value in self.source.values())
@@ -157,7 +164,8 @@ class CheckpointTools(unittest.TestCase):
         with h5py.File(self.step / "weights.h5", "r+") as file:
             router = file["model/layers/0/mlp/gate/weight"][...]
             del file["model/layers/0/mlp/gate/weight"]
-            file.create_dataset("model/layers/0/mlp/gate/weight", router.shape, dtype=file["model/norm/weight"].id.get_type())
+            dataset = file.create_dataset("model/layers/0/mlp/gate/weight", router.shape, dtype=file["model/norm/weight"].id.get_type())
+            dataset.id.write(h5py.h5s.ALL, h5py.h5s.ALL, router)
         self.manifest()
         self.assert_bad("'model.layers.0.mlp.gate.weight' is BFloat16, not Float")
         with h5py.File(self.step / "weights.h5", "r+") as file:
@@ -198,7 +206,7 @@ class CheckpointTools(unittest.TestCase):
     def test_what_cannot_be_judged(self):
         self.manifest(schema_version=99)
         for command in ("inspect", "verify"):
-            self.assertIn("schema version 99, but this program reads version 1", self.upcycle(command, self.step, expect=2))
+            self.assertIn("schema version 99, but this program reads versions 1 to 2", self.upcycle(command, self.step, expect=2))
             for path in (self.run_directory / "absent", self.source_directory(), self.run_directory):
                 self.upcycle(command, path, expect=2)
         (self.step / "manifest.json").write_text("{")

@@ -11,7 +11,8 @@
 #include <optional>
 
 #include "checkpoint/digest.hpp"
-#include "checkpoint/slabs.hpp"
+#include "checkpoint/reader.hpp"
+#include "checkpoint/boxes.hpp"
 #include "checkpoint/writer.hpp"
 #include "support/scratch.hpp"
 #include "support/tensors.hpp"
@@ -109,7 +110,7 @@ TEST(Checkpoint, TheSameBytesFromAnyNumberOfRanks) {
     }
   }
   EXPECT_EQ(contents(written[0] / "note.txt"), "rank 0's words");
-  EXPECT_EQ(digest(CheckpointReader(written.back())), digest(CheckpointReader(written[0])));
+  EXPECT_EQ(digest_of_tensors(read_manifest(written.back()).tensors), digest_of_tensors(read_manifest(written[0]).tensors));
 }
 
 TEST(Checkpoint, AnyLayoutReadsAnyOther) {
@@ -151,7 +152,7 @@ TEST(Checkpoint, BoxesThatDoNotTileAreAnErrorOnAllRanks) {
   const bool last = world.rank() == world.size() - 1;
   EXPECT_THAT(attempt(last ? std::vector{half} : std::vector<Piece>{}),
               HasSubstr("tensor 'w' [8]: all ranks' boxes cover 4 of 8"));
-  if (world.size() > 1) EXPECT_THAT(attempt({all}), HasSubstr("overlap"));
+  if (world.size() > 1) EXPECT_THAT(attempt({last ? all : half}), HasSubstr("overlap"));
   EXPECT_THAT(attempt({last ? misshapen : all}), HasSubstr("a piece of shape [4]"));
   world.barrier();
   EXPECT_TRUE(fs::is_empty(scratch.path()));
@@ -176,7 +177,7 @@ TEST(Checkpoint, ADiskThatFillsOnOneRankIsEverybodysErrorAndNothingElseIsLost) {
   const Communicator world = Communicator::everyone();
   const SharedScratch scratch(world);
   write_checkpoint(scratch / "step-00000001", world, 0);
-  const std::string before = digest(CheckpointReader(scratch / "step-00000001"));
+  const std::string before = digest_of_tensors(read_manifest(scratch / "step-00000001").tensors);
   world.barrier();
   for (int failing = 0; failing < world.size(); ++failing) {
     std::string message;
@@ -187,16 +188,16 @@ TEST(Checkpoint, ADiskThatFillsOnOneRankIsEverybodysErrorAndNothingElseIsLost) {
       message = user_error([&] { write_checkpoint(scratch / "step-00000002", world, 0); });
     }
     EXPECT_THAT(message, testing::AllOf(HasSubstr("step-00000002.partial/weights.h5"),
-                                        HasSubstr(failing == 0 ? "File too large" : "a full disk")))
+                                        HasSubstr("File too large")))
         << "rank " << failing << " fails";
     world.barrier();
     EXPECT_FALSE(fs::exists(scratch / "step-00000002"));
     EXPECT_FALSE(fs::exists(scratch / "step-00000002.partial"));
-    EXPECT_EQ(digest(CheckpointReader(scratch / "step-00000001")), before);
+    EXPECT_EQ(digest_of_tensors(read_manifest(scratch / "step-00000001").tensors), before);
     world.barrier();
   }
   write_checkpoint(scratch / "step-00000002", world, 0);
-  EXPECT_EQ(digest(CheckpointReader(scratch / "step-00000002")), before);
+  EXPECT_EQ(digest_of_tensors(read_manifest(scratch / "step-00000002").tensors), before);
 }
 
 TEST(Checkpoint, H5pyAndH5dumpReadIt) {

@@ -63,17 +63,32 @@ TEST(Manifest, RefusesWhatItCannotRead) {
   };
   const auto with_version = [&](const std::string& version) {
     std::string changed = good;
-    return message(changed.replace(changed.find("\"schema_version\": 1"), 19, "\"schema_version\": " + version));
+    return message(changed.replace(changed.find("\"schema_version\": 2"), 19, "\"schema_version\": " + version));
   };
   EXPECT_THAT(user_error([&] { read_manifest(scratch.path()); }), HasSubstr("not a checkpoint"));
   EXPECT_THAT(message(good.substr(0, good.size() / 2)), HasSubstr("not valid JSON"));
   EXPECT_THAT(message("[]"), HasSubstr("no 'schema_version'"));
   EXPECT_THAT(message("{}"), HasSubstr("no 'schema_version'"));
   EXPECT_THAT(with_version("\"one\""), HasSubstr("no 'schema_version'"));
-  EXPECT_THAT(with_version("99"), HasSubstr("schema version 99, but this program reads version 1 only"));
-  EXPECT_THAT(with_version("1, \"schema_version\": 2"), HasSubstr("'schema_version' is there twice"));
+  EXPECT_THAT(with_version("99"), HasSubstr("schema version 99, but this program reads versions 1 to 2 only"));
+  EXPECT_THAT(with_version("2, \"schema_version\": 1"), HasSubstr("'schema_version' is there twice"));
   EXPECT_THAT(message(R"({"schema_version":1})"), HasSubstr("run_id"));
   EXPECT_THAT(message(R"({"schema_version":1,"run_id":5})"), HasSubstr("string"));
+  EXPECT_THAT(message(R"({"schema_version":2,"run_id":5})"), HasSubstr("its digest does not fit"));
+}
+
+TEST(Manifest, NoFlippedBitGoesUnnoticed) {
+  const Scratch scratch;
+  const fs::path step = write_step(scratch.path(), 1);
+  const std::string good = contents(step / "manifest.json");
+  for (size_t byte = 0; byte < good.size(); ++byte) {
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string bad = good;
+      bad[byte] = static_cast<char>(bad[byte] ^ (1 << bit));
+      store(step / "manifest.json", bad);
+      EXPECT_NE(user_error([&] { read_manifest(step); }), "") << "bit " << bit << " of byte " << byte;
+    }
+  }
 }
 
 TEST(Manifest, FilesMustBeThereWithTheirSizes) {

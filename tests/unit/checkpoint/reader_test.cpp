@@ -160,20 +160,73 @@ TEST(Writer, IsWholeOrAbsent) {
   EXPECT_EQ(newest_checkpoint(scratch.path()), step);
 }
 
+// A flipped bit anywhere in a file of tensors is an error or changes nothing that is read: values are never wrong without a word.
+TEST(Reader, NoFlippedBitReachesAValue) {
+  const Scratch scratch;
+  const Tensor matrix = at::randn({40, 33}), list = at::randn({9});
+  const fs::path step = write(scratch / "step-00000001", {all_of("model.layers.3.mlp.up.weight", matrix), all_of("model.norm.weight", list)});
+  const std::string good = contents(step / kWeightsFile);
+  const size_t data = good.find(std::string(static_cast<const char*>(matrix.const_data_ptr()), 64));
+  ASSERT_NE(data, std::string::npos);
+  int refused = 0, harmless = 0;
+  const auto flip = [&](size_t byte) {
+    std::string bad = good;
+    bad[byte] = static_cast<char>(bad[byte] ^ 0x10);
+    store(step / kWeightsFile, bad);
+    return user_error([&] {
+      const CheckpointReader reader(step);
+      EXPECT_TRUE(same_bits(read_all(reader, "model.layers.3.mlp.up.weight", at::kFloat), matrix)) << byte;
+      EXPECT_TRUE(same_bits(read_all(reader, "model.norm.weight", at::kFloat), list)) << byte;
+    });
+  };
+  size_t next = 0;
+  for (size_t byte = 0; byte < good.size(); ++byte) {   // all that is not zero but for values, of which some will do; some zeros
+    const bool value = byte >= data && byte < data + matrix.nbytes() + list.nbytes();
+    if (good[byte] && !value ? false : byte < next) continue;
+    next = byte + (value ? 61 : 4099);
+    ++(flip(byte).empty() ? harmless : refused);
+  }
+  EXPECT_GT(refused, 400) << harmless;
+  EXPECT_THAT(flip(data + 5), testing::AllOf(HasSubstr("tensor 'model.layers.3.mlp.up.weight' (layer 3), elements 0 to 1319"),
+                                             HasSubstr(text("bytes ", data, " to ", data + 40 * 33 * 4 - 1, " of")), HasSubstr("are not what was written")));
+}
+
+TEST(Reader, ADamagedBlockIsNobodysBusinessWhoDoesNotReadIt) {
+  const Scratch scratch;
+  const Tensor value = at::randn({3000, 1024});   // 12 MB: three blocks
+  const fs::path step = write(scratch / "step-00000001", {all_of("w", value)});
+  std::string file = contents(step / kWeightsFile);
+  const size_t data = file.find(std::string(static_cast<const char*>(value.const_data_ptr()), 64));
+  file[data + 4 * 1024 * 1500] ^= 1;
+  store(step / kWeightsFile, file);
+  const CheckpointReader reader(step);
+  const auto rows = [&](int64_t begin, int64_t size) {
+    Piece piece{"w", {3000, 1024}, {{begin, 0}, {size, 1024}}, at::empty({size, 1024})};
+    reader.fill(kWeightsFile, std::span(&piece, 1));
+    return at::equal(piece.local, value.narrow(0, begin, size));
+  };
+  EXPECT_TRUE(rows(0, 1024));
+  EXPECT_TRUE(rows(2048, 952));
+  EXPECT_THROW(rows(1000, 100), DamagedCheckpoint);
+  EXPECT_EQ(reader.block(kWeightsFile, "w", 0).complaint, "");
+  EXPECT_NE(reader.block(kWeightsFile, "w", 1).complaint, "");
+  EXPECT_EQ(reader.checksums(kWeightsFile, "w").size(), 3u);
+}
+
 TEST(Digest, SeesNamesDtypesShapesAndBits) {
   const Scratch scratch;
   int number = 0;
-  const auto digest_of = [&](const std::vector<Piece>& pieces) {
-    return digest(CheckpointReader(write(scratch / step_directory(++number), pieces)));
+  const auto written = [&](const std::vector<Piece>& pieces) {
+    return digest_of_tensors(CheckpointReader(write(scratch / step_directory(++number), pieces)).manifest().tensors);
   };
   const Tensor zero = at::zeros({2, 3});
-  const std::string base = digest_of({all_of("w", zero), all_of("v", at::ones({1}))});
+  const std::string base = written({all_of("w", zero), all_of("v", at::ones({1}))});
   EXPECT_EQ(base.size(), 32u);
-  EXPECT_EQ(base, digest_of({all_of("v", at::ones({1})), all_of("w", zero.clone())}));
-  EXPECT_NE(base, digest_of({all_of("w", -zero), all_of("v", at::ones({1}))})) << "-0 is another bit pattern";
-  EXPECT_NE(base, digest_of({all_of("w", at::zeros({3, 2})), all_of("v", at::ones({1}))}));
-  EXPECT_NE(base, digest_of({all_of("w", at::zeros({2, 3}, at::kBFloat16)), all_of("v", at::ones({1}))}));
-  EXPECT_NE(base, digest_of({all_of("u", zero), all_of("v", at::ones({1}))}));
+  EXPECT_EQ(base, written({all_of("v", at::ones({1})), all_of("w", zero.clone())}));
+  EXPECT_NE(base, written({all_of("w", -zero), all_of("v", at::ones({1}))})) << "-0 is another bit pattern";
+  EXPECT_NE(base, written({all_of("w", at::zeros({3, 2})), all_of("v", at::ones({1}))}));
+  EXPECT_NE(base, written({all_of("w", at::zeros({2, 3}, at::kBFloat16)), all_of("v", at::ones({1}))}));
+  EXPECT_NE(base, written({all_of("u", zero), all_of("v", at::ones({1}))}));
 }
 
 }  // namespace

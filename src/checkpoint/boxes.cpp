@@ -1,4 +1,4 @@
-#include "checkpoint/slabs.hpp"
+#include "checkpoint/boxes.hpp"
 
 #include <algorithm>
 
@@ -37,30 +37,23 @@ std::vector<Box> boxes_of_run(const Shape& size, int64_t begin, int64_t end) {
   return out;
 }
 
-std::vector<Box> slabs(const Shape& size, int64_t max_elements) {
-  std::vector<Box> out;
-  if (elements(size) == 0) return out;
-  // The dims from `whole` on fit into one slab; the one before is cut into ranges, those in front are walked one by
-  // one.
-  size_t whole = size.size();
-  int64_t inner = 1;
-  while (whole > 0 && inner * size[whole - 1] <= max_elements) inner *= size[--whole];
-  if (whole == 0) return {upcycle::whole(size)};
-  const size_t cut = whole - 1;
-  const int64_t step = std::max<int64_t>(1, max_elements / inner);
-
-  Box box = upcycle::whole(size);
-  for (size_t dim = 0; dim < cut; ++dim) box.size[dim] = 1;
-  for (;;) {
-    for (int64_t at = 0; at < size[cut]; at += step) {
-      box.begin[cut] = at;
-      box.size[cut] = std::min(step, size[cut] - at);
-      out.push_back(box);
-    }
-    size_t dim = cut;
-    while (dim > 0 && ++box.begin[dim - 1] == size[dim - 1]) box.begin[--dim] = 0;
-    if (dim == 0) return out;
+ElementRange span_of(const Box& box, const Shape& shape) {
+  int64_t first = 0, last = 0;
+  for (size_t dim = 0; dim < shape.size(); ++dim) {
+    first = first * shape[dim] + box.begin[dim];
+    last = last * shape[dim] + box.begin[dim] + box.size[dim] - 1;
   }
+  return {first, last + 1};
+}
+
+std::optional<Box> intersection(const Box& a, const Box& b) {
+  Box out = a;
+  for (size_t dim = 0; dim < a.size.size(); ++dim) {
+    out.begin[dim] = std::max(a.begin[dim], b.begin[dim]);
+    out.size[dim] = std::min(a.begin[dim] + a.size[dim], b.begin[dim] + b.size[dim]) - out.begin[dim];
+    if (out.size[dim] <= 0) return std::nullopt;
+  }
+  return out;
 }
 
 Tensor view_of(const Tensor& x, const Box& box) {
@@ -73,6 +66,12 @@ Tensor view_of(const Tensor& x, const Box& box) {
 Box shifted(const Box& inner, const Shape& by) {
   Box out = inner;
   for (size_t dim = 0; dim < by.size(); ++dim) out.begin[dim] += by[dim];
+  return out;
+}
+
+Box relative_to(const Box& inner, const Box& outer) {
+  Box out = inner;
+  for (size_t dim = 0; dim < out.begin.size(); ++dim) out.begin[dim] -= outer.begin[dim];
   return out;
 }
 

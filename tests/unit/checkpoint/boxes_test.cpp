@@ -1,4 +1,4 @@
-#include "checkpoint/slabs.hpp"
+#include "checkpoint/boxes.hpp"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -8,27 +8,22 @@
 namespace upcycle {
 namespace {
 
-TEST(Slabs, LaidEndToEndAreTheArray) {
-  for (const Shape& size : {Shape{}, Shape{7}, Shape{3, 4}, Shape{2, 3, 5}, Shape{4, 1, 3, 2}}) {
-    const Tensor x = at::arange(elements(size), at::kLong).reshape(size);
-    for (int64_t most = 1; most <= elements(size) + 1; ++most) {
-      std::vector<Tensor> parts;
-      for (const Box& slab : slabs(size, most)) {
-        ASSERT_LE(elements(slab), most);
-        ASSERT_TRUE(inside(slab, size)) << describe(slab);
-        parts.push_back(view_of(x, slab).reshape({-1}));
-      }
-      ASSERT_TRUE(at::equal(at::cat(parts), x.reshape({-1}))) << describe(size) << " by " << most;
-    }
-  }
+TEST(Boxes, MoveIntoAnothersCoordinatesAndBack) {
+  EXPECT_EQ(shifted({{1, 2}, {3, 4}}, {10, 20}), (Box{{11, 22}, {3, 4}}));
+  EXPECT_EQ(relative_to({{11, 22}, {3, 4}}, {{10, 20}, {9, 9}}), (Box{{1, 2}, {3, 4}}));
 }
 
-TEST(Slabs, AreAsLargeAsAllowed) {
-  EXPECT_EQ(slabs({100, 10}, 95).size(), 12u);  // 9 rows each
-  EXPECT_EQ(slabs({100, 10}, 5).size(), 200u);  // half a row each
-  EXPECT_EQ(slabs({100, 10}, 1000).size(), 1u);
-  EXPECT_TRUE(slabs({4, 0, 3}, 10).empty());
-  EXPECT_EQ(shifted({{1, 2}, {3, 4}}, {10, 20}), (Box{{11, 22}, {3, 4}}));
+TEST(Boxes, HaveInCommonWhatBothHold) {
+  EXPECT_EQ(intersection({{0, 2}, {4, 4}}, {{1, 0}, {9, 3}}), (Box{{1, 2}, {3, 1}}));
+  EXPECT_EQ(intersection({{0, 2}, {4, 4}}, {{4, 2}, {1, 1}}), std::nullopt);
+  EXPECT_EQ(intersection({{}, {}}, {{}, {}}), (Box{{}, {}}));
+}
+
+TEST(Boxes, SpanFromTheirFirstToTheirLastElement) {
+  const ElementRange run = span_of({{1, 1, 2}, {2, 1, 3}}, {4, 3, 5});
+  EXPECT_EQ(run.begin, 15 + 5 + 2);
+  EXPECT_EQ(run.end, 30 + 5 + 4 + 1);
+  EXPECT_EQ(span_of({{}, {}}, {}).size(), 1);
 }
 
 TEST(BoxesOfRun, LaidEndToEndAreTheRun) {

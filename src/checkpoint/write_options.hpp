@@ -1,0 +1,27 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "checkpoint/block_file.hpp"
+#include "checkpoint/writer_thread.hpp"
+
+namespace upcycle {
+
+struct WriteOptions {
+  Transfer transfer = Transfer::automatic;
+  /// A file of tensors with more bytes than this becomes several, by the order of the tensors' names, and an index through which they
+  /// look like one.
+  uint64_t file_bytes = uint64_t{64} << 30;
+  /// What is written, in words: an interrupted writer's <folder>.partial of the same words is continued, its blocks whose checksums
+  /// hold are not asked for again, and an interruption leaves one. Empty: what is left of a killed writer is removed.
+  std::string continues;
+  /// Bytes of this rank that are taken, and all of the file's; on the calling thread, after each block.
+  std::function<void(uint64_t done, uint64_t total)> progress;
+  /// Writes behind the caller's back, see add() and commit(); outlives the writer. Null: a thread of the writer's own.
+  WriterThread* thread = nullptr;
+  /// With `thread`: blocks that no other rank has a part of are taken out of the pieces by the thread, and not by add().
+  bool take_later = false;
+};
+
+}  // namespace upcycle
