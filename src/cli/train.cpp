@@ -24,7 +24,7 @@ int run_train(const Arguments& arguments) {
   log::info(line);
   Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds(), nccl::abort_all);   // 2. nobody waits for the dead
   Mesh mesh(Grid(config.parallel, world_size()));                                                        // 3. lay out the ranks
-  const int code = or_abort_nccl([&] { return run_training(config, mesh, watchdog); });   // 4. build, restore or upcycle, train
+  const int code = or_abort_nccl([&] { return run_training(config, mesh, watchdog, arguments.accept_changes); });   // 4. build, restore or upcycle, train
   world.barrier();
   end_within(60, kExitFault);   // all are here; yet one may die while MPI shuts down
   return code;

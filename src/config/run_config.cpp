@@ -77,6 +77,12 @@ std::vector<Problem> check_together(const RunConfig& c) {
   if (c.balance.pad_to_capacity && c.balance.capacity_factor == 0) {
     add("balance.pad_to_capacity", " = true needs balance.capacity_factor > 0");
   }
+  if (c.checkpoint.keep_best && c.validate.every == 0) {
+    add("checkpoint.keep_best", " = true needs validate.every > 0: the best checkpoint is that of the lowest validation loss");
+  } else if (c.checkpoint.keep_best && c.checkpoint.every % c.validate.every != 0) {
+    add("checkpoint.keep_best", " = true needs a validation with every checkpoint: checkpoint.every = ", c.checkpoint.every,
+        " is not a multiple of validate.every = ", c.validate.every);
+  }
   if (c.parallel.virtual_stages > 1 && c.parallel.pipeline == 1) {
     add("parallel.virtual_stages", " = ", c.parallel.virtual_stages, " needs parallel.pipeline > 1");
   }
@@ -112,6 +118,20 @@ std::string to_json(const RunConfig& original) {
   ordered_json out = ordered_json::object();
   for (const Field& field : written_fields(config)) out[field.section()][field.name()] = field.write();
   return out.dump(2);
+}
+
+RunConfig run_from_json(const std::string& text_of_run, const std::string& where) {
+  const json run = json::parse(text_of_run, nullptr, /*allow_exceptions=*/false);
+  if (!run.is_object()) fail(where, ": 'run' is not an object: the manifest is damaged");
+  RunConfig config;
+  for (const Field& field : describe(config)) {
+    const auto section = run.find(field.section());
+    if (section == run.end() || !section->is_object() || !section->contains(field.name())) continue;
+    const json& value = section->at(field.name());
+    if (const std::string problem = field.read(value); !problem.empty()) fail(where, ": run.", field.key, ": ", problem, ": the manifest is damaged");
+  }
+  config.moe_given = run.contains("moe");
+  return config;
 }
 
 std::vector<std::string> not_built(const RunConfig& c) {

@@ -152,6 +152,8 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
                        {"updates", optimizer ? optimizer->updates().item<double>() : 0.0},
                        {"random", "Philox4x32-10, a function of (run.seed, stream, index): nothing to restore"}};
   if (!state.routers.empty()) manifest.training["routers"] = state.routers;
+  if (!state.losses.empty()) manifest.training["losses"] = state.losses;
+  if (state.validation_loss) manifest.training["validation_loss"] = *state.validation_loss;
   writer.commit(std::move(manifest));
   return folder;
 }
@@ -209,6 +211,7 @@ TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weight
   state.position = training.value("position", int64_t{0});
   state.skipped = training.value("skipped", int64_t{0});
   state.routers = training.value("routers", nlohmann::json::object());
+  state.losses = training.value("losses", nlohmann::json::array());
   if (optimizer && !reader.tensors(kFirstMomentsFile).empty()) {
     std::vector<Piece> first, second;
     for (size_t index = 0; index < weights.buckets().size(); ++index) {

@@ -10,6 +10,7 @@
 #include "model/stage.hpp"
 #include "parallel/mesh.hpp"
 #include "train/balance.hpp"
+#include "train/loss_spikes.hpp"
 #include "train/optimizer.hpp"
 #include "train/pipeline.hpp"
 #include "train/replicas.hpp"
@@ -21,8 +22,10 @@ namespace upcycle {
 struct TrainingState {
   int64_t step = 0;        ///< steps done
   int64_t position = 0;    ///< the next sample of the training stream
-  int64_t skipped = 0;     ///< steps whose gradient was not finite
+  int64_t skipped = 0;     ///< steps that changed nothing: the gradient was not finite, or the loss a spike
   nlohmann::json routers;  ///< what Balance::state said when it was stored; null: nothing
+  nlohmann::json losses;   ///< what LossSpikes::state said when it was stored; null: nothing
+  std::optional<double> validation_loss;   ///< of these weights, where they were validated
 };
 
 /// A step's numbers on their way from the device. Reading them waits for that step, so the trainer's loop does it one step late.
@@ -32,6 +35,7 @@ struct PendingReport {
   double lr = 0.0;
   device::HostCopy numbers;    ///< fp64, see Numbers in trainer.cpp
   device::HostCopy count_LX;   ///< see Balance::counts; undefined when dense
+  device::HostCopy spike;      ///< bool, see LossSpikes::judge; undefined where nobody asks
   std::optional<int64_t> learned;   ///< see StepReport
 };
 
@@ -43,7 +47,8 @@ struct StepReport : ExpertLoad {
   double aux_loss = 0.0, z_loss = 0.0;          ///< mean over MoE layers and micro-batches, without coefficients
   double router_entropy = 0.0;                  ///< of the routers' probabilities, in nats; mean over tokens and MoE layers
   std::vector<double> router_entropy_of_layer;  ///< the same of each layer with experts
-  bool skipped = false;                         ///< the gradient was not finite; nothing was changed
+  bool skipped = false;                         ///< the gradient was not finite, or the loss a spike; nothing was changed
+  bool spike = false;                           ///< the loss was one
   bool stop_requested = false;                  ///< some rank was asked to stop
 };
 StepReport read(const PendingReport&);
@@ -91,8 +96,12 @@ class Trainer : public ForwardPass {
   /// weights move by what balance losses, weight decay and AdamW's moments say.
   PendingReport step();
 
+  /// **Collective.** Replicas::differences, all ranks' lines on each.
+  std::vector<std::string> differing_replicas();
+
   TrainingState& state() noexcept { return state_; }
   Balance& balance() noexcept { return balance_; }
+  LossSpikes& spikes() noexcept { return spikes_; }
 
  private:
   /// `learned`: labels of the step's global batch.
@@ -103,6 +112,7 @@ class Trainer : public ForwardPass {
   Replicas replicas_;
   TrainingState state_;
   Balance balance_;
+  LossSpikes spikes_;
 };
 
 }  // namespace upcycle

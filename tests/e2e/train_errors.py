@@ -59,7 +59,7 @@ class RunDirectories(TrainCase):
     def test_another_run(self):
         path, run = self.trained()
         self.refused("train", path, "--set", "optimizer.lr=0.5", "run.seed=7", "train.steps=9", ranks=2,
-                     words=["belongs to another run", "optimizer.lr: 0.0001 there, 0.5 here", "run.seed: 1234 there, 7 here", "run.toml"])
+                     words=["step-00000006", "optimizer.lr: 0.0001 there, 0.5 here", "run.seed: 1234 there, 7 here", "--accept-changes"])
 
     def test_foreign_files(self):
         path, run = self.run_file("run")
@@ -82,7 +82,7 @@ class RunDirectories(TrainCase):
         self.assertEqual(done, list(range(1, len(done) + 1)))
         self.assertGreaterEqual(len(done), before)
         self.assertIn("good", self.upcycle("verify", run))
-        self.upcycle("train", path, "--set", f"train.steps={len(done) + 1}")   # the lock is free again
+        self.upcycle("train", path, "--set", f"train.steps={len(done) + 1}", "--accept-changes")   # the lock is free again
 
     def test_checkpoints_of_another_schema(self):
         path, run = self.trained()
@@ -106,7 +106,7 @@ class RunDirectories(TrainCase):
         kept.rename(run)
         (checkpoint(run, 0) / "manifest.json").unlink()
         self.refused("train", path, ranks=2, words=["has checkpoints, but none is valid", "step-00000006/weights.h5: has",
-                                                    "step-00000000: not a checkpoint", "move them away"])
+                                                    "step-00000000: not a checkpoint", "move", "away to start again"])
 
     def test_a_dense_checkpoint_where_experts_are_asked_for(self):
         path, run = self.run_file("run", MOE)
