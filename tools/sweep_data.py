@@ -145,7 +145,7 @@ def read_metrics(run, path):
 
 def take(log, row):
     kind, step = row["kind"], row["step"]
-    if kind == "start":
+    if kind in ("start", "rollback"):
         for told in (log.steps, log.validation):
             for later in [number for number in told if number > step]:
                 del told[later]

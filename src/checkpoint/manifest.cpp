@@ -1,7 +1,9 @@
 #include "checkpoint/manifest.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <iomanip>
+#include <limits>
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
@@ -36,6 +38,15 @@ std::vector<std::pair<int64_t, fs::path>> steps_of(const fs::path& folder) {
   }
   std::sort(steps.rbegin(), steps.rend());
   return steps;
+}
+
+// Under another name first: a removal that is interrupted must not leave half a checkpoint.
+void begin_removal(const fs::path& checkpoint) { rename_durably(checkpoint, checkpoint.string() + kRemoved); }
+
+void finish_removals(const fs::path& checkpoints) {
+  for (const auto& entry : fs::directory_iterator(checkpoints)) {
+    if (entry.path().extension() == kRemoved && step_of(entry.path().stem().string())) fs::remove_all(entry.path());
+  }
 }
 
 }  // namespace
@@ -142,21 +153,56 @@ std::optional<fs::path> newest_checkpoint(const fs::path& path, std::vector<std:
   return std::nullopt;
 }
 
-std::vector<fs::path> remove_old(const fs::path& checkpoints, int64_t keep, int64_t keep_every) {
-  std::vector<fs::path> removed;
-  int64_t kept = 0;
+std::vector<fs::path> valid_checkpoints(const fs::path& checkpoints, int64_t before) {
+  std::vector<fs::path> valid;
   for (const auto& [step, checkpoint] : steps_of(checkpoints)) {
-    if (!refusal(checkpoint).empty() || kept++ < std::max<int64_t>(keep, 1) ||
-        (keep_every > 0 && step % keep_every == 0))
-      continue;
-    // Under another name first: a removal that is interrupted must not leave half a checkpoint.
-    rename_durably(checkpoint, checkpoint.string() + kRemoved);
+    if (step < before && refusal(checkpoint).empty()) valid.push_back(checkpoint);
+  }
+  return valid;
+}
+
+std::optional<fs::path> best_checkpoint(const std::vector<fs::path>& checkpoints) {
+  std::optional<fs::path> best;
+  double lowest = std::numeric_limits<double>::infinity();
+  for (const fs::path& checkpoint : checkpoints) {
+    const json training = read_manifest(checkpoint).training;
+    const json loss = training.is_object() ? training.value("validation_loss", json()) : json();
+    if (!loss.is_number() || !(loss.get<double>() < lowest)) continue;
+    best = checkpoint;
+    lowest = loss;
+  }
+  return best;
+}
+
+std::vector<fs::path> remove_old(const fs::path& checkpoints, int64_t keep, int64_t keep_every, bool keep_best) {
+  const std::vector<fs::path> valid = valid_checkpoints(checkpoints, std::numeric_limits<int64_t>::max());
+  const std::optional<fs::path> best = keep_best ? best_checkpoint(valid) : std::nullopt;
+  std::vector<fs::path> removed;
+  for (size_t i = static_cast<size_t>(std::max<int64_t>(keep, 1)); i < valid.size(); ++i) {
+    if (valid[i] == best || (keep_every > 0 && *step_of(valid[i].filename().string()) % keep_every == 0)) continue;
+    begin_removal(valid[i]);
+    removed.push_back(valid[i]);
+  }
+  finish_removals(checkpoints);
+  return removed;
+}
+
+std::vector<fs::path> remove_after(const fs::path& checkpoints, int64_t step) {
+  std::vector<fs::path> removed;
+  for (const fs::path& checkpoint : valid_checkpoints(checkpoints, std::numeric_limits<int64_t>::max())) {
+    if (*step_of(checkpoint.filename().string()) <= step) break;
+    begin_removal(checkpoint);
     removed.push_back(checkpoint);
   }
-  for (const auto& entry : fs::directory_iterator(checkpoints)) {
-    if (entry.path().extension() == kRemoved && step_of(entry.path().stem().string())) fs::remove_all(entry.path());
-  }
+  finish_removals(checkpoints);
   return removed;
+}
+
+fs::path set_aside(const fs::path& checkpoint) {
+  fs::path aside = checkpoint;
+  for (int n = 1; fs::exists(aside); ++n) aside = checkpoint.string() + ".damaged-" + std::to_string(n);
+  rename_durably(checkpoint, aside);
+  return aside;
 }
 
 }  // namespace upcycle

@@ -58,9 +58,25 @@ std::optional<int64_t> step_of(const std::string& directory_name);
 std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& path,
                                                        std::vector<std::string>* why = nullptr);
 
-/// Removes steps of `checkpoints` but the newest `keep` valid ones (at least one) and, where keep_every > 0, those
-/// whose number it divides. What is damaged is no checkpoint and stays. Returns what was removed. For one rank alone.
+/// The valid steps of `checkpoints` (a folder of steps) before step `before`, newest first.
+std::vector<std::filesystem::path> valid_checkpoints(const std::filesystem::path& checkpoints, int64_t before);
+
+/// The one of `checkpoints` whose `training` tells of the lowest validation_loss; the newer of equals. Empty when none
+/// of them tells one.
+std::optional<std::filesystem::path> best_checkpoint(const std::vector<std::filesystem::path>& checkpoints);
+
+/// Removes steps of `checkpoints` but the newest `keep` valid ones (at least one), where keep_every > 0 those whose
+/// number it divides, and with `keep_best` the best_checkpoint. What is damaged is no checkpoint and stays. Returns
+/// what was removed. For one rank alone.
 std::vector<std::filesystem::path> remove_old(const std::filesystem::path& checkpoints, int64_t keep,
-                                              int64_t keep_every);
+                                              int64_t keep_every, bool keep_best = false);
+
+/// Removes the valid steps of `checkpoints` after step `step`: those of a way that a run took back. Returns what was
+/// removed. For one rank alone.
+std::vector<std::filesystem::path> remove_after(const std::filesystem::path& checkpoints, int64_t step);
+
+/// Renames a damaged checkpoint, durably, to <checkpoint>.damaged-N, the first such name that is free; returns it. It
+/// is out of the way of a new one, and not ours to delete. For one rank alone.
+std::filesystem::path set_aside(const std::filesystem::path& checkpoint);
 
 }  // namespace upcycle

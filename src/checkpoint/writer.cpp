@@ -22,18 +22,10 @@ void make_way(const fs::path& folder) {
     why = error.what();
   }
   if (why.empty()) fail(folder.string(), ": this checkpoint exists; move it away, or resume from it");
-  set_aside(folder, why);
+  log::warning(text("a damaged checkpoint is in the way (", why, "): it is now ", set_aside(folder).string()));
 }
 
 }  // namespace
-
-fs::path set_aside(const fs::path& folder, const std::string& why) {
-  fs::path aside = folder;
-  for (int n = 1; fs::exists(aside); ++n) aside = folder.string() + ".damaged-" + std::to_string(n);
-  rename_durably(folder, aside);
-  log::warning(text("a damaged checkpoint is in the way (", why, "): it is now ", aside.string()));
-  return aside;
-}
 
 struct CheckpointWriter::State {
   fs::path folder;

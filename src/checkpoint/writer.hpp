@@ -54,7 +54,4 @@ class CheckpointWriter {
   std::unique_ptr<State> state_;
 };
 
-/// Renames a checkpoint that is not what was written to <folder>.damaged-N and warns, naming `why`. Returns the new name. For one rank.
-std::filesystem::path set_aside(const std::filesystem::path& folder, const std::string& why);
-
 }  // namespace upcycle

@@ -46,9 +46,11 @@ const std::vector<Usage>& usages() {
        "trains; upcycles on the fly; resumes by itself",
        "A dense source with experts asked for in [moe] is upcycled and stored as step 0 first. When run.directory "
        "holds a valid\n"
-       "checkpoint, the run goes on from the newest, on any number of ranks. On run.signal (USR2) or TERM it saves and "
-       "leaves with\n"
-       "exit code 75: run the same command again.",
+       "checkpoint, the run goes on from the newest, on any number of ranks; keys that change what is computed must be "
+       "those of that\n"
+       "checkpoint, or accepted as changed. On run.signal (USR2) or TERM it saves and leaves with exit code 75: run the "
+       "same command\n"
+       "again.",
        "mpirun -n 4 upcycle train configs/quickstart.toml --set train.steps=200"},
       {"sweep",
        {"SWEEP.toml"},
@@ -108,6 +110,10 @@ po::options_description options_of(const Usage* usage) {
   if (usage && usage->run_file) {
     add("set", po::value<std::vector<std::string>>()->composing()->multitoken()->value_name("key=value ..."),
         "override keys of the run file, such as train.steps=10");
+  }
+  if (usage && usage->command == "train") {
+    add("accept-changes", po::bool_switch(),
+        "go on from the newest checkpoint although keys that change what is computed are others now; they are listed");
   }
   if (usage && usage->command == "plan") {
     add("ranks", po::value<std::string>()->value_name("N"),
@@ -259,6 +265,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     fail("'", arguments.positional[usage->arguments.size()], "' is one argument too many: ", takes(*usage));
   }
   if (values.count("set")) arguments.set = values["set"].as<std::vector<std::string>>();
+  if (usage->command == "train") arguments.accept_changes = values["accept-changes"].as<bool>();
   if (usage->command == "sweep") {
     arguments.dry_run = values["dry-run"].as<bool>();
     arguments.run_file = values["run-file"].as<bool>();

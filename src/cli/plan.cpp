@@ -122,7 +122,7 @@ void plan_data(Plan& plan) {
 }  // namespace
 
 Plan make_plan(const RunConfig& run, std::optional<int> ranks, std::optional<int64_t> gpu_memory) {
-  Plan plan{.run = run, .has_weights = !run.source.all().empty(), .not_built = not_built(run)};
+  Plan plan{.run = run, .has_weights = !run.source.all().empty()};
   const Architecture source = source_architecture(run, plan.source);
   refuse_lacking_moments(run);
   plan.target = choose_target(run, source, plan.has_weights);

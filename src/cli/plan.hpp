@@ -34,7 +34,6 @@ struct Plan {
   std::vector<Traffic> traffic = {};    ///< bytes sent in a step
   std::vector<Passes> passes = {};      ///< over the data sets of data.train; empty where a file of theirs is not there
   std::vector<std::string> problems = {};   ///< what does not divide, not fit the memory that was given, or takes too much of the data
-  std::vector<std::string> not_built = {};  ///< what train can't do yet
 };
 
 /// `ranks`: default the smallest world that [parallel] allows. Throws UserError for what no number of ranks would mend.

@@ -163,7 +163,6 @@ std::string to_text(const Plan& plan) {
                          describe_data(plan), "  ranks        ", describe_grid(plan), "\n");
   if (!plan.memory.empty()) out += memory_table(plan) + traffic_table(plan);
   out += list("What stands in the way", plan.problems);
-  out += list("What train can't do yet", plan.not_built);
   return out + "\nThe resolved run\n\n" + to_toml(plan.run);
 }
 
@@ -229,7 +228,6 @@ ordered_json to_json(const Plan& plan) {
           {"pipeline_bubble", plan.bubble},
           {"bytes_sent_per_step", traffic},
           {"problems", plan.problems},
-          {"not_built", plan.not_built},
           {"run", ordered_json::parse(to_json(plan.run))},
           {"origins", plan.run.origins}};
 }

@@ -62,7 +62,6 @@ void resolve(SweepArm& arm, const SweepFile& sweep) {
   try {
     arm.run = read_run(sweep.base, overrides(arm.settings));
     arm.plan = make_plan(*arm.run, static_cast<int>(sweep.ranks), std::nullopt);
-    for (const std::string& line : arm.plan->not_built) arm.cannot += text(arm.cannot.empty() ? "" : "; ", line);
     for (const std::string& problem : arm.plan->problems) arm.cannot += text(arm.cannot.empty() ? "" : "; ", problem);
   } catch (const UserError& error) {
     arm.cannot = error.what();

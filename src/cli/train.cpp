@@ -13,18 +13,12 @@ namespace upcycle {
 int run_train(const Arguments& arguments) {
   const Communicator world = Communicator::everyone();
   const RunConfig config = read_agreed_run(world, arguments.positional.at(0), arguments.set);   // 1. one run, all mistakes at once
-  const std::vector<std::string> missing = not_built(config);
-  if (!missing.empty()) {
-    std::string lines;
-    for (const std::string& line : missing) lines += "\n  " + line;
-    fail(arguments.positional.at(0), " asks for what `train` can't do yet (`plan` understands it):", lines);
-  }
   std::string line = "upcycle " + version();
   for (const std::string& transport : transports_built_in()) line += ", " + transport;
   log::info(line);
   Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds(), nccl::abort_all);   // 2. nobody waits for the dead
   Mesh mesh(Grid(config.parallel, world_size()));                                                        // 3. lay out the ranks
-  const int code = or_abort_nccl([&] { return run_training(config, mesh, watchdog); });   // 4. build, restore or upcycle, train
+  const int code = or_abort_nccl([&] { return run_training(config, mesh, watchdog, arguments.accept_changes); });   // 4. build, restore or upcycle, train
   world.barrier();
   end_within(60, kExitFault);   // all are here; yet one may die while MPI shuts down
   return code;

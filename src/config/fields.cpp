@@ -56,6 +56,9 @@ std::vector<Field> describe(RunConfig& c) {
                         {{"none", Recompute::none}, {"selective", Recompute::selective}, {"full", Recompute::full}}),
       choice<NanPolicy>("train.nan_policy", c.train.nan_policy, {{"skip", NanPolicy::skip}, {"stop", NanPolicy::stop}}),
       integer("train.nan_limit", c.train.nan_limit, 1),
+      number("train.spike", c.train.spike, kNotNegative),
+      integer("train.rollbacks", c.train.rollbacks, 0),
+      integer("train.check_replicas", c.train.check_replicas, 0),
 
       number("optimizer.lr", c.optimizer.lr, kPositive),
       number("optimizer.min_lr", c.optimizer.min_lr, kNotNegative),
@@ -107,7 +110,10 @@ std::vector<Field> describe(RunConfig& c) {
       integer("checkpoint.every", c.checkpoint.every, 1),
       integer("checkpoint.keep", c.checkpoint.keep, 1),
       integer("checkpoint.keep_every", c.checkpoint.keep_every, 0),
+      flag("checkpoint.keep_best", c.checkpoint.keep_best),
       flag("checkpoint.asynchronous", c.checkpoint.asynchronous),
+      choice("checkpoint.transfer", c.checkpoint.transfer, {"auto", "direct", "buffered", "independent"}),
+      number("checkpoint.file_size", c.checkpoint.file_size, kPositive),
 
       integer("validate.every", c.validate.every, 0),
       integer("validate.batches", c.validate.batches, 1),

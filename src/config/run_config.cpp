@@ -77,6 +77,15 @@ std::vector<Problem> check_together(const RunConfig& c) {
   if (c.balance.pad_to_capacity && c.balance.capacity_factor == 0) {
     add("balance.pad_to_capacity", " = true needs balance.capacity_factor > 0");
   }
+  if (c.checkpoint.asynchronous && c.checkpoint.transfer == "independent") {
+    add("checkpoint.transfer", " = \"independent\" writes through HDF5, which works on one thread at a time: it needs checkpoint.asynchronous = false");
+  }
+  if (c.checkpoint.keep_best && c.validate.every == 0) {
+    add("checkpoint.keep_best", " = true needs validate.every > 0: the best checkpoint is that of the lowest validation loss");
+  } else if (c.checkpoint.keep_best && c.checkpoint.every % c.validate.every != 0) {
+    add("checkpoint.keep_best", " = true needs a validation with every checkpoint: checkpoint.every = ", c.checkpoint.every,
+        " is not a multiple of validate.every = ", c.validate.every);
+  }
   if (c.parallel.virtual_stages > 1 && c.parallel.pipeline == 1) {
     add("parallel.virtual_stages", " = ", c.parallel.virtual_stages, " needs parallel.pipeline > 1");
   }
@@ -114,13 +123,18 @@ std::string to_json(const RunConfig& original) {
   return out.dump(2);
 }
 
-std::vector<std::string> not_built(const RunConfig& c) {
-  std::vector<std::string> lines;
-  const auto unless = [&](bool built, const std::string& key, const auto& value) {
-    if (!built) lines.push_back(text(key, " = ", value, ": not built yet"));
-  };
-  unless(!c.checkpoint.asynchronous, "checkpoint.asynchronous", "true");
-  return lines;
+RunConfig run_from_json(const std::string& text_of_run, const std::string& where) {
+  const json run = json::parse(text_of_run, nullptr, /*allow_exceptions=*/false);
+  if (!run.is_object()) fail(where, ": 'run' is not an object: the manifest is damaged");
+  RunConfig config;
+  for (const Field& field : describe(config)) {
+    const auto section = run.find(field.section());
+    if (section == run.end() || !section->is_object() || !section->contains(field.name())) continue;
+    const json& value = section->at(field.name());
+    if (const std::string problem = field.read(value); !problem.empty()) fail(where, ": run.", field.key, ": ", problem, ": the manifest is damaged");
+  }
+  config.moe_given = run.contains("moe");
+  return config;
 }
 
 }  // namespace upcycle

@@ -72,7 +72,10 @@ struct TrainSection {
   Precision precision = Precision::bf16;
   Recompute recompute = Recompute::none;
   NanPolicy nan_policy = NanPolicy::skip;
-  int64_t nan_limit = 10;              ///< skipped steps after which the run stops
+  int64_t nan_limit = 10;              ///< skipped steps in a row after which the run rolls back, or stops
+  double spike = 0.0;                  ///< a loss so many standard deviations above its recent mean is skipped, too; 0: none. See LossSpikes
+  int64_t rollbacks = 3;               ///< the most that one start rolls back before it stops
+  int64_t check_replicas = 0;          ///< steps between comparisons of parameters that several ranks hold; 0: never
 };
 
 enum class Schedule { constant, linear, cosine, inverse_sqrt, wsd };
@@ -134,7 +137,10 @@ struct CheckpointSection {
   int64_t every = 500;
   int64_t keep = 3;
   int64_t keep_every = 0;
-  bool asynchronous = false;
+  bool keep_best = false;              ///< the one with the lowest validation loss stays, too
+  bool asynchronous = false;           ///< written behind the steps
+  std::string transfer = "auto";       ///< how bytes reach the files: checkpoint/block_file.hpp
+  double file_size = 64.0;             ///< GB of tensors beyond which one kind of them is divided among several files
 };
 
 struct ValidateSection {
@@ -184,7 +190,8 @@ std::string to_toml(const RunConfig&);
 /// The same as JSON text, {"run": {"name": ...}, ...}, for `plan --json` and manifests.
 std::string to_json(const RunConfig&);
 
-/// Keys of this run that `plan` understands and `train` can't do yet: "parallel.tensor = 2: not built yet". Empty: all built.
-std::vector<std::string> not_built(const RunConfig&);
+/// The run that a manifest tells of, as to_json wrote it: keys that it lacks have their defaults, those that are not known any more are
+/// left out. Throws UserError, with `where` in front, for a value that can't be one of its key.
+RunConfig run_from_json(const std::string& json, const std::string& where);
 
 }  // namespace upcycle

@@ -142,6 +142,7 @@ nlohmann::json Balance::state() const {
 }
 
 void Balance::restore(const nlohmann::json& state) {
+  for (Router* router : stage_.routers()) router->state() = {};
   if (state.empty()) return;
   const auto experts = static_cast<size_t>(stage_.architecture().experts);
   for (Router* router : stage_.routers()) {

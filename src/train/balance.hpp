@@ -43,7 +43,7 @@ class Balance {
   /// **Collective** along pipeline. What all routers of the model remember, by layer: {"3": {"bias": [...], "count": [...]}}; empty
   /// when they remember nothing. The same on all ranks. Waits for the device.
   nlohmann::json state() const;
-  /// Puts it back, bit for bit. Throws UserError when it is of another number of experts.
+  /// Puts it back, bit for bit; routers of which it tells nothing remember nothing. Throws UserError when it is of another number of experts.
   void restore(const nlohmann::json& state);
 
  private:

@@ -77,7 +77,7 @@ void check(const RunConfig& run, const WeightSource& source, const fs::path& fol
   if (source.is_checkpoint()) fail("source.model = ", run.source.model, " is a checkpoint already: train reads it as it is");
   source.check();
   companions(run, source);
-  check_run_directory(run.run.directory, run);
+  check_run_directory(run.run.directory);
   if (const auto there = newest_checkpoint(run.run.directory)) {
     fail("run.directory = ", run.run.directory, " has a checkpoint, ", there->filename().string(), ": name another directory");
   }

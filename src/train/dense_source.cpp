@@ -78,6 +78,7 @@ WeightSource::WeightSource(const fs::path& path) {
   } else {
     std::string why;
     for (const std::string& line : refused) why += "\n  " + line;
+    if (refused.empty() && fs::exists(path / "run.toml")) fail(path.string(), ": the directory of a run that has no checkpoint (yet)");
     fail(path.string(), ": neither a Hugging Face directory (no config.json) nor a valid checkpoint", why);
   }
   for (const ParameterSpec& spec : catalogue(architecture_)) specs_.emplace(spec.name, spec);
@@ -192,6 +193,16 @@ std::vector<fs::path> WeightSource::tokenizer_files() const { return present(che
 std::vector<fs::path> tokenizer_files(const fs::path& directory) {
   std::vector<fs::path> out = present(directory);
   if (out.empty()) fail("source.tokenizer = ", directory.string(), ": no tokenizer files there (tokenizer.json, tokenizer_config.json, ...)");
+  return out;
+}
+
+std::map<std::string, std::string> carried_tokenizer(const std::vector<fs::path>& files) {
+  std::map<std::string, std::string> out;
+  for (const fs::path& path : files) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) fail(path.string(), ": can't be read");
+    out["tokenizer/" + path.filename().string()].assign(std::istreambuf_iterator<char>(file), {});
+  }
   return out;
 }
 

@@ -76,4 +76,7 @@ class WeightSource {
 /// Throws UserError when there are none.
 std::vector<std::filesystem::path> tokenizer_files(const std::filesystem::path& directory);
 
+/// Such files as a checkpoint carries them: "tokenizer/tokenizer.json" -> content. Throws UserError naming one that can't be read.
+std::map<std::string, std::string> carried_tokenizer(const std::vector<std::filesystem::path>& files);
+
 }  // namespace upcycle

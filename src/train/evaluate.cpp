@@ -9,7 +9,7 @@
 #include "checkpoint/manifest.hpp"
 #include "train/agreement.hpp"
 #include "train/layout_check.hpp"
-#include "train/run_directory.hpp"
+#include "train/run_changes.hpp"
 #include "train/setup.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
@@ -23,9 +23,9 @@ namespace fs = std::filesystem;
 void refuse_other_origin(const RunConfig& config) {
   const fs::path file = fs::path(config.run.directory) / "run.toml";
   if (!fs::exists(file)) return;
-  for (const std::string& line : other_run(read_run(file.string()), config)) {
-    if (line.starts_with("source.") || line.starts_with("moe.") || line.starts_with("upcycle.")) {
-      fail("run.directory = ", config.run.directory, " belongs to another run: ", line, " (", file.string(), " made it)");
+  for (const RunChange& change : run_changes(read_run(file.string()), config)) {
+    if (change.section() == "source" || (change.section() == "moe" && config.moe_given) || change.section() == "upcycle") {
+      fail("run.directory = ", config.run.directory, " belongs to another run: ", line_of(change), " (", file.string(), " made it)");
     }
   }
 }

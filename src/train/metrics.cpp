@@ -80,6 +80,7 @@ void Metrics::step(const StepReport& report, double seconds) {
             {"tflops", rate * scale_.flops_per_token / 1e12},
             {"seconds", seconds},
             {"skipped", report.skipped}};
+  if (report.spike) line["spike"] = true;
   if (report.learned) line["learned_tokens"] = *report.learned;
   std::vector<Scalar> scalars{{"train/loss", report.loss},
                               {"train/learning_rate", report.lr},
@@ -126,7 +127,8 @@ void Metrics::print(const StepReport& report, double rate) {
     log::progress(bar(report.step, steps) + " " + line);
   }
   if (report.skipped) {
-    log::warning(text("step ", report.step, ": the gradient was not finite; the step was skipped (train.nan_policy)"));
+    log::warning(report.spike ? format("step %ld: the loss, %.4f, is a spike; the step was skipped (train.spike)", static_cast<long>(report.step), report.loss)
+                              : text("step ", report.step, ": the gradient was not finite; the step was skipped (train.nan_policy)"));
   }
 }
 
@@ -178,6 +180,18 @@ void Metrics::experts(int64_t step, int64_t position, const std::vector<LayerHea
     scalars.push_back({"experts/router_entropy", entropy});
   }
   events_->add(step, scalars);
+}
+
+void Metrics::rolled_back(const TrainingState& state, const BadSteps& bad) {
+  if (!speaks_) return;
+  write({{"kind", "rollback"},
+         {"step", state.step},
+         {"tokens", state.position * config_.train.sequence},
+         {"time", utc_now()},
+         {"from", bad.last()},
+         {"bad_steps", bad.number()},
+         {"why", bad.words()}});
+  if (events_) events_.emplace(directory_ / "tensorboard", state.step + 1);   // readers forget what another file told of these steps
 }
 
 void Metrics::end(const TrainingState& state, const PeakMemory& memory, double seconds, int64_t experts,

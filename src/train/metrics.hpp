@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "config/run_config.hpp"
+#include "train/bad_steps.hpp"
 #include "train/event_file.hpp"
 #include "train/expert_health.hpp"
 #include "train/run_history.hpp"
@@ -25,6 +26,8 @@ class Metrics {
   void validation(int64_t step, int64_t position, double loss);
   /// With what the experts did since the last such look.
   void experts(int64_t step, int64_t position, const std::vector<LayerHealth>&);
+  /// The run went back to the checkpoint of `state.step` after `bad`, and goes on at `state.position`: what was told of later steps is taken back.
+  void rolled_back(const TrainingState&, const BadSteps& bad);
   /// The summary. `seconds`: of wall clock, this start's; `experts`: of a layer, 0 for a dense model.
   void end(const TrainingState&, const PeakMemory&, double seconds, int64_t experts, const std::filesystem::path& checkpoint);
 

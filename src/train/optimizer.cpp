@@ -49,10 +49,12 @@ Tensor Optimizer::squared_norm_share() const {
   return at::stack(at::_foreach_norm(gradients_)).to(at::kDouble).square().mul(share_).sum();
 }
 
-void Optimizer::step(double lr, const Tensor& squared_norm) {
+void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted) {
   const Unrecorded guard;
   const Tensor norm = squared_norm.sqrt();
-  const Tensor skip = norm.isfinite().logical_not().to(at::kFloat);
+  Tensor bad = norm.isfinite().logical_not();
+  if (wanted.defined()) bad = bad.logical_or(wanted.logical_not());
+  const Tensor skip = bad.to(at::kFloat);
   // Dividing by max(1, norm / clip) is clipping to the norm; 1e-6 as in torch.nn.utils.clip_grad_norm_.
   const Tensor divisor = settings_.clip > 0 ? norm.add(1e-6).div(settings_.clip).clamp_min(1.0).to(at::kFloat)
                                             : skip.new_ones({});
@@ -66,6 +68,12 @@ void Optimizer::step(double lr, const Tensor& squared_norm) {
     adamw_step(settings, group.masters, group.gradients, group.exp_avg, group.exp_avg_sq, updates_, divisor, skip);
   }
   weights_.publish();
+}
+
+void Optimizer::forget() {
+  for (Tensor& moment : exp_avg_) moment.zero_();
+  for (Tensor& moment : exp_avg_sq_) moment.zero_();
+  updates_.zero_();
 }
 
 void Optimizer::zero_gradients() {

@@ -19,9 +19,12 @@ class Optimizer {
   Tensor squared_norm_share() const;
 
   /// One update with the (reduced) gradients: clipped to the configured norm, at learning rate `lr`; skipped, with nothing
-  /// changed, where `squared_norm` (fp64 scalar, of the whole model) is not finite. Publishes masters into values.
-  void step(double lr, const Tensor& squared_norm);
+  /// changed, where `squared_norm` (fp64 scalar, of the whole model) is not finite, or `wanted` (bool scalar; undefined: yes) is false.
+  /// Publishes masters into values.
+  void step(double lr, const Tensor& squared_norm, const Tensor& wanted = {});
   void zero_gradients();
+  /// Moments and the number of updates as they were before the first one.
+  void forget();
 
   /// Updates done, fp32 device scalar; skipped ones do not count.
   Tensor& updates() noexcept { return updates_; }

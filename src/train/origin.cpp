@@ -1,10 +1,9 @@
 #include "train/origin.hpp"
 
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "base/text_file.hpp"
 
 namespace upcycle {
 
@@ -12,11 +11,7 @@ std::optional<Recipe> recipe_of(const std::filesystem::path& checkpoint, const M
   const std::string where = checkpoint.string();
   const Architecture architecture = architecture_from_hf(manifest.architecture, where);
   if (!architecture.is_moe() || !manifest.provenance.is_object() || !manifest.provenance.contains("recipe")) return std::nullopt;
-  std::string clusters;
-  if (manifest.files.contains(kClustersFile)) {
-    std::ifstream file(checkpoint / kClustersFile, std::ios::binary);
-    clusters.assign(std::istreambuf_iterator<char>(file), {});
-  }
+  const std::string clusters = manifest.files.contains(kClustersFile) ? text_of(checkpoint / kClustersFile) : "";
   return while_doing(where, [&] { return recipe_from_json(manifest.provenance["recipe"], architecture, clusters); });
 }
 

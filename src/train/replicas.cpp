@@ -1,11 +1,49 @@
 #include "train/replicas.hpp"
 
+#include <ATen/ops/equal.h>
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
+#include "base/autograd.hpp"
 #include "base/error.hpp"
 
 namespace upcycle {
+namespace {
+
+// Runs of a bucket begin at multiples of 64 elements, and what is between them is zero: up to the next one is whole 64-bit numbers.
+constexpr int64_t kElements = 64;
+
+Tensor sum_of_bits(const Tensor& flat, const Range& run) {
+  return flat.narrow(0, run.begin, (run.size() + kElements - 1) / kElements * kElements).view(at::kLong).sum();
+}
+
+std::string name_of(const Weight& weight) {
+  std::string name;
+  for (const Part& part : weight.parts) name += (name.empty() ? "" : " + ") + part.spec.name;
+  return name;
+}
+
+// "ranks 0, 1, 3 and rank 2 differ": the ranks that agree with each other, together.
+std::string parties(const Tensor& sum_R, const std::vector<int>& ranks) {
+  std::vector<std::pair<int64_t, std::vector<int>>> all;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const int64_t sum = sum_R[static_cast<int64_t>(i)].item<int64_t>();
+    auto party = std::find_if(all.begin(), all.end(), [&](const auto& one) { return one.first == sum; });
+    if (party == all.end()) party = all.insert(party, {sum, {}});
+    party->second.push_back(ranks[i]);
+  }
+  std::string out;
+  for (const auto& [sum, members] : all) {
+    out += text(out.empty() ? "" : " and ", members.size() > 1 ? "ranks " : "rank ");
+    for (size_t i = 0; i < members.size(); ++i) out += text(i > 0 ? ", " : "", members[i]);
+  }
+  return out + " differ";
+}
+
+}  // namespace
 
 Replicas::Replicas(Weights& weights, const Mesh& mesh)
     : weights_(weights),
@@ -13,7 +51,13 @@ Replicas::Replicas(Weights& weights, const Mesh& mesh)
       values_arrived_(weights.buckets().size()),
       additions_(weights.buckets().size(), 0) {
   const size_t rank = static_cast<size_t>(mesh.world().rank());
-  for (const Partition& leaders : weights.groups().partitions()) groups_.push_back(mesh.group(leaders[rank]));
+  for (const Partition& leaders : weights.groups().partitions()) {
+    groups_.push_back(mesh.group(leaders[rank]));
+    std::vector<int>& members = members_.emplace_back();
+    for (size_t other = 0; other < leaders.size(); ++other) {
+      if (leaders[other] == leaders[rank]) members.push_back(static_cast<int>(other));
+    }
+  }
   for (size_t bucket = 0; bucket < weights.buckets().size(); ++bucket) {
     for (const size_t weight : weights.buckets()[bucket].weights) {
       Parameter& parameter = weights.all()[weight].parameter;
@@ -61,6 +105,42 @@ void Replicas::share_values() {
     beside_.run([&] { groups_[bucket.group].gather_from_own_part(bucket.values); });
     values_arrived_[index] = beside_.mark();
   }
+}
+
+std::vector<std::string> Replicas::differences() {
+  const Unrecorded guard;
+  for (const Weight& weight : weights_.all()) weight.parameter.arrived();
+  std::vector<std::string> lines;
+  for (size_t index = 0; index < groups_.size(); ++index) {
+    const Communicator& group = groups_[index];
+    if (group.size() == 1) continue;
+    std::vector<Tensor> sums;
+    std::vector<std::string> names;
+    for (const Bucket& bucket : weights_.buckets()) {
+      if (bucket.group != index) continue;
+      for (size_t i = 0; i < bucket.weights.size(); ++i) {
+        const std::string name = name_of(weights_.all()[bucket.weights[i]]);
+        sums.push_back(sum_of_bits(bucket.values, bucket.runs[i]));
+        names.push_back(name);
+        if (bucket.divided() || bucket.dtype == at::kFloat) continue;
+        sums.push_back(sum_of_bits(bucket.masters, bucket.runs[i]));
+        names.push_back(name + " (fp32 master)");
+      }
+    }
+    if (sums.empty()) continue;
+    const Tensor sum_W = at::stack(sums);
+    Tensor least_W = sum_W.clone(), most_W = sum_W.clone();
+    group.all_reduce(least_W, Reduce::min);
+    group.all_reduce(most_W, Reduce::max);
+    if (at::equal(least_W, most_W)) continue;
+    const Tensor sum_RW = group.all_gather(sum_W.unsqueeze(0), 0).cpu();
+    if (group.rank() != 0) continue;
+    for (size_t w = 0; w < names.size(); ++w) {
+      const Tensor sum_R = sum_RW.select(1, static_cast<int64_t>(w));
+      if (sum_R.min().item<int64_t>() != sum_R.max().item<int64_t>()) lines.push_back(names[w] + ": " + parties(sum_R, members_[index]));
+    }
+  }
+  return lines;
 }
 
 void Replicas::wait_for_values(size_t bucket) {

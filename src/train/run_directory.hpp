@@ -1,20 +1,15 @@
 #pragma once
 #include <filesystem>
-#include <string>
-#include <vector>
 
 #include "config/run_config.hpp"
 
 namespace upcycle {
 
-/// The directory of a run: checkpoints/, metrics.jsonl, run.toml (the resolved run, which tells whose directory it is).
+/// The directory of a run: checkpoints/, metrics.jsonl, run.toml (the resolved run of its last start).
 
-/// The keys in which two runs differ and which make them different runs: what is trained, on what, how. Layout, lengths, intervals
-/// and micro-batches may change between a stop and a resume. One line each: "train.global_batch: 48 there, 96 here".
-std::vector<std::string> other_run(const RunConfig& there, const RunConfig& here);
-
-/// Throws UserError when `directory` belongs to another run (naming the keys), or holds files that are no run's. Writes nothing.
-void check_run_directory(const std::filesystem::path& directory, const RunConfig&);
+/// Throws UserError when `directory` is none, or holds files and is no run's. Writes nothing. Whether the run in it is the one that is
+/// asked for its checkpoints tell: see resume.hpp.
+void check_run_directory(const std::filesystem::path& directory);
 
 /// Makes the directory and writes run.toml, durably.
 void claim_run_directory(const std::filesystem::path& directory, const RunConfig&);

@@ -53,12 +53,12 @@ void put(std::vector<Told>& told, const Told& one) {
 
 void RunHistory::add(const nlohmann::ordered_json& line, int64_t offset) {
   const auto& kind = line.at("kind").get_ref<const std::string&>();
-  if (kind == "start") {
+  if (kind == "start" || kind == "rollback") {
     const auto step = line.at("step").get<int64_t>();
     take_back(steps_, step);
     take_back(validations_, step);
     take_back(experts_, step);
-    starts_.push_back({step});
+    if (kind == "start") starts_.push_back({step});
   } else if (kind == "step") {
     Step step{.step = line.at("step").get<int64_t>(), .tokens = line.at("tokens").get<int64_t>()};
     step.loss = number_of(line, "loss");

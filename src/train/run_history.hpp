@@ -8,8 +8,8 @@
 
 namespace upcycle {
 
-/// What a run has told in its metrics.jsonl, over all its starts: the lines, folded. A start takes back what was told of later steps
-/// than the one it goes on from: those are computed again. Numbers that are not finite, or not there, are NaN.
+/// What a run has told in its metrics.jsonl, over all its starts: the lines, folded. A start, and a roll-back, takes back what was told
+/// of later steps than the one it goes on from: those are computed again. Numbers that are not finite, or not there, are NaN.
 class RunHistory {
  public:
   static constexpr double kNone = std::numeric_limits<double>::quiet_NaN();

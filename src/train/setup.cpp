@@ -1,26 +1,20 @@
 #include "train/setup.hpp"
 
-#include <algorithm>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "base/error.hpp"
 #include "base/log.hpp"
+#include "base/text_file.hpp"
 #include "checkpoint/durable.hpp"
 #include "train/layout_check.hpp"
 #include "train/passes.hpp"
+#include "train/resume.hpp"
 #include "train/run_directory.hpp"
 #include "train/several_sources.hpp"
 
 namespace upcycle {
 namespace {
-
-std::string content_of(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail("can't read ", path.string());
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 Architecture source_architecture(const RunConfig& config, const std::optional<WeightSource>& source) {
   if (config.source.architecture.empty()) return source->architecture();
@@ -53,16 +47,6 @@ std::string new_run_id(const std::string& name) {
   char digits[20];
   std::snprintf(digits, sizeof digits, "%08x%08x", entropy(), entropy());
   return name + "-" + digits;
-}
-
-// The small files of a checkpoint: all that hold no tensors.
-std::map<std::string, std::string> texts_of(const CheckpointReader& reader) {
-  std::map<std::string, std::string> texts;
-  const std::vector<std::string> tensors = reader.tensor_files();
-  for (const auto& [name, size] : reader.manifest().files.items()) {
-    if (std::find(tensors.begin(), tensors.end(), name) == tensors.end()) texts[name] = content_of(reader.folder() / name);
-  }
-  return texts;
 }
 
 // What the routers of a mixture remember (biases, counts), for each copy of an expert what it was for the expert.
@@ -110,7 +94,7 @@ void keep_recipe(const WeightSource& source, RunRecord& record) {
   const Manifest manifest = read_manifest(source.folder());
   if (!manifest.provenance.is_object() || !manifest.provenance.contains("recipe")) return;
   record.provenance["recipe"] = manifest.provenance["recipe"];
-  if (manifest.files.contains(kClustersFile)) record.texts[kClustersFile] = content_of(source.folder() / kClustersFile);
+  if (manifest.files.contains(kClustersFile)) record.texts[kClustersFile] = text_of(source.folder() / kClustersFile);
 }
 
 nlohmann::json provenance_of_source(const Setup& setup) {
@@ -134,6 +118,9 @@ void make_record(const RunConfig& config, Setup& setup) {
     record.architecture = manifest.architecture;
     record.provenance = manifest.provenance;
     record.texts = texts_of(*setup.resume);
+    if (!config.source.tokenizer.empty() && std::filesystem::exists(config.source.tokenizer)) {   // the same, or accepted
+      for (auto& [name, content] : carried_tokenizer(tokenizer_files(config.source.tokenizer))) record.texts[name] = std::move(content);
+    }
     return;
   }
   record.run_id = new_run_id(config.run.name);
@@ -145,7 +132,7 @@ void make_record(const RunConfig& config, Setup& setup) {
     keep_recipe(*setup.source, record);
   }
   const nlohmann::json extra = setup.source ? setup.source->config()
-                                            : nlohmann::json::parse(content_of(config.source.architecture));
+                                            : nlohmann::json::parse(text_of(config.source.architecture));
   record.architecture = to_hf(setup.target.architecture, extra);
   record.texts["config.json"] = record.architecture.dump(2) + "\n";
   std::vector<std::filesystem::path> files;
@@ -154,49 +141,16 @@ void make_record(const RunConfig& config, Setup& setup) {
   } else if (setup.source) {
     files = setup.source->tokenizer_files();
   }
-  for (const std::filesystem::path& file : files) record.texts["tokenizer/" + file.filename().string()] = content_of(file);
+  record.texts.merge(carried_tokenizer(files));
 }
 
-// Another program's checkpoint is not damage: going on behind it would leave its steps aside without a word.
-void refuse_other_schemas(const std::filesystem::path& directory) {
-  std::error_code none;
-  for (const auto& entry : std::filesystem::directory_iterator(directory / "checkpoints", none)) {
-    if (!step_of(entry.path().filename().string()) || !std::filesystem::exists(entry.path() / kManifestFile)) continue;
-    const auto manifest = nlohmann::json::parse(content_of(entry.path() / kManifestFile), nullptr, false);
-    if (manifest.is_object() && manifest.contains("schema_version") && !reads_schema(manifest.value("schema_version", 0))) {
-      read_manifest(entry.path());   // says which version, and what to do
-    }
+// An older checkpoint of the source than its user may think of is not taken without a word.
+void tell_of_damaged_sources(const RunConfig& config) {
+  for (const std::string& model : config.source.all()) {
+    std::vector<std::string> refused;
+    newest_checkpoint(model, &refused);
+    for (const std::string& line : refused) log::warning(line + ": an older checkpoint is the source");
   }
-}
-
-// The newest valid checkpoint of the run directory; nothing in a new one. A run whose checkpoints are all damaged does not start
-// again from its source behind the user's back.
-std::optional<std::filesystem::path> find_resume(const RunConfig& config) {
-  const std::filesystem::path directory = config.run.directory;
-  refuse_other_schemas(directory);
-  std::vector<std::string> refused;
-  const auto newest = newest_checkpoint(directory, &refused);
-  if (newest) {
-    for (const std::string& line : refused) log::warning(line);
-    return newest;
-  }
-  if (refused.empty()) return std::nullopt;
-  std::string lines;
-  for (const std::string& line : refused) lines += "\n  " + line;
-  fail("run.directory = ", directory.string(), " has checkpoints, but none is valid:", lines,
-       "\nRepair one, or move them away to start again from the source");
-}
-
-// A resumed run trains what its checkpoint holds. A dense one cannot grow experts any more: growing is what comes before step 0.
-void refuse_other_model(const RunConfig& config, const CheckpointReader& resume, const Architecture& stored) {
-  const std::string where = resume.folder().string();
-  while_doing("resuming from " + where, [&] {
-    if (config.moe.experts > 0 && !stored.is_moe()) {
-      fail("it is a dense model, but [moe] asks for ", config.moe.experts, " experts. Give the mixture a run.directory of its own (",
-           "source.model = \"", where, "\" works, too), or leave [moe] out to train the dense model on");
-    }
-    if (stored.is_moe()) refuse_contradiction(config.moe, stored);
-  });
 }
 
 }  // namespace
@@ -217,16 +171,18 @@ ReadDense reader_of(const Setup& setup) {
   return ReadDense(std::move(each));
 }
 
-Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
+Setup prepare_run(const RunConfig& config, const Mesh& mesh, bool accept_changes) {
   Setup setup;
+  const bool speaks = mesh.world().rank() == 0;
   setup.directory = config.run.directory;
-  check_run_directory(setup.directory, config);
-  if (const auto newest = find_resume(config)) setup.resume.emplace(*newest);
+  check_run_directory(setup.directory);
+  if (const auto newest = find_resume(config, speaks)) setup.resume.emplace(*newest);
   if (setup.resume) {
+    refuse_other_run(config, *setup.resume, accept_changes, speaks);
     setup.target.architecture = architecture_from_hf(setup.resume->manifest().architecture, setup.resume->folder().string());
-    refuse_other_model(config, *setup.resume, setup.target.architecture);
   } else {
     if (const auto models = config.source.all(); !models.empty()) {
+      if (speaks) tell_of_damaged_sources(config);
       setup.source.emplace(models.front());
       setup.source->check();
       open_further(config, setup);
@@ -248,7 +204,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
     if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
   }
   refuse_what_does_not_divide(config, setup.target.architecture, mesh.grid().world());
-  open_data(config, setup, mesh.world().rank() == 0);
+  open_data(config, setup, speaks);
   const CheckpointBytes bytes = checkpoint_bytes(setup.target.architecture, compute_dtype(config.train.precision));
   const uint64_t first = config.upcycle.optimizer == Moments::reset ? bytes.step_zero : bytes.full;
   check_free_space(setup.directory, setup.resume ? bytes.full : first + bytes.full,

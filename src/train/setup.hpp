@@ -29,9 +29,10 @@ struct Setup {
 /// Boxes of the source, or of all sources. Valid as long as `setup`.
 ReadDense reader_of(const Setup& setup);
 
-/// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space. Each rank by itself,
-/// but for the token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError.
-Setup prepare_run(const RunConfig&, const Mesh&);
+/// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space; of a run that goes on,
+/// also that it is the one of its newest checkpoint, less what `accept_changes` lets pass (resume.hpp). Each rank by itself, but for the
+/// token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError. Writes nothing.
+Setup prepare_run(const RunConfig&, const Mesh&, bool accept_changes = false);
 
 /// The validation stream of a run: data.validation, or the second share of data.train. Throws UserError like Sampler's constructor.
 Sampler open_validation(const RunConfig&, int64_t vocab);

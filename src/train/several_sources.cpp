@@ -1,11 +1,10 @@
 #include "train/several_sources.hpp"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <optional>
 
 #include "base/error.hpp"
+#include "base/text_file.hpp"
 
 namespace upcycle {
 
@@ -16,8 +15,7 @@ namespace {
 std::optional<std::string> tokenizer_of(const WeightSource& source) {
   for (const fs::path& path : source.tokenizer_files()) {
     if (path.filename() != "tokenizer.json") continue;
-    std::ifstream file(path, std::ios::binary);
-    std::string content{std::istreambuf_iterator<char>(file), {}};
+    std::string content = text_of(path);
     const nlohmann::json json = nlohmann::json::parse(content, nullptr, false);   // spaces are no difference
     return json.is_discarded() ? content : json.dump();
   }

@@ -7,7 +7,6 @@
 #include "base/autograd.hpp"
 #include "base/dtype.hpp"
 #include "checkpoint/boxes.hpp"
-#include "checkpoint/writer.hpp"
 
 namespace upcycle {
 namespace {
@@ -97,21 +96,12 @@ nlohmann::json layout_record(const Grid& grid) {
 
 }  // namespace
 
-std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh& mesh, Weights& weights,
-                                      Optimizer* optimizer, const TrainingState& state, const RunRecord& record,
-                                      const std::function<void()>& alive) {
+Manifest add_snapshot(CheckpointWriter& writer, const Mesh& mesh, Weights& weights, Optimizer* optimizer, const TrainingState& state,
+                      const RunRecord& record) {
   const Unrecorded guard;
-  const Communicator& world = mesh.world();
-  const std::filesystem::path folder = checkpoints / step_directory(state.step);
   for (const Weight& weight : weights.all()) weight.parameter.arrived();
-  const std::set<std::string> keep_master = rounded(weights, world);
+  const std::set<std::string> keep_master = rounded(weights, mesh.world());
   const Wanted all = [](const Bucket&, const ParameterSpec&) { return true; };   // replicas too: the writer takes each value once
-
-  CheckpointWriter writer(folder, world);
-  const auto add = [&](const char* file, const std::vector<Piece>& pieces) {
-    writer.add(file, pieces);
-    alive();
-  };
   std::vector<Piece> values, masters, first, second;
   for (size_t index = 0; index < weights.buckets().size(); ++index) {
     const Bucket& bucket = weights.buckets()[index];
@@ -124,11 +114,11 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
     append(first, weights, bucket, bucket.own, optimizer->exp_avg(index), all);
     append(second, weights, bucket, bucket.own, optimizer->exp_avg_sq(index), all);
   }
-  add(kWeightsFile, values);
-  if (!keep_master.empty()) add(kMastersFile, masters);
+  writer.add(kWeightsFile, values);
+  if (!keep_master.empty()) writer.add(kMastersFile, masters);
   if (optimizer) {
-    add(kFirstMomentsFile, first);
-    add(kSecondMomentsFile, second);
+    writer.add(kFirstMomentsFile, first);
+    writer.add(kSecondMomentsFile, second);
   }
   for (const auto& [name, content] : record.texts) writer.add_text(name, content);
 
@@ -145,7 +135,16 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, 
                        {"updates", optimizer ? optimizer->updates().item<double>() : 0.0},
                        {"random", "Philox4x32-10, a function of (run.seed, stream, index): nothing to restore"}};
   if (!state.routers.empty()) manifest.training["routers"] = state.routers;
-  writer.commit(std::move(manifest));
+  if (!state.losses.empty()) manifest.training["losses"] = state.losses;
+  if (state.validation_loss) manifest.training["validation_loss"] = *state.validation_loss;
+  return manifest;
+}
+
+std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh& mesh, Weights& weights, Optimizer* optimizer,
+                                      const TrainingState& state, const RunRecord& record) {
+  const std::filesystem::path folder = checkpoints / step_directory(state.step);
+  CheckpointWriter writer(folder, mesh.world());
+  writer.commit(add_snapshot(writer, mesh, weights, optimizer, state, record));
   return folder;
 }
 
@@ -202,6 +201,7 @@ TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weight
   state.position = training.value("position", int64_t{0});
   state.skipped = training.value("skipped", int64_t{0});
   state.routers = training.value("routers", nlohmann::json::object());
+  state.losses = training.value("losses", nlohmann::json::array());
   if (optimizer && !reader.tensors(kFirstMomentsFile).empty()) {
     std::vector<Piece> first, second;
     for (size_t index = 0; index < weights.buckets().size(); ++index) {

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "checkpoint/reader.hpp"
+#include "checkpoint/writer.hpp"
 #include "model/weights.hpp"
 #include "parallel/mesh.hpp"
 #include "train/optimizer.hpp"
@@ -22,12 +23,14 @@ struct RunRecord {
   std::map<std::string, std::string> texts;    ///< further files: config.json, run.toml, certificate.json, tokenizer/...
 };
 
-/// **Collective.** Writes <checkpoints>/step-NNNNNNNN: weights in the compute dtype, masters of those that rounding changed, and,
-/// with an optimizer, its moments. Each slice is written by one of the ranks that hold it, spread over them; what ZeRO-1 divides among
-/// them each writes for itself.
-/// Returns the folder; calls `alive` after each file. Throws UserError on all ranks when the disk is full; earlier checkpoints stay as they are.
+/// **Collective.** Adds to `writer` all files of a checkpoint: weights in the compute dtype, masters of those that rounding changed, and,
+/// with an optimizer, its moments. Of what several ranks hold each gives the writer all it has. Returns the manifest to commit. Throws
+/// UserError on all ranks when the disk is full.
+Manifest add_snapshot(CheckpointWriter& writer, const Mesh&, Weights&, Optimizer* optimizer, const TrainingState&, const RunRecord&);
+
+/// **Collective.** The same into <checkpoints>/step-NNNNNNNN, at once. Returns the folder; earlier checkpoints stay as they are.
 std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh&, Weights&, Optimizer* optimizer,
-                                      const TrainingState&, const RunRecord&, const std::function<void()>& alive = [] {});
+                                      const TrainingState&, const RunRecord&);
 
 /// Bytes of a checkpoint over all ranks.
 struct CheckpointBytes {

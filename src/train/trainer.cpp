@@ -8,16 +8,18 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "base/shutdown.hpp"
 #include "train/context_batch.hpp"
 #include "train/learning_rate.hpp"
+#include "train/saver.hpp"
 
 namespace upcycle {
 namespace {
 
 // PendingReport::numbers, each a plain sum over the world.
-enum Numbers { kSquaredNorm, kLoss, kStop, kAux, kZ, kEntropy, kEntropies };   // kEntropies: the first of as many as layers with experts
+enum Numbers { kSquaredNorm, kLoss, kStop, kWrites, kFailed, kAux, kZ, kEntropy, kEntropies };   // kEntropies: the first of as many as layers with experts
 
 }  // namespace
 
@@ -28,8 +30,9 @@ ForwardPass::ForwardPass(const RunConfig& config, const Mesh& mesh, Stage& stage
   micro_batches_ = config.train.global_batch / config.train.micro_batch / mesh.grid().size(Axis::data);
 }
 
-Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train)
-    : ForwardPass(config, mesh, stage), optimizer_(optimizer), sampler_(train), replicas_(stage.weights(), mesh), balance_(config, mesh, stage) {}
+Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimizer& optimizer, const Sampler& train, const Saver* saver)
+    : ForwardPass(config, mesh, stage), optimizer_(optimizer), sampler_(train), saver_(saver), replicas_(stage.weights(), mesh), balance_(config, mesh, stage),
+      spikes_(config.train.spike, stage.weights().all().front().parameter.value.device()) {}
 
 PendingReport Trainer::step() {
   optimizer_.zero_gradients();
@@ -41,18 +44,36 @@ PendingReport Trainer::step() {
   report.step = ++state_.step;
   report.position = state_.position += config_.train.global_batch;
   if (sampler_.masked()) report.learned = learned;
-  const Tensor stop = at::full({}, shutdown::requested() ? 1.0 : 0.0, loss.options());
-  Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(), loss, stop}), balance_.measures()});
-  mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; the wish to stop rides along
+  const auto said = [&](bool yes) { return at::full({}, yes ? 1.0 : 0.0, loss.options()); };
+  Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(), loss, said(shutdown::requested()), said(saver_ && saver_->writes()),
+                                       said(saver_ && saver_->failed())}), balance_.measures()});
+  mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; what ranks have to say rides along
   const Tensor count_LX = balance_.counts();
   if (count_LX.defined()) report.count_LX = device::HostCopy(count_LX);
 
   report.numbers = device::HostCopy(numbers);
   report.lr = learning_rate(config_.optimizer, config_.train.steps, report.step);
-  optimizer_.step(report.lr, numbers[kSquaredNorm]);                       // 4. clip by that norm, then move
+  Tensor good = numbers[kSquaredNorm].isfinite();
+  if (config_.train.spike > 0 && learned > 0) {                            // a bad step changes nothing; the host hears of it later
+    const Tensor spike = spikes_.judge(numbers[kLoss], good);
+    report.spike = device::HostCopy(spike);
+    good = good.logical_and(spike.logical_not());
+  }
+  if (saver_) saver_->before_update();
+  optimizer_.step(report.lr, numbers[kSquaredNorm], good);                 // 4. clip by that norm, then move
   replicas_.share_values();
-  balance_.update(count_LX, numbers[kSquaredNorm].isfinite());             // 5. move the routers' biases towards balance
+  balance_.update(count_LX, good);                                         // 5. move the routers' biases towards balance
   return report;
+}
+
+std::vector<std::string> Trainer::differing_replicas() {
+  const std::vector<std::string> own = replicas_.differences();
+  if (mesh_.world().all_reduce(static_cast<int64_t>(own.size()), Reduce::max) == 0) return {};
+  std::vector<std::string> all;
+  for (const std::string& told : mesh_.world().all_gather(nlohmann::json(own).dump())) {
+    for (const std::string line : nlohmann::json::parse(told)) all.push_back(line);
+  }
+  return all;
 }
 
 Tensor Trainer::accumulate_gradients(int64_t learned) {
@@ -123,8 +144,11 @@ StepReport read(const PendingReport& pending) {
   report.z_loss = n[kZ];
   report.router_entropy = n[kEntropy];
   report.router_entropy_of_layer.assign(n + kEntropies, n + numbers.numel());
-  report.skipped = !std::isfinite(report.gradient_norm);
+  report.spike = pending.spike.defined() && *pending.spike.wait().const_data_ptr<bool>();
+  report.skipped = report.spike || !std::isfinite(report.gradient_norm);
   report.stop_requested = n[kStop] > 0;
+  report.saver_writes = n[kWrites] > 0;
+  report.saver_failed = n[kFailed] > 0;
   if (pending.count_LX.defined()) static_cast<ExpertLoad&>(report) = read_load(pending.count_LX.wait());
   return report;
 }

@@ -10,19 +10,24 @@
 #include "model/stage.hpp"
 #include "parallel/mesh.hpp"
 #include "train/balance.hpp"
+#include "train/loss_spikes.hpp"
 #include "train/optimizer.hpp"
 #include "train/pipeline.hpp"
 #include "train/replicas.hpp"
 
 namespace upcycle {
 
+class Saver;
+
 /// What is stored beside the weights so that a run goes on as if it had never stopped. All randomness is a function of the seed and
 /// these numbers.
 struct TrainingState {
   int64_t step = 0;        ///< steps done
   int64_t position = 0;    ///< the next sample of the training stream
-  int64_t skipped = 0;     ///< steps whose gradient was not finite
+  int64_t skipped = 0;     ///< steps that changed nothing: the gradient was not finite, or the loss a spike
   nlohmann::json routers;  ///< what Balance::state said when it was stored; null: nothing
+  nlohmann::json losses;   ///< what LossSpikes::state said when it was stored; null: nothing
+  std::optional<double> validation_loss;   ///< of these weights, where they were validated
 };
 
 /// A step's numbers on their way from the device. Reading them waits for that step, so the trainer's loop does it one step late.
@@ -32,6 +37,7 @@ struct PendingReport {
   double lr = 0.0;
   device::HostCopy numbers;    ///< fp64, see Numbers in trainer.cpp
   device::HostCopy count_LX;   ///< see Balance::counts; undefined when dense
+  device::HostCopy spike;      ///< bool, see LossSpikes::judge; undefined where nobody asks
   std::optional<int64_t> learned;   ///< see StepReport
 };
 
@@ -43,8 +49,10 @@ struct StepReport : ExpertLoad {
   double aux_loss = 0.0, z_loss = 0.0;          ///< mean over MoE layers and micro-batches, without coefficients
   double router_entropy = 0.0;                  ///< of the routers' probabilities, in nats; mean over tokens and MoE layers
   std::vector<double> router_entropy_of_layer;  ///< the same of each layer with experts
-  bool skipped = false;                         ///< the gradient was not finite; nothing was changed
+  bool skipped = false;                         ///< the gradient was not finite, or the loss a spike; nothing was changed
+  bool spike = false;                           ///< the loss was one
   bool stop_requested = false;                  ///< some rank was asked to stop
+  bool saver_writes = false, saver_failed = false;   ///< Saver::writes and failed, of any rank, when the step ended
 };
 StepReport read(const PendingReport&);
 
@@ -85,14 +93,19 @@ class ForwardPass {
 class Trainer : public ForwardPass {
  public:
   /// **Collective.** The referenced objects outlive the trainer.
-  Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train);
+  /// `saver`: may be reading weights and moments meanwhile; null for none.
+  Trainer(const RunConfig&, const Mesh&, Stage&, Optimizer&, const Sampler& train, const Saver* saver = nullptr);
 
   /// **Collective.** One update on global_batch sequences. Of a step in which no token is learned the cross entropy has no gradient:
   /// weights move by what balance losses, weight decay and AdamW's moments say.
   PendingReport step();
 
+  /// **Collective.** Replicas::differences, all ranks' lines on each.
+  std::vector<std::string> differing_replicas();
+
   TrainingState& state() noexcept { return state_; }
   Balance& balance() noexcept { return balance_; }
+  LossSpikes& spikes() noexcept { return spikes_; }
 
  private:
   /// `learned`: labels of the step's global batch.
@@ -100,9 +113,11 @@ class Trainer : public ForwardPass {
 
   Optimizer& optimizer_;
   const Sampler& sampler_;
+  const Saver* saver_;
   Replicas replicas_;
   TrainingState state_;
   Balance balance_;
+  LossSpikes spikes_;
 };
 
 }  // namespace upcycle

@@ -133,8 +133,10 @@ class RunFiles(Case):
         self.refused_run('[source]\nmodel = "model"\narchitecture = "config.json"\n', "source.architecture = config.json is not the model",
                          "hidden_size: 64 here, 128 there", "rope_theta: 1000000.0 here, 10000.0 there", commands=["plan"])
 
-    def test_what_train_cannot_do_yet(self):
-        self.refused_run(GOOD + "[checkpoint]\nasynchronous = true\n", "checkpoint.asynchronous = true", commands=["train"])
+    def test_transfers_that_contradict(self):
+        self.refused_run(GOOD + '[checkpoint]\nasynchronous = true\ntransfer = "independent"\n', 'checkpoint.transfer = "independent" writes through HDF5',
+                         "needs checkpoint.asynchronous = false")
+        self.refused_run(GOOD + '[checkpoint]\ntransfer = "dircet"\n', "checkpoint.transfer", "direct")
 
     def test_several_ranks_tell_it_once(self):
         self.store("run.toml", GOOD + "[train]\nsteps = true\n")
@@ -195,7 +197,6 @@ class Plans(Case):
         result = subprocess.run([PROGRAM, "plan", "configs/qwen3-14b-64e.toml"], cwd=SOURCE, capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertIn("89.65 B total, 14.78 B active", result.stdout)
-        self.assertIn("checkpoint.asynchronous = true: not built yet", result.stdout)
         plan = self.plan("qwen3-14b-64e.toml")
         self.assertEqual(round(plan["parameters"]["total"] / 1e9, 2), 89.65)
         self.assertEqual(plan["exactness"], "exact")
@@ -219,7 +220,6 @@ class Plans(Case):
         plan = self.plan("qwen3-1.7b-4e.toml")
         self.assertEqual(round(plan["parameters"]["total"] / 1e9, 3), 4.892)
         self.assertEqual(round(plan["flops_per_token"] / 1e9, 2), 18.07)
-        self.assertEqual(plan["not_built"], [])
         plan = self.plan("qwen3-0.6b-8e.toml")
         self.assertEqual(round(plan["parameters"]["total"] / 1e9, 3), 2.446)
         self.assertEqual(round(plan["flops_per_token"] / 1e9, 2), 6.57)

@@ -119,7 +119,7 @@ class FineTuning(DataCase):
         self.upcycle("train", path)
         learned = steps_of(run)[0]["learned_tokens"]
         self.assertTrue(mask.sum() - SEQUENCE - 1 < learned <= mask.sum(), (learned, mask.sum()))
-        self.refused("train", path, "--set", "train.steps=2", words=["2 passes", "At most train.steps = 1"])
+        self.refused("train", path, "--set", "train.steps=2", "--accept-changes", words=["2 passes", "At most train.steps = 1"])
 
     def refused_mask(self, *words, ranks=1):
         path, _ = self.run_file("run", MOE + self.VALIDATED, data=self.DATA)
@@ -182,8 +182,9 @@ class Epochs(DataCase):
         self.refused("train", path, words=words, ranks=2)
         self.refused("plan", path, words=words)
         self.upcycle("train", path, "--set", "train.steps=8")
-        self.refused("train", path, "--set", "train.steps=9", words=["the run draws 9, 2.25 passes", "At most train.steps = 8"])   # resumed
-        self.upcycle("train", path, "--set", "train.steps=9", "data.epochs=2.25")
+        self.refused("train", path, "--set", "train.steps=9", "--accept-changes",
+                     words=["the run draws 9, 2.25 passes", "At most train.steps = 8"])   # resumed
+        self.upcycle("train", path, "--set", "train.steps=9", "data.epochs=2.25", "--accept-changes")
         self.assertEqual([line["step"] for line in steps_of(run)], list(range(1, 10)))
 
     def test_plan_says_how_often(self):

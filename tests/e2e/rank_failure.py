@@ -94,7 +94,7 @@ class RankFailure(TrainCase):
                 self.assertLess(took, TIMEOUT + 3)
         done = int(sorted(entry.name for entry in (run / "checkpoints").glob("step-????????"))[-1].removeprefix("step-"))
         self.recovery = False
-        self.upcycle("train", path, "--set", *self.SETTINGS, f"train.steps={done + 3}", ranks=self.RANKS)
+        self.upcycle("train", path, "--set", *self.SETTINGS, f"train.steps={done + 3}", "--accept-changes", ranks=self.RANKS)
         self.assertEqual(steps_of(run)[-1]["step"], done + 3)
         self.assertTrue(checkpoint(run, done + 3).is_dir())
 

@@ -21,8 +21,13 @@ set_tests_properties(e2e.convert_export PROPERTIES LABELS e2e TIMEOUT 600 PROCES
 add_test(NAME e2e.checkpoint_tools COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/checkpoint_tools.py $<TARGET_FILE:upcycle>)
 set_tests_properties(e2e.checkpoint_tools PROPERTIES LABELS e2e TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 
-# train: stop and resume bit for bit, other numbers of ranks, every kind of source, out to transformers; all that it refuses; and what it does with data.
-foreach(script train train_errors sweep moments grow_more data_modes)
+# Checkpoints that earlier versions of the program wrote.
+add_test(NAME e2e.old_checkpoints COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/old_checkpoints.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.old_checkpoints PROPERTIES LABELS e2e TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+
+# train: stop and resume bit for bit, other numbers of ranks, every kind of source, out to transformers; all that it refuses; what it does when
+# something changed or went wrong; and what it does with data.
+foreach(script train train_errors recovery sweep moments grow_more data_modes)
   add_test(NAME e2e.${script} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/${script}.py $<TARGET_FILE:upcycle>)
   set_tests_properties(e2e.${script} PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")

@@ -3,16 +3,11 @@
 // hence written on n and read on m is the same state.
 #include "train/snapshot.hpp"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/equal.h>
-#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 
-#include "base/error.hpp"
-#include "model/stage.hpp"
-#include "train/start.hpp"
+#include "support/known_state.hpp"
 
 namespace upcycle {
 namespace {
@@ -26,38 +21,9 @@ Architecture tiny(bool tied) {
   return a;
 }
 
-// What tensor `name` holds in the test's state `kind` ("master", "exp_avg", ...).
-void content(const std::string& kind, const ParameterSpec& spec, const Box& box, Tensor target) {
-  ParameterSpec renamed = spec;
-  renamed.name = kind + "/" + spec.name;
-  renamed.role = Role::feed_forward;  // norms would be ones
-  initialise(renamed, box, tiny(false), 7, target);
-}
-
-Tensor expected(const std::string& kind, const ParameterSpec& spec, const Box& box) {
-  Tensor target = at::empty(box.size, at::kFloat);
-  content(kind, spec, box, target);
-  return target;
-}
-
 std::filesystem::path shared_directory(const Communicator& world) {
   char pattern[] = "/tmp/upcycle-snapshot-XXXXXX";
   return world.broadcast(world.rank() == 0 ? std::string(mkdtemp(pattern)) : std::string(), 0);
-}
-
-// The whole of a bucket in state `kind`, of which a rank may keep a part.
-Tensor whole(const std::string& kind, Stage& stage, const Bucket& bucket) {
-  Tensor flat = at::zeros({bucket.size});
-  for (size_t i = 0; i < bucket.weights.size(); ++i) {
-    const Weight& weight = stage.weights().all()[bucket.weights[i]];
-    const Tensor view = flat.narrow(0, bucket.runs[i].begin, bucket.runs[i].size()).view(weight.shape);
-    for (const Part& part : weight.parts) content(kind, part.spec, part.box, part.of(view));
-  }
-  return flat;
-}
-
-Tensor own(const std::string& kind, Stage& stage, const Bucket& bucket) {
-  return whole(kind, stage, bucket).narrow(0, bucket.own.begin, bucket.own.size());
 }
 
 // All that the ranks of this test can be cut into, with and without ZeRO-1.
@@ -95,24 +61,13 @@ TEST_P(Snapshot, IsTheSameGlobalTensorsOnAnyLayout) {
   for (size_t number = step > 1 ? turn : 0; number < all.size(); number += step) {
     const ParallelSection parallel = all[number];
     SCOPED_TRACE(text("tensor ", parallel.tensor, " pipeline ", parallel.pipeline, " expert ", parallel.expert, " zero ", parallel.zero));
-    const Mesh mesh(Grid(parallel, world_size()));
+    KnownState state(architecture, parallel, compute);
+    const Mesh& mesh = state.mesh;
     const std::filesystem::path directory = shared_directory(mesh.world());
-
-    Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh);
-    stage.weights().allocate(compute, at::kCPU, parallel.zero);
-    fill_masters(stage.weights(), [](const ParameterSpec& s, const Box& b, Tensor t) { content("master", s, b, t); });
-    RunRecord record;
-    record.run_id = "test";
-    record.architecture = to_hf(architecture, nlohmann::json::object());
-    record.run = nlohmann::json::object();
-    const auto start = save_checkpoint(directory, mesh, stage.weights(), nullptr, {}, record);   // step 0: no optimizer yet
-    Optimizer optimizer(stage.weights(), OptimizerSection{}, 1.0);
-    for (size_t i = 0; i < stage.weights().buckets().size(); ++i) {
-      optimizer.exp_avg(i).copy_(own("exp_avg", stage, stage.weights().buckets()[i]));
-      optimizer.exp_avg_sq(i).copy_(own("exp_avg_sq", stage, stage.weights().buckets()[i]));
-    }
-    optimizer.updates().fill_(5.0);
-    const auto folder = save_checkpoint(directory, mesh, stage.weights(), &optimizer, {7, 84, 2}, record);
+    const RunRecord record = known_record(architecture);
+    state.fill();
+    const auto start = save_checkpoint(directory, mesh, state.stage.weights(), nullptr, {}, record);   // step 0: no optimizer yet
+    const auto folder = save_checkpoint(directory, mesh, state.stage.weights(), &*state.optimizer, {7, 84, 2}, record);
 
     // Written right: every global tensor, whole.
     const CheckpointReader reader(folder);
@@ -126,7 +81,7 @@ TEST_P(Snapshot, IsTheSameGlobalTensorsOnAnyLayout) {
         Tensor read = at::empty(spec.shape, at::kFloat);
         std::vector<Piece> piece = {{spec.name, spec.shape, box, read}};
         reader.fill(file, piece);
-        Tensor want = expected(kind, spec, box);
+        Tensor want = known(kind, spec, box);
         if (std::string(file) == kWeightsFile && rounded && !spec.always_fp32()) want = want.to(compute).to(at::kFloat);
         EXPECT_TRUE(at::equal(read, want)) << file << " " << spec.name;
       }
@@ -143,22 +98,12 @@ TEST_P(Snapshot, IsTheSameGlobalTensorsOnAnyLayout) {
     for (const size_t other_number : {number, (number + 1) % all.size(), (number + 3) % all.size()}) {
       const ParallelSection& there = all[other_number];
       SCOPED_TRACE(text("read on tensor ", there.tensor, " pipeline ", there.pipeline, " expert ", there.expert, " zero ", there.zero));
-      const Mesh other_mesh(Grid(there, world_size()));
-      Stage other(architecture, Layout::even(other_mesh.grid(), architecture), other_mesh);
-      other.weights().allocate(compute, at::kCPU, there.zero);
-      Optimizer other_optimizer(other.weights(), OptimizerSection{}, 1.0);
-      const TrainingState state = restore_checkpoint(reader, other.weights(), &other_optimizer);
-      EXPECT_EQ(state.step, 7);
-      EXPECT_EQ(state.position, 84);
-      EXPECT_EQ(state.skipped, 2);
-      EXPECT_EQ(other_optimizer.updates().item<float>(), 5.0f);
-      for (size_t i = 0; i < other.weights().buckets().size(); ++i) {
-        const Bucket& bucket = other.weights().buckets()[i];
-        EXPECT_TRUE(at::equal(bucket.values, whole("master", other, bucket).to(bucket.dtype)));
-        EXPECT_TRUE(at::equal(bucket.masters, own("master", other, bucket)));
-        EXPECT_TRUE(at::equal(other_optimizer.exp_avg(i), own("exp_avg", other, bucket)));
-        EXPECT_TRUE(at::equal(other_optimizer.exp_avg_sq(i), own("exp_avg_sq", other, bucket)));
-      }
+      KnownState other(architecture, there, compute);
+      const TrainingState restored = other.restore(reader);
+      EXPECT_EQ(restored.step, 7);
+      EXPECT_EQ(restored.position, 84);
+      EXPECT_EQ(restored.skipped, 2);
+      other.expect_known();
     }
     mesh.world().barrier();
     if (mesh.world().rank() == 0) std::filesystem::remove_all(directory);

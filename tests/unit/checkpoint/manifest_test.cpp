@@ -15,11 +15,11 @@ using testing::HasSubstr;
 namespace fs = std::filesystem;
 
 /// A checkpoint of one text file.
-fs::path write_step(const fs::path& folder, int64_t step) {
+fs::path write_step(const fs::path& folder, int64_t step, const nlohmann::json& training = nullptr) {
   const Communicator alone;
   CheckpointWriter writer(folder / step_directory(step), alone);
   writer.add_text("note.txt", "step " + std::to_string(step));
-  writer.commit({.run_id = "test", .step = step});
+  writer.commit({.run_id = "test", .step = step, .training = training});
   return folder / step_directory(step);
 }
 
@@ -152,6 +152,45 @@ TEST(Retention, KeepsTheNewestAndEveryNth) {
   EXPECT_TRUE(remove_old(scratch.path(), 2, 20).empty());
   EXPECT_EQ(remove_old(scratch.path(), 0, 0).size(), 3u);
   EXPECT_EQ(newest_checkpoint(scratch.path()), scratch / "step-00000050") << "the newest valid one never goes";
+}
+
+TEST(Retention, KeepsTheBestWhateverIsNewer) {
+  const Scratch scratch;
+  const auto validated = [&](int64_t step, const nlohmann::json& loss) { write_step(scratch.path(), step, {{"validation_loss", loss}}); };
+  write_step(scratch.path(), 0);   // was never validated
+  validated(10, 3.5), validated(20, 3.25), validated(30, 3.25), validated(40, nullptr), validated(50, 3.75);
+  validated(5, 1.0);
+  store(scratch.path() / "step-00000005" / "note.txt", "");   // damaged: the best of all, and none
+  EXPECT_EQ(best_checkpoint(valid_checkpoints(scratch.path(), 1000)), scratch / "step-00000030") << "the newer of equals";
+  EXPECT_EQ(best_checkpoint({scratch / "step-00000000", scratch / "step-00000040"}), std::nullopt);
+
+  EXPECT_EQ(remove_old(scratch.path(), 1, 0, /*keep_best=*/true).size(), 4u);
+  EXPECT_EQ(names_in(scratch.path()), (std::set<std::string>{"step-00000005", "step-00000030", "step-00000050"}));
+  validated(60, 3.0);   // a better one: that of step 30 is one of many now
+  EXPECT_EQ(remove_old(scratch.path(), 1, 0, true).size(), 2u);
+  EXPECT_EQ(names_in(scratch.path()), (std::set<std::string>{"step-00000005", "step-00000060"}));
+  validated(70, 4.0), validated(80, 5.0);
+  EXPECT_EQ(remove_old(scratch.path(), 1, 0, false).size(), 2u) << "not asked for";
+}
+
+TEST(Retention, TakesBackWhatIsAfterAStep) {
+  const Scratch scratch;
+  for (const int64_t step : {0, 10, 20, 30, 40}) write_step(scratch.path(), step);
+  store(scratch.path() / "step-00000040" / "note.txt", "");   // no checkpoint, and not ours to delete
+  EXPECT_EQ(valid_checkpoints(scratch.path(), 20), (std::vector<fs::path>{scratch / "step-00000010", scratch / "step-00000000"}));
+  EXPECT_EQ(remove_after(scratch.path(), 15).size(), 2u);
+  EXPECT_EQ(names_in(scratch.path()), (std::set<std::string>{"step-00000000", "step-00000010", "step-00000040"}));
+  EXPECT_TRUE(remove_after(scratch.path(), 10).empty());
+}
+
+TEST(Damage, IsSetAsideUnderANameThatIsFree) {
+  const Scratch scratch;
+  for (const char* name : {"step-00000010.damaged-1", "step-00000010.damaged-2"}) {
+    write_step(scratch.path(), 10);
+    EXPECT_EQ(set_aside(scratch / "step-00000010"), scratch / name);
+  }
+  EXPECT_EQ(names_in(scratch.path()), (std::set<std::string>{"step-00000010.damaged-1", "step-00000010.damaged-2"}));
+  EXPECT_EQ(newest_checkpoint(scratch.path()), std::nullopt);
 }
 
 }  // namespace

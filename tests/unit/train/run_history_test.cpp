@@ -59,6 +59,19 @@ TEST(RunHistory, AStartTakesBackLaterSteps) {
   EXPECT_EQ(history.starts()[1].seconds, 7.0);
 }
 
+TEST(RunHistory, ARollBackTakesBackLaterStepsInOneStart) {
+  RunHistory history;
+  for (const Line& line : {start(0), validation(0, 6), step(1, 5), step(2, 4), validation(2, 4.5), step(3, 30),
+                           Line{{"kind", "rollback"}, {"step", 1}, {"tokens", 500}, {"from", 3}, {"bad_steps", 1}}, step(2, 4.25)}) {
+    history.add(line, 0);
+  }
+  EXPECT_EQ(numbers(history), (std::vector<int64_t>{1, 2}));
+  EXPECT_EQ(history.steps()[1].loss, 4.25);
+  EXPECT_EQ(history.validations().size(), 1u);
+  EXPECT_EQ(history.starts().size(), 1u);
+  EXPECT_EQ(history.starts()[0].seconds, 2.0) << "what was taken back took its time, too";
+}
+
 TEST(RunHistory, HalfALineIsCutOffAndNonsenseLeftOut) {
   Scratch scratch;
   const std::string whole = joined({start(0), step(1, 5)}) + "{nonsense\n[]\n" + joined({step(2, 4)});

@@ -1,0 +1,61 @@
+#pragma once
+#include <atomic>
+#include <filesystem>
+#include <functional>
+#include <memory>
+
+#include "base/host_memory.hpp"
+#include "checkpoint/writer.hpp"
+#include "config/run_config.hpp"
+#include "train/snapshot.hpp"
+
+namespace upcycle {
+
+/// Stores a run's checkpoints: at once, or, with checkpoint.asynchronous, behind its steps, on a thread that calls neither MPI nor HDF5.
+/// Where host memory has room for a copy of what this rank writes, the step waits for that copy alone. Where it has not, blocks that are
+/// this rank's alone are taken out of the weights and moments as they are written, and the next update of the weights waits for that.
+/// Between the ranks nothing is said but in step(): all know from a step's own all-reduce who has written.
+class Saver {
+ public:
+  /// **Collective.** `alive` is called while there is something to wait for; `available` says how much host memory is free.
+  Saver(std::filesystem::path checkpoints, const Mesh&, const CheckpointSection&, std::function<void()> alive,
+        std::function<uint64_t()> available = available_host_memory);
+  /// Drops a save that is not finished: its folder stays a .partial.
+  ~Saver();
+
+  /// **Collective.** Stores a checkpoint, or begins to; one in flight is finished first. `removes`: and then removes those that
+  /// [checkpoint] does not keep. Throws UserError on all ranks for what went wrong, with this save or the one before.
+  void save(Weights&, Optimizer*, const TrainingState&, const RunRecord&, bool removes);
+
+  /// Before weights or moments are changed: waits until what is in flight does not need them any more.
+  void before_update() const;
+  /// This rank has still something to write; or it never will.
+  bool writes() const { return writer_ && !thread_.idle(); }
+  bool failed() const { return thread_.failed(); }
+
+  /// **Collective.** What all ranks said of writes() and failed() in the same step: publishes what all have written. Throws UserError
+  /// on all ranks for a failure.
+  void step(bool any_writes, bool any_failed);
+  /// **Collective.** Waits for what is in flight, and publishes it. Throws like save().
+  void finish();
+
+ private:
+  uint64_t share_of_memory() const;
+  void wait() const;
+  void publish();
+
+  std::filesystem::path checkpoints_;
+  const Mesh& mesh_;
+  CheckpointSection settings_;
+  std::function<void()> alive_;
+  std::function<uint64_t()> available_;
+  int64_t ranks_here_ = 1;            ///< on this host
+  bool told_ = false;
+  WriterThread thread_;
+  std::unique_ptr<CheckpointWriter> writer_;   ///< of the save in flight
+  Manifest manifest_;
+  bool removes_ = false;
+  std::shared_ptr<std::atomic<bool>> taken_;   ///< the thread needs the tensors no more
+};
+
+}  // namespace upcycle

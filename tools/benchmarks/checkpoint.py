@@ -1,0 +1,98 @@
+"""tools/bench checkpoint: saving and loading a training state beside plain files of the same bytes, on one disk, fsync included.
+
+The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
+(data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save and load, in turn, as many processes write and
+read as many bytes with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
+that. Files are dropped from the page cache before they are read. Figures are medians over repeats; --json has all of them."""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import common
+
+LAYOUTS = {"whole rows": lambda ranks: {"expert": ranks}, "column cuts": lambda ranks: {"tensor": ranks}}
+
+
+def options(words):
+    parser = argparse.ArgumentParser(prog="tools/bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="every single number, and the machine's description")
+    parser.add_argument("--model", default="0.6b", help="dense shape, a file of configs/models (default: 0.6b)")
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="of its layers (default: 4)")
+    parser.add_argument("--experts", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="default: 1,2,4")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--asynchronous", action="store_true", help="behind the steps: what a step waits for is told, too")
+    parser.add_argument("--transfer", default="auto", choices=["auto", "direct", "buffered", "independent"])
+    parser.add_argument("--build", default=str(common.ROOT / "build/cpu"), metavar="DIR", help="build tree (default: build/cpu)")
+    parser.add_argument("--scratch", metavar="DIR", help="on the disk to measure (default: the system's for temporary files)")
+    return parser.parse_args(words)
+
+
+def architecture(folder, model, layers):
+    known = {path.stem.removeprefix("qwen3-"): path for path in (common.ROOT / "configs/models").glob("qwen3-*.json")}
+    if model not in known:
+        raise common.Failed(f"--model {model}: there are {', '.join(sorted(known))}")
+    config = json.loads(known[model].read_text()) | {"num_hidden_layers": layers}
+    path = folder / "architecture.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def measure(program, folder, given, ranks, parallel, path):
+    run = folder / "run.toml"
+    run.write_text(f'[source]\narchitecture = "{path}"\n[moe]\nexperts = {given.experts}\ntop_k = 2\n[data]\ntrain = "mock"\n[parallel]\n'
+                   + "".join(f"{key} = {value}\n" for key, value in parallel.items())
+                   + f'[checkpoint]\ntransfer = "{given.transfer}"\nasynchronous = {str(given.asynchronous).lower()}\n')
+    done = common.run(common.on_ranks(ranks, program, run, folder, given.repeats), common.environment(1))
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    (folder / "plain").unlink(missing_ok=True)
+    return [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+
+
+def row(name, ranks, results, asynchronous):
+    median = lambda key: statistics.median(result[key] for result in results)   # noqa: E731
+    size = results[0]["bytes"]
+    writes = [result["save_seconds"] for result in results]
+    plain = statistics.median(min(result["plain_write_seconds"], result["plain_direct_write_seconds"]) for result in results)
+    cells = [name, ranks, f"{size / 1e9:.2f}", f"{size / median('save_seconds') / 1e9:.2f}", f"{plain / median('save_seconds'):.2f}", f"{100 * common.spread(writes):.0f} %",
+             f"{size / median('load_seconds') / 1e9:.2f}", f"{median('plain_read_seconds') / median('load_seconds'):.2f}",
+             f"{median('save_extra_bytes') / 2**20:.0f}", f"{median('load_extra_bytes') / 2**20:.0f}"]
+    return cells + ([f"{median('stall_seconds'):.2f}"] if asynchronous else [])
+
+
+def main(words):
+    given = options(words)
+    try:
+        build = Path(given.build)
+        if not (build / "CMakeCache.txt").exists():
+            raise common.Failed(f"--build {build}: no build tree; tools/setup makes one")
+        subprocess.run(["cmake", "--build", build, "--target", "checkpoint_io"], check=True, stdout=subprocess.DEVNULL)
+        facts = common.machine(build / "upcycle")
+        print(common.describe(facts))
+        results, rows = [], []
+        with tempfile.TemporaryDirectory(prefix="upcycle-bench-", dir=given.scratch) as scratch:
+            folder = Path(scratch)
+            path = architecture(folder, given.model, given.layers)
+            for name, parallel in LAYOUTS.items():
+                for ranks in map(int, given.ranks.split(",")):
+                    if ranks == 1 and rows:
+                        continue
+                    common.say(f"  {name}, {ranks} ranks")
+                    found = measure(build / "checkpoint_io", folder, given, ranks, parallel(ranks), path)
+                    results += [result | {"layout": name} for result in found]
+                    rows.append(row(name, ranks, found, given.asynchronous))
+        heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "extra MiB, save", "load"]
+        print(f"\nCheckpoints, {given.model} with {given.experts} experts, {given.layers} layers, with optimizer state\n")
+        print(common.table(heads + (["stall, s"] if given.asynchronous else []), rows))
+        if given.json:
+            Path(given.json).write_text(json.dumps({"machine": facts, "results": results}, indent=1))
+    except common.Failed as error:
+        print(f"tools/bench: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,179 @@
+// Saves and loads a model's training state beside plain files of the same bytes: what tools/bench checkpoint runs, on several ranks.
+//   checkpoint_io RUN.toml DIRECTORY REPEATS      RUN.toml: architecture, [moe], [parallel], [checkpoint]; prints one JSON line a repeat
+#include <fcntl.h>
+#include <malloc.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <ATen/ops/randn.h>
+
+#include <atomic>
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "base/error.hpp"
+#include "checkpoint/durable.hpp"
+#include "checkpoint/writer_thread.hpp"
+#include "config/run_config.hpp"
+#include "train/saver.hpp"
+#include "train/setup.hpp"
+#include "train/start.hpp"
+
+namespace upcycle {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr int64_t kPiece = int64_t{4} << 20;
+
+class Stopwatch {
+ public:
+  explicit Stopwatch(const Communicator& world) : world_(world) { world.barrier(); }
+  /// Until the last rank is here.
+  double seconds() const {
+    world_.barrier();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  const Communicator& world_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+/// Bytes of this process that are in no file.
+int64_t anonymous_bytes() {
+  malloc_trim(0);
+  std::ifstream status("/proc/self/status");
+  for (std::string key, rest; status >> key && std::getline(status, rest);) {
+    if (key == "RssAnon:") return std::stoll(rest) * 1024;
+  }
+  return 0;
+}
+
+/// Watches this process's memory on a thread of its own.
+class PeakWatch {
+ public:
+  PeakWatch() : start_(anonymous_bytes()), thread_([this] {
+    while (!done_) peak_ = std::max(peak_.load(), anonymous_now()), std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }) {}
+  ~PeakWatch() { done_ = true, thread_.join(); }
+  int64_t extra() const { return std::max<int64_t>(0, peak_ - start_); }
+
+ private:
+  static int64_t anonymous_now() {
+    std::ifstream status("/proc/self/status");
+    for (std::string key, rest; status >> key && std::getline(status, rest);) {
+      if (key == "RssAnon:") return std::stoll(rest) * 1024;
+    }
+    return 0;
+  }
+  const int64_t start_;
+  std::atomic<int64_t> peak_ = 0;
+  std::atomic<bool> done_ = false;
+  std::thread thread_;
+};
+
+void forget_cached(const fs::path& path) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  ::fsync(file.get());
+  ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
+}
+
+/// Each rank `bytes` into a part of one new file of its own region, then fsync: what a plain program does.
+double plain_write(const fs::path& path, const Communicator& world, int64_t bytes, const Tensor& memory, int flags) {
+  const std::vector<int64_t> all = world.all_gather(bytes);
+  int64_t begin = 0;
+  for (int rank = 0; rank < world.rank(); ++rank) begin += (all[static_cast<size_t>(rank)] + kPiece - 1) / kPiece * kPiece;
+  const Stopwatch watch(world);
+  const FileDescriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | flags, 0644));
+  if (!file) fail_with_errno("opening", path);
+  for (int64_t done = 0; done < bytes; done += kPiece) write_at(file, WriterThread::bytes_of(memory, kPiece), static_cast<uint64_t>(begin + done), path);
+  ::fsync(file.get());
+  return watch.seconds();
+}
+
+double plain_read(const fs::path& path, const Communicator& world, int64_t bytes, const Tensor& memory) {
+  const std::vector<int64_t> all = world.all_gather(bytes);
+  int64_t begin = 0;
+  for (int rank = 0; rank < world.rank(); ++rank) begin += (all[static_cast<size_t>(rank)] + kPiece - 1) / kPiece * kPiece;
+  forget_cached(path);
+  const Stopwatch watch(world);
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  for (int64_t done = 0; done < bytes; done += kPiece) read_at(file, WriterThread::bytes_of(memory, kPiece), static_cast<uint64_t>(begin + done), path);
+  return watch.seconds();
+}
+
+int measure(const std::string& run_file, const fs::path& directory, int repeats) {
+  const RunConfig config = read_run(run_file);
+  const Mesh mesh(Grid(config.parallel, world_size()));
+  const Communicator& world = mesh.world();
+  const Architecture dense = read_architecture(config.source.architecture);
+  const Architecture architecture = choose_target(config, dense, false).architecture;
+  const at::ScalarType compute = compute_dtype(config.train.precision);
+  const auto layout = make_layout(architecture, mesh.grid(), config.parallel);
+  const auto make = [&] { return std::make_unique<Stage>(architecture, layout, mesh); };
+  std::unique_ptr<Stage> stage = make();
+  stage->weights().allocate(compute, at::kCPU, config.parallel.zero);
+  fill_masters(stage->weights(), [](const ParameterSpec&, const Box& box, Tensor target) { target.copy_(at::randn(box.size)); });   // rounds: masters are stored
+  std::optional<Optimizer> optimizer(std::in_place, stage->weights(), OptimizerSection{}, 1.0);
+  for (size_t i = 0; i < stage->weights().buckets().size(); ++i) {
+    for (Tensor* moment : {&optimizer->exp_avg(i), &optimizer->exp_avg_sq(i)}) moment->copy_(at::randn(moment->sizes()));
+  }
+  RunRecord record{"bench", to_hf(architecture, nlohmann::json::object()), nlohmann::json::object(), nlohmann::json::object(), {}};
+  WriterThread memories(uint64_t{1} << 30);
+  const Tensor memory = memories.borrow(kPiece);
+  for (int64_t i = 0; i < kPiece; ++i) memory.mutable_data_ptr<uint8_t>()[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    const fs::path run = directory / "run", plain = directory / "plain";
+    if (world.rank() == 0) fs::remove_all(run), fs::remove(plain);
+    nlohmann::json told = {{"ranks", world.size()}, {"repeat", repeat}};
+    Saver saver(run, mesh, config.checkpoint, [] {});
+    {
+      const PeakWatch peak;
+      const Stopwatch watch(world);
+      saver.save(stage->weights(), &*optimizer, {1, 1, 0}, record, false);
+      told["stall_seconds"] = watch.seconds();
+      saver.finish();
+      told["save_seconds"] = watch.seconds();
+      told["save_extra_bytes"] = world.all_reduce(peak.extra(), Reduce::max);
+    }
+    const fs::path step = run / step_directory(1);
+    int64_t bytes = 0;
+    for (const auto& [file, size] : read_manifest(step).files.items()) bytes += size.get<int64_t>();
+    told["bytes"] = bytes;
+    const int64_t share = bytes * (world.rank() + 1) / world.size() - bytes * world.rank() / world.size();
+    for (const auto& [name, flags] : {std::pair("plain_write_seconds", 0), std::pair("plain_direct_write_seconds", O_DIRECT)}) {
+      if (world.rank() == 0) fs::remove(plain);
+      told[name] = plain_write(plain, world, share, memory, flags);
+    }
+    told["plain_read_seconds"] = plain_read(plain, world, share, memory);
+    if (world.rank() == 0) {
+      for (const auto& file : fs::directory_iterator(step)) forget_cached(file.path());
+    }
+    {
+      const PeakWatch peak;
+      const Stopwatch watch(world);
+      restore_checkpoint(CheckpointReader(step), stage->weights(), &*optimizer);
+      told["load_seconds"] = watch.seconds();
+      told["load_extra_bytes"] = world.all_reduce(peak.extra(), Reduce::max);
+    }
+    if (world.rank() == 0) std::cout << told.dump() << std::endl;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace upcycle
+
+int main(int argc, char** argv) {
+  upcycle::MpiSession session(&argc, &argv);
+  try {
+    if (argc != 4) upcycle::fail("usage: checkpoint_io RUN.toml DIRECTORY REPEATS");
+    return upcycle::measure(argv[1], argv[2], std::stoi(argv[3]));
+  } catch (const std::exception& error) {
+    std::cerr << "checkpoint_io: " << error.what() << std::endl;
+    upcycle::abort_all_ranks(2);
+  }
+}
