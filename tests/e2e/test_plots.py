@@ -91,6 +91,13 @@ class Plots(unittest.TestCase):
         self.assertEqual(run.column("loss")[1].tolist(), [5.0, 4.5])
         self.assertEqual((run.validation, run.looks), ({}, {}))
 
+    def test_a_roll_back_takes_back_what_went_wrong(self):
+        back = {"kind": "rollback", "step": 1, "tokens": 300, "time": "2026-01-01T00:00:00Z", "from": 3, "bad_steps": 2, "why": "a loss spike"}
+        run = plots.read(self.write("a", [start(0), step(1, 5.0), step(2, 40.0), validation(2, 9.0), step(3, 30.0), back, step(2, 4.5) | {"tokens": 400}]))
+        tokens, loss = run.column("loss")
+        self.assertEqual((tokens.tolist(), loss.tolist()), ([100, 400], [5.0, 4.5]))
+        self.assertEqual((run.validation, run.resumes), ({}, []))
+
     def test_skipped_and_infinite_steps_are_left_out(self):
         run = plots.read(self.write("a", [step(1), step(2, None), step(3, math.nan), step(4, 4.0, skipped=True), step(5, 3.0)]))
         self.assertEqual(run.column("loss")[1].tolist(), [5.0, 3.0])

@@ -253,7 +253,8 @@ class Report(unittest.TestCase):
                                          "10:00:02 x: 5 parameters; 2 ranks (data 2) on A Fine CPU, tensors by MPI\n")
         steps = lambda first, last: [step(s) for s in range(first, last + 1)]
         whole = [start(0), validation(0, 4.0), *steps(1, 10), validation(10, 3.5), *steps(11, 20), validation(20, 3.3)]
-        resumed = [*whole, start(10), *steps(11, 20), validation(20, 3.1), *steps(21, 30), validation(30, 2.9)]
+        back = start(10) | {"kind": "rollback", "from": 15, "bad_steps": 1, "why": "a loss spike"}
+        resumed = [*whole, start(10), *steps(11, 15), validation(15, 99.0), back, *steps(11, 20), validation(20, 3.1), *steps(21, 30), validation(30, 2.9)]
         crashed = [*whole, '{"kind":"step","step":21,"tok' + dump(start(10)), *steps(11, 15)]
         told = {"experts": lambda n: {"moe.experts": n}}
         directory = self.sweep("busy", [

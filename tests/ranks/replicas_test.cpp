@@ -8,9 +8,11 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <set>
 
 #include "base/error.hpp"
 #include "support/numbers.hpp"
+#include "train/restore.hpp"
 #include "train/snapshot.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
@@ -147,6 +149,130 @@ TEST_P(Zero, StopAndResumeIsUninterruptedTraining) {
     world.barrier();
     if (world.rank() == 0) std::filesystem::remove_all(directory);
   }
+}
+
+/// A folder that all ranks see, gone at the end.
+class SharedScratch {
+ public:
+  explicit SharedScratch(const Communicator& world) : world_(world) {
+    char pattern[] = "/tmp/upcycle-replicas-XXXXXX";
+    path = world.broadcast(world.rank() == 0 ? std::string(mkdtemp(pattern)) : std::string(), 0);
+  }
+  ~SharedScratch() {
+    world_.barrier();
+    if (world_.rank() == 0) std::filesystem::remove_all(path);
+  }
+  std::filesystem::path path;
+
+ private:
+  const Communicator& world_;
+};
+
+void expect_same_optimizer(Training& a, Training& b) {
+  EXPECT_TRUE(at::equal(a.optimizer->updates(), b.optimizer->updates()));
+  for (size_t i = 0; i < a.buckets().size(); ++i) {
+    EXPECT_TRUE(at::equal(a.buckets()[i].masters, b.buckets()[i].masters)) << i;
+    EXPECT_TRUE(at::equal(a.optimizer->exp_avg(i), b.optimizer->exp_avg(i))) << i;
+    EXPECT_TRUE(at::equal(a.optimizer->exp_avg_sq(i), b.optimizer->exp_avg_sq(i))) << i;
+  }
+}
+
+void put_back(Training& training, TrainingState state, int64_t position) {
+  state.position = position;
+  training.trainer->state() = state;
+  training.trainer->balance().restore(state.routers);
+}
+
+// Back to a checkpoint from later steps, and on with other data: not a bit of those steps is left. `zero` 0 and 1, every layout of experts.
+TEST_P(Zero, RollingBackInProcessIsExact) {
+  constexpr int64_t kBehind = 72;   // a sample of the stream
+  for (int64_t expert = 1; expert <= world_size(); expert *= 2) {
+    for (const int64_t zero : {0, 1}) {
+      RunConfig run = run_of(expert, zero);
+      run.balance.bias_rate = 0.01, run.balance.scope = BalanceScope::global;
+      Training gone_astray(run, GetParam()), straight(run, GetParam());
+      const Communicator& world = gone_astray.mesh.world();
+      const SharedScratch scratch(world);
+      RunRecord record;
+      record.run_id = "test", record.architecture = to_hf(tiny(), nlohmann::json::object()), record.run = nlohmann::json::object();
+      const auto save = [&](Optimizer* optimizer) {
+        gone_astray.trainer->state().routers = gone_astray.trainer->balance().state();
+        return save_checkpoint(scratch.path, gone_astray.mesh, gone_astray.stage.weights(), optimizer, gone_astray.trainer->state(), record);
+      };
+      const auto first = save(nullptr);   // step 0: no moments, routers that remember nothing
+      gone_astray.steps(3), straight.steps(3);
+      const auto third = save(&*gone_astray.optimizer);
+      gone_astray.steps(2);
+
+      put_back(gone_astray, restore_together(CheckpointReader(third), world, gone_astray.stage.weights(), *gone_astray.optimizer), kBehind);
+      straight.trainer->state().position = kBehind;
+      expect_same(gone_astray, straight);
+      expect_same_optimizer(gone_astray, straight);
+      EXPECT_EQ(gone_astray.trainer->balance().state(), straight.trainer->balance().state());
+      const std::vector<StepReport> a = gone_astray.steps(2), b = straight.steps(2);
+      for (size_t step = 0; step < a.size(); ++step) {
+        EXPECT_EQ(a[step].step, b[step].step);
+        EXPECT_EQ(a[step].loss, b[step].loss);
+        EXPECT_EQ(a[step].gradient_norm, b[step].gradient_norm);
+      }
+      expect_same(gone_astray, straight);
+      expect_same_optimizer(gone_astray, straight);
+
+      put_back(gone_astray, restore_together(CheckpointReader(first), world, gone_astray.stage.weights(), *gone_astray.optimizer), kBehind);
+      Training fresh(run, GetParam());
+      fresh.trainer->state().position = kBehind;
+      expect_same_optimizer(gone_astray, fresh);
+      EXPECT_EQ(gone_astray.trainer->balance().state(), fresh.trainer->balance().state());
+      EXPECT_EQ(gone_astray.steps(1)[0].loss, fresh.steps(1)[0].loss);
+      expect_same(gone_astray, fresh);
+    }
+  }
+}
+
+// One bit of one element on one rank is found, and named; what only one rank holds is nobody else's to compare.
+TEST_P(Zero, ADifferenceBetweenReplicasIsNamed) {
+  for (const int64_t zero : {0, 1}) {
+    Training training(run_of(/*expert=*/1, zero), GetParam());
+    training.steps(2);
+    EXPECT_EQ(training.trainer->differing_replicas(), std::vector<std::string>{});
+    const int last = world_size() - 1;
+    const auto find = [&](const std::string& name) -> Weight& {
+      for (Weight& weight : training.stage.weights().all()) {
+        for (const Part& part : weight.parts) {
+          if (part.spec.name == name) return weight;
+        }
+      }
+      throw std::logic_error(name);
+    };
+    const auto flip = [&](const Tensor& x) {
+      if (training.mesh.world().rank() != last) return;
+      const Tensor bits = x.view({-1}).slice(0, x.numel() - 1).view(x.scalar_type() == at::kFloat ? at::kInt : at::kShort);
+      bits.bitwise_xor_(1);
+    };
+    const std::string norm = "model.layers.1.post_attention_layernorm.weight", down = "model.layers.2.mlp.experts.down_proj.weight";
+    flip(find(norm).parameter.value);
+    flip(find(down).parameter.value);
+    const std::vector<std::string> lines = training.trainer->differing_replicas();
+    const std::string others = last == 0 ? "" : last == 1 ? "rank 0" : "ranks 0, 1, 2";
+    std::vector<std::string> expected = {down + ": " + others + text(" and rank ", last, " differ"), norm + ": " + others + text(" and rank ", last, " differ")};
+    if (world_size() == 1) expected.clear();
+    EXPECT_EQ(std::set<std::string>(lines.begin(), lines.end()), std::set<std::string>(expected.begin(), expected.end()));
+    flip(find(norm).parameter.value);
+    flip(find(down).parameter.value);
+    EXPECT_EQ(training.trainer->differing_replicas(), std::vector<std::string>{});
+
+    // Masters that everybody keeps whole are compared, too, where they are not the values.
+    if (GetParam() == at::kFloat || zero == 1) continue;
+    flip(find(down).parameter.master);
+    EXPECT_EQ(training.trainer->differing_replicas().size(), world_size() == 1 ? 0U : 1U);
+  }
+  // Each expert of a rank of its own: nobody else has it.
+  Training spread(run_of(world_size(), 1), GetParam());
+  spread.steps(1);
+  for (Weight& weight : spread.stage.weights().all()) {
+    if (weight.spec().role == Role::expert) weight.parameter.value.add_(spread.mesh.world().rank());
+  }
+  EXPECT_EQ(spread.trainer->differing_replicas(), std::vector<std::string>{});
 }
 
 /// The gradients of a step, by hand: `times` additions of `amount` to each weight of `order`, in that order.
