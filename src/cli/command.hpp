@@ -32,6 +32,7 @@ struct Arguments {
   std::vector<std::string> positional = {};   ///< as many as the command takes
   std::vector<std::string> set = {};     ///< --set key=value
   bool json = false;
+  bool tensors = false;                  ///< inspect --tensors
   std::optional<int> ranks = {};         ///< plan --ranks
   std::optional<std::string> gpu_memory = {};      ///< plan --gpu-memory
   std::optional<std::string> dtype = {};           ///< export --dtype
