@@ -7,7 +7,7 @@
 #include <sstream>
 
 #include "base/error.hpp"
-#include "checkpoint/reader.hpp"
+#include "checkpoint/digest.hpp"
 #include "model/catalogue.hpp"
 
 namespace upcycle {
@@ -64,8 +64,9 @@ ordered_json whole_description(const CheckpointReader& reader) {
   for (const std::string& file : reader.tensor_files()) {
     ordered_json& list = out["tensors"][file] = ordered_json::object();
     for (const auto& [name, tensor] : reader.tensors(file))
-      list[name] = {{"dtype", word_for(tensor.dtype)}, {"shape", tensor.shape}};
+      list[name] = {{"dtype", word_for(tensor.dtype)}, {"shape", tensor.shape}, {"checksum", checksum_of(reader, file, name)}};
   }
+  out["digest"] = manifest.schema_version == 1 ? ordered_json() : ordered_json(digest_of_tensors(manifest.tensors));
   out["certificate"] = certificate_in(reader.folder());
   return out;
 }
@@ -118,7 +119,7 @@ void print_tensors(const CheckpointReader& reader, const std::string& file, bool
   };
   std::cout << "\n" << file << ": " << reader.tensors(file).size() << " tensors\n";
   if (each) {
-    for (const auto& [name, tensor] : reader.tensors(file)) line(name, tensor.dtype, tensor.shape, "");
+    for (const auto& [name, tensor] : reader.tensors(file)) line(name, tensor.dtype, tensor.shape, "  " + checksum_of(reader, file, name));
     return;
   }
   for (const Group& group : groups(reader.tensors(file))) {
@@ -148,6 +149,7 @@ void print_checkpoint(const CheckpointReader& reader, const ordered_json& all, b
   line("source", describe_source(manifest.provenance));
   line("recipe", describe_recipe(manifest.provenance, a.is_moe()));
   line("certificate", describe_certificate(all["certificate"]));
+  if (all["digest"].is_string()) line("digest", all["digest"].get<std::string>());
   std::cout << "\nfiles\n";
   for (const auto& [file, bytes] : manifest.files.items()) {
     std::cout << "  " << std::left << std::setw(34) << file << std::right << std::setw(12)
@@ -221,6 +223,13 @@ ordered_json certificate_in(const fs::path& checkpoint) {
   if (!fs::exists(path)) return {};
   ordered_json out = ordered_json::parse(std::ifstream(path), nullptr, false);
   return out.is_discarded() ? ordered_json("unreadable") : out;
+}
+
+std::string checksum_of(const CheckpointReader& reader, const std::string& file, const std::string& name) {
+  const StoredTensor& tensor = reader.tensors(file).at(name);
+  const std::vector<uint64_t> sums = reader.checksums(file, name);
+  const TensorSpec spec{name, tensor.dtype, tensor.shape};
+  return sums.empty() && elements(tensor.shape) > 0 ? "none" : digest_of(std::span(&spec, 1), sums);
 }
 
 const char* word_for(at::ScalarType dtype) {

@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "checkpoint/reader.hpp"
+
 namespace upcycle {
 
 /// The checkpoint that `path` is, or the newest valid one of the run that it is. Throws UserError with what was looked at, and why it
@@ -22,6 +24,8 @@ std::string describe_certificate(const nlohmann::ordered_json& certificate);
 /// The content of the checkpoint's certificate.json; null where it has none, "unreadable" where it is no JSON.
 nlohmann::ordered_json certificate_in(const std::filesystem::path& checkpoint);
 
+/// XXH3-128 over name, dtype, shape and the checksums of a tensor's blocks; "none" in files of schema version 1. Reads no values.
+std::string checksum_of(const CheckpointReader&, const std::string& file, const std::string& name);
 /// "float32", "bfloat16", "int64".
 const char* word_for(at::ScalarType dtype);
 /// "model.layers.17.mlp.down_proj.weight" -> "model.layers.*.mlp.down_proj.weight".

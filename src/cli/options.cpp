@@ -87,8 +87,9 @@ const std::vector<Usage>& usages() {
        {"CHECKPOINT"},
        false,
        "is a checkpoint whole, and what it claims to be",
-       "Certificate and structure. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
-       "upcycle verify runs/quickstart/checkpoints/step-00000000"},
+       "Reads all of it and holds every block against its checksum, names, shapes and dtypes against the architecture, all of that against\n"
+       "the manifest; asks the certificate. Several ranks share the reading. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
+       "mpirun -n 4 upcycle verify runs/quickstart/checkpoints/step-00000000"},
       {"sample",
        {"CHECKPOINT"},
        false,

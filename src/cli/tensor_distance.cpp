@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "base/error.hpp"
-#include "checkpoint/slabs.hpp"
+#include "checkpoint/boxes.hpp"
 
 namespace upcycle {
 namespace {
@@ -54,8 +54,7 @@ void with_values(const Tensor& x, const Use& use) {
 }
 
 /// Elements [begin, begin + count) of a tensor, in row-major order and its stored dtype.
-Tensor run_of(const CheckpointReader& reader, const std::string& file, const std::string& name, int64_t begin, int64_t count) {
-  const StoredTensor& stored = reader.tensors(file).at(name);
+Tensor run_of(const CheckpointReader& reader, const std::string& file, const StoredTensor& stored, const std::string& name, int64_t begin, int64_t count) {
   const Tensor out = at::empty({count}, at::TensorOptions(stored.dtype));
   std::vector<Piece> pieces;
   int64_t at = 0;
@@ -65,6 +64,13 @@ Tensor run_of(const CheckpointReader& reader, const std::string& file, const std
   }
   reader.fill(file, pieces);
   return out;
+}
+
+/// A block that is what was written.
+Tensor sound_block(const CheckpointReader& reader, const std::string& file, const std::string& name, int64_t number) {
+  StoredBlock block = reader.block(file, name, number);
+  if (!block.complaint.empty()) throw DamagedCheckpoint(block.complaint);
+  return std::move(block.values);
 }
 
 }  // namespace
@@ -84,13 +90,16 @@ void TensorDistance::add(const TensorDistance& other) {
 }
 
 TensorDistance tensor_distance(const CheckpointReader& a, const CheckpointReader& b, const std::string& file, const std::string& name) {
+  const StoredTensor &here = a.tensors(file).at(name), &there = b.tensors(file).at(name);
+  const bool same_blocks = c10::elementSize(here.dtype) == c10::elementSize(there.dtype);
   TensorDistance out;
-  a.stream(file, name, [&](const Tensor& ours) {
-    const Tensor theirs = run_of(b, file, name, out.elements, ours.numel());
+  for (int64_t number = 0; number < a.blocks(file, name); ++number) {
+    const Tensor ours = sound_block(a, file, name, number);
+    const Tensor theirs = same_blocks ? sound_block(b, file, name, number) : run_of(b, file, there, name, out.elements, ours.numel());
     with_values(ours, [&](const auto* x) {
       with_values(theirs, [&](const auto* y) { add_values(out, x, y, ours.numel()); });
     });
-  });
+  }
   return out;
 }
 

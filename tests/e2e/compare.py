@@ -4,6 +4,7 @@ the exit code; and what inspect says of one at a glance.
 Usage: compare.py UPCYCLE [unittest arguments]"""
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import xxhash
 
 import tiny_run
+from seal import seal
 from tiny_run import MOE, TrainCase, checkpoint
 
 
@@ -47,14 +50,6 @@ class Compare(TrainCase):
     def copy(self, name="copy"):
         return Path(shutil.copytree(self.step, self.root / name / "step-00000006"))
 
-    def manifest(self, step, change):
-        """Lets `change` have the manifest, and completes its sizes."""
-        path = step / "manifest.json"
-        manifest = json.loads(path.read_text())
-        change(manifest)
-        manifest["files"] = {str(p.relative_to(step)): p.stat().st_size for p in step.rglob("*") if p.is_file() and p != path}
-        path.write_text(json.dumps(manifest))
-
     def compare(self, a, b, same=False):
         told = self.run_json(a, b, expect=0 if same else 1)
         self.assertEqual(told["same"], same)
@@ -68,7 +63,8 @@ class Compare(TrainCase):
     def tensors(self, step, file):
         out = {}
         with h5py.File(step / file) as opened:
-            opened.visititems(lambda _, d: out.update({d.attrs["name"].decode(): d[...]}) if isinstance(d, h5py.Dataset) else None)
+            opened.visititems(lambda place, d: out.update({place.replace("/", "."): d[...]}) if isinstance(d, h5py.Dataset) else None)
+        del out[".checksums"]
         return out
 
     def assert_numbers(self, told, expected):
@@ -135,10 +131,8 @@ class Compare(TrainCase):
             del file["model/layers/1/self_attn/v_proj/weight"]
             file.create_dataset("model/layers/1/self_attn/v_proj/weight", data=half.astype(np.int64))
             file.create_dataset("surplus", data=np.zeros(3, np.float32))
-        self.manifest(other, lambda m: None)
-        before, after = self.tensors(self.step, "weights.h5"), {}
-        with h5py.File(other / "weights.h5") as file:
-            file.visititems(lambda path, d: after.update({path.replace("/", "."): d[...]}) if isinstance(d, h5py.Dataset) else None)
+        seal(other)
+        before, after = self.tensors(self.step, "weights.h5"), self.tensors(other, "weights.h5")
         told, said = self.compare(self.step, other)
         weights = told["tensors"]["weights.h5"]
         self.assertEqual(weights["only_in_first"], ["model.layers.0.self_attn.k_proj.weight"])
@@ -165,6 +159,7 @@ class Compare(TrainCase):
             with h5py.File(step / "exp_avg.h5", "r+") as file:
                 file["model/norm/weight"][...] = np.zeros(32, np.float32) * np.float32(sign)
                 file["model/layers/0/input_layernorm/weight"][...] = np.float32(0 if sign > 0 else 2)
+            seal(step)
         told, said = self.compare(a, b)
         changed = told["tensors"]["exp_avg.h5"]["changed"]
         self.assert_numbers(changed["model.norm.weight"], {"differ": 32, "max_abs": 0.0, "relative_l2": 0.0})
@@ -179,7 +174,7 @@ class Compare(TrainCase):
             m["run_id"] = "another"
             m["run"]["run"]["directory"] = "elsewhere"
             m["layout"]["ranks"] = 64
-        self.manifest(other, change)
+        seal(other, change)
         told, said = self.compare(self.step, other, same=True)
         self.assertEqual([entry["key"] for entry in told["names"]], ["run_id", "run.directory"])
         self.assertEqual(told["layout"], [{"key": "ranks", "first": 1, "second": 64}])
@@ -192,12 +187,12 @@ class Compare(TrainCase):
             m["architecture"]["rope_theta"] = 5.0
             m["provenance"]["recipe"]["noise"] = 0.1
             m["training"]["routers"] = {"0": {"bias": [0.125] * 40}}
-        self.manifest(other, change_more)
-        self.manifest(self.step, lambda m: m["training"].update(routers={"0": {"bias": [0.125] * 39 + [1.0]}}))
+        seal(other, change_more)
+        seal(self.step, lambda m: m["training"].update(routers={"0": {"bias": [0.125] * 39 + [1.0]}}))
         (other / "certificate.json").write_text('{"verdict": "failed", "expected": "exact"}')
         (other / "note.txt").write_text("new")
         (other / "tokenizer/tokenizer.json").write_text("{ }")
-        self.manifest(other, lambda m: None)
+        seal(other)
         told, said = self.compare(self.step, other)
         self.assertEqual(told["settings"], [{"key": "data.surprise", "second": 1}, {"key": "optimizer.lr", "first": 1e-4, "second": 0.5},
                                             {"key": "train.nan_limit", "first": 10}])
@@ -215,9 +210,16 @@ class Compare(TrainCase):
                      "written by    1 ranks", "certificate   passed (expected: exact)", "step          6 of run run-"):
             self.assertIn(line, said)
         self.assertIn("2 copies x 4 shards", self.run_json(self.step)["recipe"])
-        each = self.upcycle("inspect", self.step, "--tensors")
-        for name, value in self.tensors(self.step, "exp_avg.h5").items():
-            self.assertRegex(each, rf"  {name} +float32  {list(value.shape)}\n".replace("[", r"\[").replace("]", r"\]"))
+        each, told = self.upcycle("inspect", self.step, "--tensors"), self.run_json(self.step)
+        self.assertIn(f"digest        {json.loads(self.upcycle('verify', self.step, '--json'))['digest']}", said)
+        sums = set()
+        for name, value in self.tensors(self.step, "exp_avg.h5").items():   # of one block each
+            shape = f"[{', '.join(map(str, value.shape))}]"
+            content = f"{name}\nFloat\n{shape}\n".encode() + xxhash.xxh3_64_intdigest(value.tobytes()).to_bytes(8, "little")
+            sums.add(xxhash.xxh3_128_hexdigest(content))
+            self.assertEqual(told["tensors"]["exp_avg.h5"][name]["checksum"], xxhash.xxh3_128_hexdigest(content))
+            self.assertRegex(each, rf"  {re.escape(name)} +float32  {re.escape(shape)}  {xxhash.xxh3_128_hexdigest(content)}\n")
+        self.assertGreater(len(sums), 20)
         path, dense = self.run_file("dense", steps=1)
         self.upcycle("train", path)
         self.assertIn("recipe        none: a dense model", self.upcycle("inspect", dense))
@@ -231,9 +233,13 @@ class Compare(TrainCase):
         other = self.copy()
         (other / "weights.h5").write_bytes((other / "weights.h5").read_bytes()[:-1])
         self.refused("inspect", self.step, other, words=["weights.h5: has", "but the manifest says"])
-        (other / "weights.h5").write_bytes(b"x" * 5000)
-        self.manifest(other, lambda m: None)
-        self.refused("inspect", self.step, other, words=["weights.h5", "signature"])
+        other = self.copy("damaged")
+        with h5py.File(other / "weights.h5") as file:
+            offset = file["model/norm/weight"].id.get_offset()
+        with open(other / "weights.h5", "r+b") as raw:
+            raw.seek(offset)
+            raw.write(b"\1\2\3")
+        self.refused("inspect", self.step, other, words=["tensor 'model.norm.weight', elements 0 to 31", "are not what was written"])
 
 
 if __name__ == "__main__":

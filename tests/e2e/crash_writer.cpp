@@ -10,8 +10,8 @@
 #include <iostream>
 
 #include "base/error.hpp"
+#include "checkpoint/boxes.hpp"
 #include "checkpoint/reader.hpp"
-#include "checkpoint/slabs.hpp"
 #include "checkpoint/writer.hpp"
 #include "e2e/rank_server.hpp"
 #include "parallel/mesh.hpp"

@@ -62,8 +62,9 @@ endif()
 add_test(NAME e2e.bench COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_bench.py $<TARGET_FILE:upcycle> ${PROJECT_SOURCE_DIR})
 set_tests_properties(e2e.bench PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};HF_HUB_OFFLINE=1")
 
-# sample against transformers' generate; evaluate against train's own validation; inspect of token files, and of two checkpoints.
-foreach(script sample evaluate inspect_data compare)
+# sample against transformers' generate; evaluate against train's own validation; inspect of token files, and of two checkpoints;
+# what verify and train say of damaged ones.
+foreach(script sample evaluate inspect_data compare damaged)
   add_test(NAME e2e.${script} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/${script}.py $<TARGET_FILE:upcycle>)
   set_tests_properties(e2e.${script} PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
