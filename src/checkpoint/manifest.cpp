@@ -18,6 +18,13 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 constexpr const char* kRemoved = ".removed";
 
+/// A name that is none of a file below the checkpoint's directory.
+bool leads_out(const std::string& name) {
+  const fs::path path(name);
+  return name.empty() || name.find('\0') != std::string::npos || path.is_absolute() ||
+         std::find(path.begin(), path.end(), "..") != path.end();
+}
+
 /// Says why `checkpoint` is not valid; "" when it is.
 std::string refusal(const fs::path& checkpoint) {
   try {
@@ -96,10 +103,12 @@ Manifest read_manifest(const fs::path& checkpoint) {
       fail(path.string(), ": is not what was written (its digest does not fit its content): the file was changed or damaged");
     }
   }
+  const json step = parsed.value("step", json());
+  if (!step.is_number_unsigned() || step.get<uint64_t>() > INT64_MAX) fail(path.string(), ": 'step' is ", step.dump(), ", no number of a step");
   try {
     return {.schema_version = version.get<int>(),
             .run_id = parsed.at("run_id"),
-            .step = parsed.at("step"),
+            .step = step.get<int64_t>(),
             .architecture = parsed.at("architecture"),
             .run = parsed.at("run"),
             .provenance = parsed.at("provenance"),
@@ -114,7 +123,9 @@ Manifest read_manifest(const fs::path& checkpoint) {
 
 void check_complete(const fs::path& checkpoint, const Manifest& manifest) {
   if (!manifest.files.is_object()) fail((checkpoint / kManifestFile).string(), ": 'files' is not an object");
+  if (!manifest.tensors.is_object()) fail((checkpoint / kManifestFile).string(), ": 'tensors' is not an object");
   for (const auto& [name, size] : manifest.files.items()) {
+    if (leads_out(name)) fail((checkpoint / kManifestFile).string(), ": lists ", json(name).dump(), ", which is no file of this checkpoint");
     const fs::path file = checkpoint / name;
     if (!size.is_number_unsigned())
       fail((checkpoint / kManifestFile).string(), ": the size of '", name, "' is ", size.dump());
@@ -123,6 +134,12 @@ void check_complete(const fs::path& checkpoint, const Manifest& manifest) {
     if (error) fail(file.string(), ": ", error.message(), ", but the manifest lists it");
     if (found != size.get<uint64_t>())
       fail(file.string(), ": has ", found, " bytes, but the manifest says ", size.dump());
+  }
+  const auto listed = [&](const json& part) { return part.is_string() && manifest.files.contains(part.get<std::string>()); };
+  for (const auto& [kind, summary] : manifest.tensors.items()) {
+    const json parts = summary.is_object() ? summary.value("parts", json::array()) : json();
+    if (parts.is_array() && std::all_of(parts.begin(), parts.end(), listed)) continue;
+    fail((checkpoint / kManifestFile).string(), ": what 'tensors' says of '", kind, "' is no summary, or has parts that 'files' does not list");
   }
 }
 

@@ -102,7 +102,8 @@ std::string safetensors_dtype_name(at::ScalarType dtype) {
 
 json parse_json(std::string_view text_, const std::string& where) {
   std::vector<std::set<std::string>> keys;  // of the objects that are open
-  const auto check_keys = [&](int, json::parse_event_t event, json& parsed) {
+  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > kDeepestJson) fail(where, ": nested deeper than ", kDeepestJson, " levels");
     if (event == json::parse_event_t::object_start) keys.emplace_back();
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) {
@@ -111,7 +112,7 @@ json parse_json(std::string_view text_, const std::string& where) {
     return true;
   };
   try {
-    return json::parse(text_, check_keys);
+    return json::parse(text_, check);
   } catch (const json::exception& error) {
     fail(where, ": not valid JSON (", error.what(), ")");
   }

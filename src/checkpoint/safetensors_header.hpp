@@ -12,8 +12,11 @@ namespace upcycle {
 /// Longest header that is read, as in the reference implementation.
 inline constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;
 
-/// Parses JSON; throws UserError "<where>: ..." when it isn't JSON or an object names a key twice (most parsers keep
-/// one of them).
+/// Deepest JSON that is read: copying and printing a value takes stack for every level.
+inline constexpr int kDeepestJson = 100;
+
+/// Parses JSON; throws UserError "<where>: ..." when it isn't JSON, is nested deeper than kDeepestJson, or an object names a key twice
+/// (most parsers keep one of them).
 nlohmann::json parse_json(std::string_view text, const std::string& where);
 
 /// "F32" etc. for every dtype that safetensors files of this program may hold; throws UserError naming `where` on

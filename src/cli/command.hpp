@@ -33,6 +33,7 @@ struct Arguments {
   std::vector<std::string> set = {};     ///< --set key=value
   bool json = false;
   bool accept_changes = false;           ///< train --accept-changes
+  bool tensors = false;                  ///< inspect --tensors
   std::optional<int> ranks = {};         ///< plan --ranks
   std::optional<std::string> gpu_memory = {};      ///< plan --gpu-memory
   std::optional<std::string> dtype = {};           ///< export --dtype

@@ -1,5 +1,6 @@
 #include <boost/program_options.hpp>
 #include <filesystem>
+#include <optional>
 
 #include "base/error.hpp"
 #include "cli/command.hpp"
@@ -20,6 +21,7 @@ struct Usage {
   std::string summary;
   std::string details;
   std::string example;
+  std::optional<std::string> further = {};  ///< one more argument that may be left out
 };
 
 const std::vector<Usage>& usages() {
@@ -74,17 +76,22 @@ const std::vector<Usage>& usages() {
       {"inspect",
        {"CHECKPOINT|DATA"},
        false,
-       "what is in a checkpoint, or in token files",
-       "CHECKPOINT is a step directory, or a run directory (its newest valid step). DATA is what Megatron's .bin and .idx have in\n"
-       "common: \"text\" stands for text.bin and text.idx. Lengths of all documents; the first documents as text where --tokenizer\n"
-       "names one, else as ids; the share of tokens that are learned where text.mask.idx is there.",
-       "upcycle inspect runs/quickstart --json"},
+       "what is in a checkpoint, or in token files; what differs between two checkpoints",
+       "CHECKPOINT is a step directory, or a run directory (its newest valid step). With a second one: what differs in step, settings,\n"
+       "architecture, recipe and source, and which tensors by how much. Exit code 0: nothing; 1: something; 2: they can't be compared.\n"
+       "What a run is called and the layout that wrote it are told, and are no difference.\n"
+       "DATA is what Megatron's .bin and .idx have in common: \"text\" stands for text.bin and text.idx. Lengths of all documents; the\n"
+       "first documents as text where --tokenizer names one, else as ids; the share of tokens that are learned where text.mask.idx is\n"
+       "there.",
+       "upcycle inspect runs/quickstart/checkpoints/step-00000000 runs/quickstart --tensors",
+       "OTHER"},
       {"verify",
        {"CHECKPOINT"},
        false,
        "is a checkpoint whole, and what it claims to be",
-       "Certificate and structure. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
-       "upcycle verify runs/quickstart/checkpoints/step-00000000"},
+       "Reads all of it and holds every block against its checksum, names, shapes and dtypes against the architecture, all of that against\n"
+       "the manifest; asks the certificate. Several ranks share the reading. Exit code 0: it is; 1: it is not; 2: this cannot be judged.",
+       "mpirun -n 4 upcycle verify runs/quickstart/checkpoints/step-00000000"},
       {"sample",
        {"CHECKPOINT"},
        false,
@@ -145,6 +152,9 @@ po::options_description options_of(const Usage* usage) {
     add("tokenizer", po::value<std::string>()->value_name("DIR"),
         sample ? "directory of a tokenizer.json (default: the model's)" : "directory of a tokenizer.json: token files are shown as text");
   }
+  if (usage && usage->command == "inspect") {
+    add("tensors", po::bool_switch(), "every tensor in a line of its own, instead of one line for those of all layers");
+  }
   if (usage) add("json", po::bool_switch(), "print JSON to standard output");
   if (usage)
     add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
@@ -161,13 +171,19 @@ std::string page(const po::options_description& options) {
   return out.str();
 }
 
+std::string arguments_of(const Usage& usage) {
+  std::string out;
+  for (const std::string& argument : usage.arguments) out += " " + argument;
+  return out + (usage.further ? " [" + *usage.further + "]" : "");
+}
+
 std::string general_help() {
   std::string out =
       "upcycle: a dense Qwen3 checkpoint becomes a Mixture-of-Experts model and trains on.\n\n"
       "Usage: upcycle COMMAND ARGUMENTS [options]      upcycle COMMAND --help      upcycle --version\n\nCommands\n";
   for (const Usage& usage : usages()) {
     std::string line = "  " + usage.command;
-    for (const std::string& argument : usage.arguments) line += " " + argument;
+    line += arguments_of(usage);
     line.resize(std::max<size_t>(line.size() + 2, 32), ' ');
     out += line + usage.summary + "\n";
   }
@@ -177,16 +193,12 @@ std::string general_help() {
 }
 
 std::string help_for(const Usage& usage) {
-  std::string arguments;
-  for (const std::string& argument : usage.arguments) arguments += " " + argument;
-  return text("Usage: upcycle ", usage.command, arguments, " [options]\n\n", usage.summary, ".\n", usage.details,
+  return text("Usage: upcycle ", usage.command, arguments_of(usage), " [options]\n\n", usage.summary, ".\n", usage.details,
               "\n\n", page(options_of(&usage)), "\nExample\n  ", usage.example, "\n");
 }
 
 std::string takes(const Usage& usage) {
-  std::string arguments;
-  for (const std::string& argument : usage.arguments) arguments += " " + argument;
-  return text("upcycle ", usage.command, arguments, "; see upcycle ", usage.command, " --help");
+  return text("upcycle ", usage.command, arguments_of(usage), "; see upcycle ", usage.command, " --help");
 }
 
 [[noreturn]] void unknown_option(const std::string& option, const po::options_description& options,
@@ -261,9 +273,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   if (arguments.positional.size() < usage->arguments.size()) {
     fail(usage->arguments[arguments.positional.size()], " is missing: ", takes(*usage));
   }
-  if (arguments.positional.size() > usage->arguments.size()) {
-    fail("'", arguments.positional[usage->arguments.size()], "' is one argument too many: ", takes(*usage));
-  }
+  const size_t most = usage->arguments.size() + usage->further.has_value();
+  if (arguments.positional.size() > most) fail("'", arguments.positional[most], "' is one argument too many: ", takes(*usage));
   if (values.count("set")) arguments.set = values["set"].as<std::vector<std::string>>();
   if (usage->command == "train") arguments.accept_changes = values["accept-changes"].as<bool>();
   if (usage->command == "sweep") {
@@ -281,6 +292,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   if (values.count("data")) arguments.data = values["data"].as<std::string>();
   if (values.count("batches")) arguments.batches = positive_integer(values["batches"].as<std::string>(), "--batches");
   if (usage->command == "sample") arguments.sample = sample_options(values);
+  if (values.count("tensors")) arguments.tensors = values["tensors"].as<bool>();
   arguments.json = values["json"].as<bool>();
   arguments.level = log::level_from_name(values["log-level"].as<std::string>());
   return arguments;

@@ -67,9 +67,26 @@ endif()
 add_test(NAME e2e.bench COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_bench.py $<TARGET_FILE:upcycle> ${PROJECT_SOURCE_DIR})
 set_tests_properties(e2e.bench PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};HF_HUB_OFFLINE=1")
 
-# sample against transformers' generate; evaluate against train's own validation; inspect of token files.
-foreach(script sample evaluate inspect_data)
+# sample against transformers' generate; evaluate against train's own validation; inspect of token files, and of two checkpoints;
+# what verify and train say of damaged ones.
+foreach(script sample evaluate inspect_data compare damaged)
   add_test(NAME e2e.${script} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/${script}.py $<TARGET_FILE:upcycle>)
   set_tests_properties(e2e.${script} PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
 endforeach()
+
+# A save that is killed, whose disk is full or fails, and the order of its system calls: a program that only writes, seen through a library
+# before the C library.
+add_executable(crash_writer ${CMAKE_CURRENT_LIST_DIR}/crash_writer.cpp)
+target_link_libraries(crash_writer PRIVATE upcycle_checkpoint)
+target_include_directories(crash_writer PRIVATE ${PROJECT_SOURCE_DIR}/tests)
+upcycle_precompiled(crash_writer)
+target_link_libraries(crash_writer PRIVATE ${CMAKE_DL_LIBS})
+add_executable(as_rank ${CMAKE_CURRENT_LIST_DIR}/as_rank.c)
+add_library(file_calls MODULE ${CMAKE_CURRENT_LIST_DIR}/file_calls.c)
+add_test(NAME e2e.crash
+  COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/crash.py $<TARGET_FILE:crash_writer> $<TARGET_FILE:as_rank> $<TARGET_FILE:file_calls>)
+add_test(NAME e2e.file_order
+  COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/file_order.py $<TARGET_FILE:upcycle> $<TARGET_FILE:crash_writer> $<TARGET_FILE:file_calls>)
+set_tests_properties(e2e.crash e2e.file_order PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")

@@ -72,9 +72,13 @@ TEST(Manifest, RefusesWhatItCannotRead) {
   EXPECT_THAT(with_version("\"one\""), HasSubstr("no 'schema_version'"));
   EXPECT_THAT(with_version("99"), HasSubstr("schema version 99, but this program reads versions 1 to 2 only"));
   EXPECT_THAT(with_version("2, \"schema_version\": 1"), HasSubstr("'schema_version' is there twice"));
-  EXPECT_THAT(message(R"({"schema_version":1})"), HasSubstr("run_id"));
-  EXPECT_THAT(message(R"({"schema_version":1,"run_id":5})"), HasSubstr("string"));
+  EXPECT_THAT(message(R"({"schema_version":1,"step":0})"), HasSubstr("run_id"));
+  EXPECT_THAT(message(R"({"schema_version":1,"run_id":5,"step":0})"), HasSubstr("string"));
   EXPECT_THAT(message(R"({"schema_version":2,"run_id":5})"), HasSubstr("its digest does not fit"));
+  for (const char* step : {"-1", "1.5", "1e300", "true", "null", "\"1\"", "9223372036854775808"})
+    EXPECT_THAT(message(text(R"({"schema_version":1,"run_id":"a","step":)", step, "}")), HasSubstr(", no number of a step")) << step;
+  const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+  EXPECT_THAT(message("{\"schema_version\":1,\"run\":" + deep + "}"), HasSubstr("nested deeper than 100 levels"));
 }
 
 TEST(Manifest, NoFlippedBitGoesUnnoticed) {
@@ -104,8 +108,24 @@ TEST(Manifest, FilesMustBeThereWithTheirSizes) {
   Manifest wrong = manifest;
   wrong.files["note.txt"] = -1;
   EXPECT_THAT(message(wrong), HasSubstr("the size of 'note.txt' is -1"));
+  for (const char* name : {"../step-00000001/note.txt", "/dev/null", "a/../../b", ""}) {
+    wrong.files = {{name, 0}};
+    EXPECT_THAT(message(wrong), HasSubstr("which is no file of this checkpoint")) << name;
+  }
+  wrong.files = {{std::string("note.txt\0x", 10), 18}};
+  EXPECT_THAT(message(wrong), HasSubstr("note.txt\\u0000x\", which is no file of this checkpoint"));
   wrong.files = 3;
   EXPECT_THAT(message(wrong), HasSubstr("'files' is not an object"));
+  wrong = manifest;
+  store(step / "note.txt", "step 1");
+  for (const char* tensors : {"5", "[]", "null"}) {
+    wrong.tensors = nlohmann::json::parse(tensors);
+    EXPECT_THAT(message(wrong), HasSubstr("'tensors' is not an object")) << tensors;
+  }
+  for (const char* summary : {"5", R"({"parts": 5})", R"({"parts": [5]})", R"({"parts": ["absent.h5"]})"}) {
+    wrong.tensors = {{"weights.h5", nlohmann::json::parse(summary)}};
+    EXPECT_THAT(message(wrong), HasSubstr("of 'weights.h5' is no summary, or has parts")) << summary;
+  }
 }
 
 TEST(Steps, Names) {

@@ -1,0 +1,84 @@
+"""Runs an MPI program with file_calls.c in front of the C library, and reads what it tells."""
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+MPIRUN = os.environ.get("UPCYCLE_MPIRUN", "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1").split()
+LIBRARY = None   # file_calls.so; set by the script that is run
+KINDS = ("create", "reserve", "write", "fsync", "rename", "remove")
+
+
+class Event(NamedTuple):
+    begins: bool
+    rank: int
+    kind: str
+    path: Path
+    rest: str      # begin: bytes of a write, the new path of a rename; end: the result, or minus the errno
+
+    @property
+    def succeeds(self):
+        return not self.begins and not self.rest.startswith("-")
+
+
+def start(program, *arguments, ranks, under, trace, hurt=None):
+    """The job in the background. `program`: a path, or a Server. Its ranks are children of mpirun, also when there is one rank."""
+    told = {"FILE_CALLS_UNDER": under, "FILE_CALLS_TRACE": trace} | ({"FILE_CALLS_HURT": hurt} if hurt else {})
+    told |= {"RANK_SERVER": program.socket} if isinstance(program, Server) else {"LD_PRELOAD": LIBRARY}
+    exports = [word for key, value in told.items() for word in ("-x", f"{key}={value}")]
+    line = [*MPIRUN, "-np", str(ranks), *exports, program.rank if isinstance(program, Server) else program, *map(str, arguments)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+class Server:
+    """A process that has loaded its libraries, of which each rank of a job is a fork: rank_server.hpp. To be closed."""
+
+    def __init__(self, program, rank, socket):
+        self.rank, self.socket = rank, socket
+        self.process = subprocess.Popen([program, "--serve", socket], env=os.environ | {"LD_PRELOAD": LIBRARY})
+        while not os.path.exists(socket):
+            assert self.process.poll() is None, "the server of ranks did not start"
+            time.sleep(0.01)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def pids_of(trace):
+    """Of the ranks that have started, in no order."""
+    lines = trace.read_text().split("\n")[:-1] if trace.exists() else []
+    return [int(line.split("\t")[4]) for line in lines if line.startswith("S\t")]
+
+
+def read_trace(trace):
+    """All calls, in the order in which they happened."""
+    events = []
+    for line in trace.read_text().split("\n")[:-1] if trace.exists() else []:
+        phase, rank, kind, path, rest = line.split("\t")
+        if phase != "S":
+            events.append(Event(phase == "B", int(rank), kind, Path(path), rest))
+    return events
+
+
+def counts(events):
+    """{(rank, kind): calls}"""
+    out = {}
+    for event in events:
+        if event.begins:
+            out[event.rank, event.kind] = out.get((event.rank, event.kind), 0) + 1
+    return out
+
+
+def in_flight(events, rank):
+    """The kind of the call in which a rank's trace ends; None between calls."""
+    begun = []
+    for event in events:
+        if event.rank != rank:
+            continue
+        if event.begins:
+            begun.append((event.kind, event.path))
+        elif (event.kind, event.path) in begun:
+            begun.remove((event.kind, event.path))
+    return begun[-1][0] if begun else None

@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""The order in which a save makes its files durable, which no kill can test: read from a trace of its system calls. And a disk that is full, fails,
+or takes less than it was given, at any of these calls.
+Usage: file_order.py UPCYCLE CRASH_WRITER FILE_CALLS.so [unittest arguments]"""
+import errno
+import os
+import sys
+import unittest
+
+import file_calls
+import tiny_run
+from tiny_run import MOE, TrainCase, checkpoint
+
+WRITER = None
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Case(TrainCase):
+    def setUp(self):
+        super().setUp()
+        self.steps, self.announced, self.trace = self.root / "run/checkpoints", self.root / "run/announced", self.root / "trace"
+        self.steps.parent.mkdir()
+
+    def save(self, steps=1, ranks=2, hurt=None, expect=0, announcements=False):
+        """What the job says, and its calls on checkpoints; and those on the file of announcements, too."""
+        self.trace.unlink(missing_ok=True)
+        job = file_calls.start(WRITER, self.steps, steps, self.announced, ranks=ranks, under=self.steps.parent if announcements else self.steps,
+                               trace=self.trace, hurt=hurt)
+        said = job.communicate(timeout=60)[0]
+        self.assertEqual(job.returncode, expect, said)
+        return said, file_calls.read_trace(self.trace)
+
+
+class Order(Case):
+    def after(self, events, place, kind, path, rank=None):
+        """Where the first call of that kind on `path` that begins after `place` ends well."""
+        for begin in range(place + 1, len(events)):
+            event = events[begin]
+            if event.begins and (event.kind, event.path) == (kind, path) and rank in (None, event.rank):
+                for end in range(begin + 1, len(events)):
+                    if events[end] == event._replace(begins=False, rest=events[end].rest):
+                        self.assertTrue(events[end].succeeds, events[end])
+                        return end
+        self.fail(f"rank {rank}: no {kind} of {path} after {events[place]}")
+
+    def last(self, events, wanted):
+        """The place of the last event that is `wanted`."""
+        return max(i for i, event in enumerate(events) if wanted(event))
+
+    def test_a_save(self):
+        self.save(steps=2)
+        _, events = self.save(steps=1, announcements=True)
+        partial, final = self.steps / "step-00000002.partial", self.steps / "step-00000002"
+        publish = [i for i, e in enumerate(events) if e.begins and e.kind == "rename" and e.path == partial]
+        self.assertEqual([events[i].rest for i in publish], [str(final)])
+        publish = publish[0]
+        inside = [e for e in events[:publish] if partial in e.path.parents]
+
+        # 1. What a rank wrote it makes durable itself, after its last write and before the rename.
+        written = {(e.rank, e.path) for e in inside if e.kind == "write"}
+        self.assertEqual({rank for rank, _ in written}, {0, 1}, "both ranks write")
+        self.assertGreaterEqual(len({path for _, path in written}), 6)   # three of tensors, two of text, the manifest
+        for rank, path in written:
+            wrote = self.last(events, lambda e: (e.rank, e.kind, e.path) == (rank, "write", path))
+            self.assertLess(wrote, publish, f"{path} is written to after it was published")
+            self.assertLess(self.after(events, wrote, "fsync", path, rank), publish)
+
+        # 2. So are the entries of every directory in which something was made or renamed, the partial folder's own among them.
+        made_in = {e.path.parent for e in inside if e.kind == "create"} | {e.path.parent for e in inside if e.kind == "rename"}
+        self.assertEqual(made_in, {partial, partial / "tokenizer"})
+        for folder in made_in:
+            made = self.last(events[:publish], lambda e: e.kind in ("create", "rename") and e.path.parent == folder)
+            self.assertLess(self.after(events, made, "fsync", folder), publish)
+
+        # 3. The new name is durable before anybody is told, and before an older step goes.
+        published = self.after(events, publish - 1, "rename", partial)
+        durable = self.after(events, published, "fsync", self.steps)
+        told = [i for i, e in enumerate(events) if e.path == self.announced and e.kind == "write" and i > publish]
+        self.assertLess(durable, told[0])
+        removals = [i for i, e in enumerate(events)
+                    if (e.kind == "remove" and partial not in e.path.parents) or (e.kind == "rename" and e.rest.endswith(".removed"))]
+        self.assertGreater(len(removals), 5)
+        self.assertLess(durable, removals[0])
+        self.assertFalse([e for e in events[publish:] if e.kind == "write" and final in e.path.parents])
+
+    def test_the_first_save_makes_its_directory_durable(self):
+        _, events = self.save(steps=1, announcements=True)
+        made = [i for i, e in enumerate(events) if e.kind == "create" and e.path == self.steps and e.succeeds]
+        told = self.last(events, lambda e: e.path == self.announced and e.kind == "write")
+        self.assertLess(self.after(events, made[0], "fsync", self.steps.parent), told)
+
+
+class Faults(Case):
+    def faults(self, program_says, attempt, count):
+        """Every kind of call on every rank fails at its first, middle and last: `attempt(hurt)` says what the program said."""
+        kept = files_in(self.steps)
+        for kind, code in (("create", errno.ENOSPC), ("reserve", errno.ENOSPC), ("write", errno.ENOSPC), ("fsync", errno.EIO), ("rename", errno.EDQUOT)):
+            for rank in (0, 1):
+                most = count.get((rank, kind), 0)
+                for number in sorted({1, most // 2 + 1, most} - {0}) if most else []:
+                    with self.subTest(kind=kind, rank=rank, number=number):
+                        said = attempt(f"{rank} {kind} {number} {code}")
+                        self.assertEqual(said.count(program_says), 1, said)
+                        self.assertIn(".partial", said)
+                        self.assertIn(os.strerror(code), said)
+                        self.assertEqual(files_in(self.steps), kept, "an earlier checkpoint was touched, or something is left over")
+
+    def test_full_and_failing_disks(self):
+        self.save(steps=2)
+        _, events = self.save(steps=1)
+        publish = max(i for i, e in enumerate(events) if e.kind == "rename" and e.path == self.steps / "step-00000002.partial")
+        self.faults("crash_writer: ", lambda hurt: self.save(hurt=hurt, expect=2)[0], file_calls.counts(events[:publish + 1]))
+        self.save(steps=1)   # nothing is lost, and it goes on
+
+    def test_short_writes_are_completed(self):
+        _, events = self.save(steps=2, hurt="-1 write 1 short")
+        begun = {}
+        short = set()
+        for event in events:
+            if event.kind == "write" and event.begins:
+                begun[event.rank, event.path] = int(event.rest)
+            elif event.kind == "write" and event.succeeds and int(event.rest) < begun[event.rank, event.path]:
+                short.add((event.rank, event.path.name))
+        self.assertTrue({(0, "weights.h5"), (1, "weights.h5"), (1, "exp_avg.h5")} <= short, short)
+        self.save(steps=0)   # loads, and holds every bit against what was meant
+
+    def test_of_the_trainer(self):
+        """The program itself: the message, exit code 2, the step before as it was, and the run goes on."""
+        path, run = self.run_file("run", MOE + "[parallel]\nexpert = 2\n[checkpoint]\nevery = 3\n", steps=3)
+        self.upcycle("train", path, ranks=2)
+        kept = files_in(self.steps)
+
+        def train(hurt, expect=2, steps=6):
+            self.trace.unlink(missing_ok=True)
+            job = file_calls.start(tiny_run.UPCYCLE, "train", path, "--set", f"train.steps={steps}", ranks=2, under=self.steps, trace=self.trace, hurt=hurt)
+            said = job.communicate(timeout=100)[0]
+            self.assertEqual(job.returncode, expect, said)
+            return said
+        for hurt in (f"0 write 9 {errno.ENOSPC}", f"1 write 2 {errno.ENOSPC}", f"1 fsync 1 {errno.EIO}"):
+            with self.subTest(hurt):
+                said = train(hurt)
+                self.assertEqual(said.count("upcycle: "), 1, said)
+                self.assertIn("step-00000006.partial/", said)
+                self.assertIn(os.strerror(int(hurt.split()[-1])), said)
+                self.assertEqual(files_in(self.steps), kept)
+        train(None, expect=0)
+        self.assertTrue(checkpoint(run, 6).is_dir())
+
+
+if __name__ == "__main__":
+    tiny_run.UPCYCLE = os.path.abspath(sys.argv.pop(1))
+    WRITER = os.path.abspath(sys.argv.pop(1))
+    file_calls.LIBRARY = os.path.abspath(sys.argv.pop(1))
+    unittest.main()
