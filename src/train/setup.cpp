@@ -124,7 +124,8 @@ nlohmann::json provenance_of_source(const Setup& setup) {
   return {{"kind", "several"}, {"path", paths}, {"files", nlohmann::json::object()}, {"models", models}};
 }
 
-// A resumed run goes on with the record of its checkpoint; a new one makes its own.
+}  // namespace
+
 void make_record(const RunConfig& config, Setup& setup) {
   RunRecord& record = setup.record;
   record.run = nlohmann::json::parse(to_json(config));
@@ -156,6 +157,8 @@ void make_record(const RunConfig& config, Setup& setup) {
   }
   for (const std::filesystem::path& file : files) record.texts["tokenizer/" + file.filename().string()] = content_of(file);
 }
+
+namespace {
 
 // Another program's checkpoint is not damage: going on behind it would leave its steps aside without a word.
 void refuse_other_schemas(const std::filesystem::path& directory) {
@@ -217,6 +220,29 @@ ReadDense reader_of(const Setup& setup) {
   return ReadDense(std::move(each));
 }
 
+void open_sources(const RunConfig& config, Setup& setup) {
+  if (const auto models = config.source.all(); !models.empty()) {
+    setup.source.emplace(models.front());
+    setup.source->check();
+    open_further(config, setup);
+    if (setup.source->is_checkpoint()) setup.routers = read_manifest(setup.source->folder()).training.value("routers", nlohmann::json());
+  }
+  refuse_missing_moments(config, setup.source);
+  Architecture source = source_architecture(config, setup.source);
+  for (const WeightSource& other : setup.further) {
+    if (other.architecture().dtype == at::kFloat) source.dtype = at::kFloat;   // nothing of it is lost
+  }
+  setup.target = choose_target(config, source, setup.source.has_value());
+  if (!setup.further.empty() && !setup.target.recipe) {
+    fail("source.models: several sources become experts of one model when they are dense; these are mixtures of ", source.experts);
+  }
+  for (const WeightSource& other : setup.further) {
+    bool& alike = setup.target.recipe->sources_alike;
+    alike = (&other == &setup.further.front() || alike) && same_bytes(*setup.source, other);
+  }
+  if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
+}
+
 Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
   Setup setup;
   setup.directory = config.run.directory;
@@ -226,26 +252,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh) {
     setup.target.architecture = architecture_from_hf(setup.resume->manifest().architecture, setup.resume->folder().string());
     refuse_other_model(config, *setup.resume, setup.target.architecture);
   } else {
-    if (const auto models = config.source.all(); !models.empty()) {
-      setup.source.emplace(models.front());
-      setup.source->check();
-      open_further(config, setup);
-      if (setup.source->is_checkpoint()) setup.routers = read_manifest(setup.source->folder()).training.value("routers", nlohmann::json());
-    }
-    refuse_missing_moments(config, setup.source);
-    Architecture source = source_architecture(config, setup.source);
-    for (const WeightSource& other : setup.further) {
-      if (other.architecture().dtype == at::kFloat) source.dtype = at::kFloat;   // nothing of it is lost
-    }
-    setup.target = choose_target(config, source, setup.source.has_value());
-    if (!setup.further.empty() && !setup.target.recipe) {
-      fail("source.models: several sources become experts of one model when they are dense; these are mixtures of ", source.experts);
-    }
-    for (const WeightSource& other : setup.further) {
-      bool& alike = setup.target.recipe->sources_alike;
-      alike = (&other == &setup.further.front() || alike) && same_bytes(*setup.source, other);
-    }
-    if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
+    open_sources(config, setup);
   }
   refuse_what_does_not_divide(config, setup.target.architecture, mesh.grid().world());
   open_data(config, setup, mesh.world().rank() == 0);

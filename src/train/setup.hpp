@@ -33,6 +33,12 @@ ReadDense reader_of(const Setup& setup);
 /// but for the token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError.
 Setup prepare_run(const RunConfig&, const Mesh&);
 
+/// The parts of prepare_run that know neither data nor layout, for a run that has no checkpoint yet: opens and checks [source], and
+/// finds out what becomes of it (source, further, target, routers). Throws UserError.
+void open_sources(const RunConfig&, Setup&);
+/// Then: what the checkpoints say of where they come from. A resumed run goes on with the record of its checkpoint.
+void make_record(const RunConfig&, Setup&);
+
 /// The validation stream of a run: data.validation, or the second share of data.train. Throws UserError like Sampler's constructor.
 Sampler open_validation(const RunConfig&, int64_t vocab);
 

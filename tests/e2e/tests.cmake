@@ -22,7 +22,7 @@ add_test(NAME e2e.checkpoint_tools COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIS
 set_tests_properties(e2e.checkpoint_tools PROPERTIES LABELS e2e TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 
 # train: stop and resume bit for bit, other numbers of ranks, every kind of source, out to transformers; all that it refuses; and what it does with data.
-foreach(script train train_errors sweep moments grow_more data_modes)
+foreach(script train train_errors sweep moments grow_more data_modes streaming)
   add_test(NAME e2e.${script} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/${script}.py $<TARGET_FILE:upcycle>)
   set_tests_properties(e2e.${script} PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
