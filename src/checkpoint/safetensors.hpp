@@ -43,17 +43,20 @@ class SafetensorsReader {
   std::map<std::string, SafetensorsEntry> entries_;
 };
 
+/// A tensor that is to be written.
+struct SafetensorsItem {
+  std::string name;
+  at::ScalarType dtype;
+  Shape shape;
+};
+
 /// Writes tensors, one after another, as sharded safetensors with an index (a single model.safetensors when one shard
 /// is enough). Header and sizes are known first, so bytes go straight to their place and memory holds one tensor at a
 /// time. Files are written as <name>.partial, fsynced and renamed by finish(); the destructor removes what was not
-/// finished.
+/// finished. For one rank; several write together with SharedSafetensors.
 class SafetensorsWriter {
  public:
-  struct Item {
-    std::string name;
-    at::ScalarType dtype;
-    Shape shape;
-  };
+  using Item = SafetensorsItem;
   /// Makes `directory`. A shard holds at least one tensor and, beyond that, at most `max_shard_bytes`. Throws UserError
   /// naming the file when it can't be written (also write() and finish()), std::logic_error for two items of one name.
   SafetensorsWriter(std::filesystem::path directory, std::vector<Item> items, uint64_t max_shard_bytes,

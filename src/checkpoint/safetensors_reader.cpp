@@ -6,13 +6,13 @@
 #include "base/error.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "checkpoint/safetensors_header.hpp"
+#include "checkpoint/safetensors_layout.hpp"
 
 namespace upcycle {
 namespace {
 
 namespace fs = std::filesystem;
 constexpr const char* kSingle = "model.safetensors";
-constexpr const char* kIndex = "model.safetensors.index.json";
 
 /// tensor -> shard, as the index of a sharded checkpoint says.
 std::map<std::string, std::string> read_index(const fs::path& path) {
@@ -87,7 +87,7 @@ void copy_box(const std::byte* source, const Shape& shape, const Box& box, int64
 
 SafetensorsReader::SafetensorsReader(const fs::path& path) {
   std::map<std::string, std::string> index;
-  const fs::path index_path = path / kIndex;
+  const fs::path index_path = path / kSafetensorsIndex;
   bool indexed = false;
   if (!fs::exists(path)) fail(path.string(), ": there is no such file or directory");
   if (!fs::is_directory(path)) {
@@ -101,7 +101,7 @@ SafetensorsReader::SafetensorsReader(const fs::path& path) {
     for (const auto& [tensor, shard] : index) shards.insert(shard);
     for (const std::string& shard : shards) paths_.push_back(path / shard);
   } else {
-    fail(path.string(), ": holds neither ", kSingle, " nor ", kIndex, " (other formats of weights are not read)");
+    fail(path.string(), ": holds neither ", kSingle, " nor ", kSafetensorsIndex, " (other formats of weights are not read)");
   }
 
   for (size_t file = 0; file < paths_.size(); ++file) {

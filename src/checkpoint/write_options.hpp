@@ -12,7 +12,7 @@ struct WriteOptions {
   Transfer transfer = Transfer::automatic;
   /// A file of tensors with more bytes than this becomes several, by the order of the tensors' names, and an index through which they
   /// look like one.
-  uint64_t file_bytes = uint64_t{64} << 30;
+  uint64_t file_bytes = 64'000'000'000;
   /// What is written, in words: an interrupted writer's <folder>.partial of the same words is continued, its blocks whose checksums
   /// hold are not asked for again, and an interruption leaves one. Empty: what is left of a killed writer is removed.
   std::string continues;

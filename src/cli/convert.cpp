@@ -10,7 +10,7 @@
 namespace upcycle {
 
 int run_convert(const Arguments& arguments) {
-  const Communicator world = Communicator::everyone();                            // any number of ranks, each a share of the rows
+  const Communicator world = Communicator::everyone();                            // any number of ranks, each a share of the blocks
   const RunConfig config = read_agreed_run(world, arguments.positional.at(0), arguments.set);   // 1. one run
   const Watchdog watchdog(world.rank(), gather_processes(world), config.timeout_seconds());     // 2. nobody waits for the dead
   const auto folder = convert_to_checkpoint(config, world);                       // 3. check everything, then write

@@ -39,8 +39,10 @@ const std::vector<Usage>& usages() {
       {"convert",
        {"RUN.toml"},
        true,
-       "a dense Hugging Face directory becomes a dense HDF5 checkpoint",
-       "Reads source.model and writes step 0 into run.directory, in the checkpoint format of train.",
+       "a Hugging Face directory becomes a checkpoint, with experts where the run asks for them",
+       "Writes step 0 into run.directory, in the checkpoint format of train: with the experts of [moe], grown as train grows them, or,\n"
+       "with moe.experts = 0, source.model as it is. Needs the memory of a few blocks, whatever the model's size. After an interruption\n"
+       "the same command goes on.",
        "mpirun -n 4 upcycle convert configs/qwen3-0.6b-8e.toml"},
       {"train",
        {"RUN.toml"},
@@ -71,7 +73,8 @@ const std::vector<Usage>& usages() {
        "a checkpoint becomes a Hugging Face directory",
        "CHECKPOINT is a step directory, or a run directory (its newest valid step). Writes sharded safetensors, "
        "config.json,\n"
-       "tokenizer and generation files that transformers and vLLM read. DIRECTORY must be new or empty.",
+       "tokenizer and generation files that transformers and vLLM read. DIRECTORY must be new or empty. Any number of ranks; after an\n"
+       "interruption the same command goes on.",
        "upcycle export runs/quickstart exported/quickstart"},
       {"inspect",
        {"CHECKPOINT|DATA"},

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "base/error.hpp"
+#include "base/text_file.hpp"
 #include "base/shutdown.hpp"
 #include "checkpoint/durable.hpp"
 #include "cli/command.hpp"
@@ -24,11 +25,6 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-std::string content_of(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 /// Before anything is written.
 void refuse_foreign_files(const fs::path& directory) {
   if (!fs::exists(directory) || fs::is_empty(directory) || fs::exists(directory / "sweep.json") || fs::exists(directory / "calibration")) return;
@@ -39,7 +35,7 @@ void refuse_foreign_files(const fs::path& directory) {
 void claim(const SweepFile& sweep, const std::vector<SweepArm>& arms) {
   const fs::path directory = sweep.directory, list = directory / "sweep.json";
   if (fs::exists(list)) {
-    const json there = json::parse(content_of(list), nullptr, /*allow_exceptions=*/false);
+    const json there = json::parse(fs::exists(list) ? text_of(list) : std::string(), nullptr, /*allow_exceptions=*/false);
     if (!there.is_object()) fail(list.string(), " is damaged: move it away, and the arms that are there go on");
     const json here = json::parse(sweep_json(sweep, arms).dump());
     std::set<std::string> names;
@@ -58,7 +54,7 @@ void claim(const SweepFile& sweep, const std::vector<SweepArm>& arms) {
   fs::create_directories(directory / "logs");
   // The jobs of an array all come through here: what is there already is left alone.
   const auto write = [](const fs::path& path, const std::string& content) {
-    if (content_of(path) != content) write_text_durably(path, content);
+    if (!fs::exists(path) || text_of(path) != content) write_text_durably(path, content);
   };
   for (const SweepArm& arm : arms) {
     if (arm.run) write(directory / (arm.name + ".toml"), to_toml(*arm.run));

@@ -1,15 +1,19 @@
 #include "train/convert.hpp"
 
-#include <fstream>
-#include <map>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cstdio>
 
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/run_lock.hpp"
-#include "checkpoint/writer.hpp"
 #include "train/dense_source.hpp"
 #include "train/run_directory.hpp"
+#include "train/setup.hpp"
+#include "train/step_zero.hpp"
+#include "upcycle/certificate.hpp"
 
 namespace upcycle {
 
@@ -17,94 +21,79 @@ namespace fs = std::filesystem;
 
 namespace {
 
-/// As a checkpoint stores `stored` values of `spec`.
-at::ScalarType kept_as(const ParameterSpec& spec, at::ScalarType stored) {
-  return stored == at::kBFloat16 && !spec.always_fp32() ? at::kBFloat16 : at::kFloat;
+/// A Hugging Face directory as it is: bf16 stays bf16, everything else becomes fp32, routers always.
+StepZero as_stored(const WeightSource& source) {
+  StepZero step;
+  step.specs = catalogue(source.architecture());
+  step.stored = [&source](const ParameterSpec& spec) {
+    return !spec.always_fp32() && source.stored(spec.name) == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  };
+  step.exact = [](const ParameterSpec&) { return true; };
+  step.fill = [&source](const ParameterSpec& spec, const Box& box, Tensor target) { target.copy_(source.look(spec.name, box)); };
+  return step;
 }
 
-/// The dtype of the whole parameter: the widest of its parts.
-at::ScalarType kept_as(const ParameterSpec& spec, const std::vector<WeightSource::Mapped>& parts) {
-  for (const WeightSource::Mapped& part : parts) {
-    if (kept_as(spec, part.view.scalar_type()) == at::kFloat) return at::kFloat;
-  }
-  return at::kBFloat16;
-}
-
-/// This rank's share: rows of what is large, whole tensors of what is small.
-std::vector<Piece> share(const WeightSource& source, int64_t rank, int64_t ranks) {
-  constexpr int64_t kLarge = 1 << 20;
-  std::vector<Piece> out;
-  int64_t turn = 0;
-  for (const ParameterSpec& spec : catalogue(source.architecture())) {
-    const std::vector<WeightSource::Mapped> parts = source.mapped(spec);
-    const at::ScalarType dtype = kept_as(spec, parts);
-    for (const auto& [box, view] : parts) {
-      Box mine = box;
-      if (elements(box) >= kLarge && box.size[0] >= ranks) {
-        const int64_t begin = rank * box.size[0] / ranks, end = (rank + 1) * box.size[0] / ranks;
-        mine.begin[0] += begin;
-        mine.size[0] = end - begin;
-      } else if (turn++ % ranks != rank) {
-        continue;
-      }
-      // `to` returns the mapped view itself where the dtype is right: then nothing is copied.
-      out.push_back({spec.name, spec.shape, mine, view.narrow(0, mine.begin[0] - box.begin[0], mine.size[0]).to(dtype)});
+/// Holds what is grown against the source, value by value, before it is written: what lies in the checkpoint was right, whoever wrote it.
+void certify_weights(StepZero& step, const Recipe& recipe, const ReadDense& read) {
+  step.fill = [fill = std::move(step.fill), &recipe, read](const ParameterSpec& spec, const Box& box, Tensor target) {
+    fill(spec, box, target);
+    WeightLevel level;
+    level.check(spec, box, target, recipe, read);
+    if (level.mismatches > 0) {
+      throw std::runtime_error(text("the grown weights are not what the recipe promises: ", level.mismatches, " of ", level.comparisons,
+                                    " values are wrong, first ", level.first_mismatch));
     }
+  };
+}
+
+void check(const RunConfig& run, Setup& setup, bool speaks) {
+  setup.directory = run.run.directory;
+  if (run.source.all().empty()) fail("source.model is missing: convert reads a Hugging Face directory, or a checkpoint that is to grow");
+  open_sources(run, setup, speaks);
+  if (!setup.target.recipe && setup.source->is_checkpoint()) {
+    fail("source.model = ", run.source.model, " is a checkpoint already: train reads it as it is");
   }
+  check_run_directory(setup.directory);
+  if (const auto there = newest_checkpoint(setup.directory)) {
+    fail("run.directory = ", setup.directory.string(), " has a checkpoint, ", there->filename().string(), ": name another directory");
+  }
+  make_record(run, setup);
+}
+
+std::string digits(const std::string& of) {
+  char out[20];
+  std::snprintf(out, sizeof out, "%016llx", static_cast<unsigned long long>(XXH3_64bits(of.data(), of.size())));
   return out;
 }
 
-uint64_t checkpoint_size(const WeightSource& source) {
-  uint64_t bytes = 0;
-  for (const ParameterSpec& spec : catalogue(source.architecture())) {
-    bytes += static_cast<uint64_t>(elements(spec.shape)) * c10::elementSize(kept_as(spec, source.mapped(spec)));
+/// The same for every attempt, so that the bytes are.
+Manifest describe(const RunConfig& run, const Setup& setup, const Communicator& world, const std::string& identity) {
+  Manifest manifest = manifest_of_step_zero(run, setup, world.size());
+  manifest.provenance["command"] = "convert";
+  if (!setup.target.recipe) {
+    manifest.run_id = run.run.name + "-converted";
+    manifest.training = nlohmann::json::object();
+    return manifest;
   }
-  return bytes;
-}
-
-std::string bytes_of_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path.string(), ": can't be read");
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-/// Tokenizer and generation files that travel along: those of [source] tokenizer, else the model's.
-std::vector<fs::path> companions(const RunConfig& run, const WeightSource& source) {
-  return run.source.tokenizer.empty() ? source.tokenizer_files() : tokenizer_files(run.source.tokenizer);
-}
-
-void check(const RunConfig& run, const WeightSource& source, const fs::path& folder) {
-  if (source.is_checkpoint()) fail("source.model = ", run.source.model, " is a checkpoint already: train reads it as it is");
-  source.check();
-  companions(run, source);
-  check_run_directory(run.run.directory);
-  if (const auto there = newest_checkpoint(run.run.directory)) {
-    fail("run.directory = ", run.run.directory, " has a checkpoint, ", there->filename().string(), ": name another directory");
-  }
-  check_free_space(folder, checkpoint_size(source), "the checkpoint");
-}
-
-Manifest describe(const RunConfig& run, const WeightSource& source, int ranks) {
-  Manifest manifest;
-  manifest.run_id = run.run.name + "-converted";
-  manifest.architecture = to_hf(source.architecture(), source.config());
-  manifest.run = nlohmann::json::parse(to_json(run));
-  manifest.provenance = {{"program", "upcycle"}, {"command", "convert"}, {"source", source.provenance()}};
-  manifest.training = nlohmann::json::object();
-  manifest.layout = {{"ranks", ranks}};
+  manifest.run_id = run.run.name + "-" + digits(identity + fs::absolute(setup.directory).string());
+  if (run.upcycle.certify) manifest.provenance["certificate"] = "weights";
   return manifest;
 }
 
 }  // namespace
 
-fs::path convert_to_checkpoint(const RunConfig& run, const Communicator& world) {
+fs::path convert_to_checkpoint(const RunConfig& run, const Communicator& world, const std::function<void()>& alive) {
   const fs::path directory = run.run.directory, folder = directory / "checkpoints" / step_directory(0);
-  std::optional<WeightSource> source;
+  Setup setup;
+  StepZero step;
+  std::string identity;
   world.together([&] {
-    if (!run.source.models.empty()) fail("source.models: convert takes one model; name it in source.model");
-    if (run.source.model.empty()) fail("source.model is missing: convert reads a Hugging Face directory");
-    source.emplace(run.source.model);
-    check(run, *source, folder);
+    check(run, setup, world.rank() == 0);
+    const bool grows = setup.target.recipe.has_value();
+    step = grows ? step_zero_of(run, setup) : as_stored(*setup.source);
+    identity = identity_of_step_zero(run, setup, !grows);
+    const uint64_t needed = most_bytes(step);
+    check_free_space(folder, needed - std::min(needed, room_taken(folder.string() + ".partial")), "the checkpoint");
   });
   std::optional<RunLock> lock;
   world.together([&] {
@@ -112,19 +101,22 @@ fs::path convert_to_checkpoint(const RunConfig& run, const Communicator& world) 
     lock.emplace(directory);
     claim_run_directory(directory, run);
   });
+  const auto living = [&] {
+    if (lock) lock->touch();
+    alive();
+  };
 
-  CheckpointWriter writer(folder, world);
-  const std::vector<Piece> pieces = share(*source, world.rank(), world.size());
-  log::info(text("converting ", run.source.model, ": ", count_parameters(source->architecture()).total, " parameters"));
-  writer.add(kWeightsFile, pieces);
-  const Manifest manifest = describe(run, *source, world.size());
-  writer.add_text("config.json", manifest.architecture.dump(2) + "\n");
-  for (const fs::path& file : companions(run, *source)) {
-    std::string content;
-    world.together([&] { content = bytes_of_file(file); });
-    writer.add_text("tokenizer/" + file.filename().string(), content);
+  if (setup.target.recipe) {
+    const ReadDense read = reader_of(setup);
+    if (setup.target.recipe->permutation == UnitOrder::clusters) {
+      find_clusters(*setup.target.recipe, read, world, living);
+      setup.record.texts[kClustersFile] = clusters_to_text(*setup.target.recipe);
+    }
+    if (run.upcycle.certify) certify_weights(step, *setup.target.recipe, read);
   }
-  writer.commit(manifest);
+  log::info(text(setup.target.recipe ? "growing experts out of " : "converting ", setup.source->folder().string(), ": ",
+                 count_parameters(setup.target.architecture).total, " parameters, by ", world.size(), " ranks"));
+  write_step_zero(step, folder, describe(run, setup, world, identity), setup.record.texts, world, world.broadcast(identity, 0), run.checkpoint, living);
   return folder;
 }
 

@@ -56,6 +56,13 @@ Tensor part(Tensor x, const Box& of, const Box& wanted) {
   return x;
 }
 
+/// The view of the part with the widest numbers: read() gives its dtype.
+const Tensor& widest(const std::vector<WeightSource::Mapped>& parts) {
+  return std::max_element(parts.begin(), parts.end(), [](const auto& a, const auto& b) {
+           return a.view.element_size() < b.view.element_size();
+         })->view;
+}
+
 /// The commit of a snapshot in the hub's cache: .../snapshots/<40 hex digits>.
 std::string revision(const fs::path& folder) {
   const std::string name = folder.filename().string();
@@ -132,22 +139,58 @@ std::vector<WeightSource::Mapped> WeightSource::mapped(const ParameterSpec& spec
   return out;
 }
 
-Tensor WeightSource::read(const std::string& name, const Box& box) const {
+const ParameterSpec& WeightSource::spec_of(const std::string& name, const Box& box) const {
   const auto spec = specs_.find(name);
   if (spec == specs_.end()) throw std::logic_error(name + " is no parameter of " + folder_.string());
   if (!inside(box, spec->second.shape)) throw std::logic_error(text(name, ": box ", describe(box), " of ", describe(spec->second.shape)));
-  if (checkpoint_) {
-    return read_stored(checkpoint_->tensors(kMastersFile).contains(name) ? kMastersFile : kWeightsFile, name, box);
-  }
-  const std::vector<Mapped> pieces = mapped(spec->second);
-  const auto widest = std::max_element(pieces.begin(), pieces.end(), [](const Mapped& a, const Mapped& b) {
-    return a.view.element_size() < b.view.element_size();
-  });
-  const Tensor out = at::empty(box.size, widest->view.options());
+  return spec->second;
+}
+
+Tensor WeightSource::read(const std::string& name, const Box& box) const {
+  const ParameterSpec& spec = spec_of(name, box);
+  if (checkpoint_) return read_stored(file_of(name), name, box);
+  const std::vector<Mapped> pieces = mapped(spec);
+  const Tensor out = at::empty(box.size, widest(pieces).options());
   for (const Mapped& piece : pieces) {
     if (const auto shared = common(piece.box, box)) part(out, box, *shared).copy_(part(piece.view, piece.box, *shared));
   }
   return out;
+}
+
+Tensor WeightSource::look(const std::string& name, const Box& box) const {
+  const ParameterSpec& spec = spec_of(name, box);
+  if (checkpoint_ || elements(box) == 0) return read(name, box);
+  constexpr uint64_t kRemembered = 64 << 20, kAhead = 8 << 20;
+  const std::vector<Mapped> pieces = mapped(spec);
+  for (const Mapped& piece : pieces) {
+    if (common(piece.box, box) != box || piece.view.scalar_type() != widest(pieces).scalar_type()) continue;
+    const Tensor view = part(piece.view, piece.box, box);
+    int64_t last = 0;
+    for (int64_t d = 0; d < view.dim(); ++d) last += (view.size(d) - 1) * view.stride(d);
+    const auto* const begin = static_cast<const std::byte*>(view.const_data_ptr());
+    const uint64_t bytes = static_cast<uint64_t>(last + 1) * view.element_size();
+    for (const MappedFile& map : maps_) {
+      const std::span<const std::byte> file = map.bytes();
+      if (begin < file.data() || begin >= file.data() + file.size()) continue;
+      map.expect(static_cast<size_t>(begin - file.data()) + bytes, kAhead);
+    }
+    looked_at_ += bytes;
+    if (looked_at_ > kRemembered) {
+      for (const MappedFile& map : maps_) map.forget();
+      looked_at_ = bytes;
+    }
+    return view;
+  }
+  return read(name, box);
+}
+
+at::ScalarType WeightSource::stored(const std::string& name) const {
+  if (checkpoint_) return checkpoint_->tensors(file_of(name)).at(name).dtype;
+  return widest(mapped(specs_.at(name))).scalar_type();
+}
+
+const char* WeightSource::file_of(const std::string& name) const {
+  return checkpoint_->tensors(kMastersFile).contains(name) ? kMastersFile : kWeightsFile;
 }
 
 Tensor WeightSource::read_stored(const char* file, const std::string& name, const Box& box) const {

@@ -37,6 +37,13 @@ class WeightSource {
   /// A new CPU tensor with `box` of parameter `name`, in the dtype it is stored in (fp32 where a checkpoint has masters).
   Tensor read(const std::string& name, const Box& box) const;
 
+  /// As read(), for one that goes through all of the source once: where the box lies in one mapped tensor the result is a view of it
+  /// (never write to it; valid as long as the source), what follows in the file is fetched ahead, and what was looked at does not stay
+  /// in this process's memory.
+  Tensor look(const std::string& name, const Box& box) const;
+  /// The dtype that read() gives of parameter `name`.
+  at::ScalarType stored(const std::string& name) const;
+
   /// Whether there are moments of AdamW: in a checkpoint that training wrote.
   bool has_moments() const;
   /// As read(), of the first moment or the `second`. Only where there are some.
@@ -61,6 +68,8 @@ class WeightSource {
  private:
   void open_hugging_face(const std::filesystem::path&);
   void open_checkpoint(const std::filesystem::path&);
+  const ParameterSpec& spec_of(const std::string& name, const Box& box) const;
+  const char* file_of(const std::string& name) const;   ///< of a checkpoint: where the most exact values are
   Tensor read_stored(const char* file, const std::string& name, const Box& box) const;
 
   std::filesystem::path folder_;
@@ -69,6 +78,7 @@ class WeightSource {
   std::map<std::string, ParameterSpec> specs_;
   std::optional<SafetensorsReader> safetensors_;
   std::vector<MappedFile> maps_;              ///< one per file of safetensors_
+  mutable uint64_t looked_at_ = 0;            ///< bytes, since they were forgotten
   std::optional<CheckpointReader> checkpoint_;
 };
 

@@ -2,20 +2,23 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <functional>
 #include <map>
 
 #include "base/dtype.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "checkpoint/durable.hpp"
-#include "checkpoint/safetensors.hpp"
+#include "checkpoint/shared_safetensors.hpp"
 #include "model/hf_names.hpp"
+#include "train/agreement.hpp"
 #include "train/balance.hpp"
+#include "train/byte_progress.hpp"
 #include "train/dense_source.hpp"
 #include "train/origin.hpp"
+#include "train/run_directory.hpp"
 #include "upcycle/merge.hpp"
 
 namespace upcycle {
@@ -23,23 +26,6 @@ namespace upcycle {
 namespace fs = std::filesystem;
 
 namespace {
-
-/// Removes what it guards unless told to keep it.
-class Partial {
- public:
-  explicit Partial(fs::path path) : path_(std::move(path)) {}
-  ~Partial() {
-    std::error_code ignored;
-    if (!kept_) fs::remove_all(path_, ignored);
-  }
-  Partial(const Partial&) = delete;
-  Partial& operator=(const Partial&) = delete;
-  void keep() noexcept { kept_ = true; }
-
- private:
-  fs::path path_;
-  bool kept_ = false;
-};
 
 /// What the run's model does and qwen3_moe has no word for.
 void refuse_what_hf_lacks(const Manifest& manifest, const fs::path& checkpoint) {
@@ -76,7 +62,7 @@ void check_target(const fs::path& directory) {
 
 /// One tensor of the target, and where it comes from.
 struct Job {
-  SafetensorsWriter::Item item;
+  SafetensorsItem item;
   std::string parameter;
   Box box;
 };
@@ -107,72 +93,108 @@ std::vector<Job> jobs(const Architecture& architecture, at::ScalarType dtype) {
   return out;
 }
 
-/// What a job writes.
-using ReadJob = std::function<Tensor(const Job&)>;
-
-void write_tensors(const ReadJob& read, const fs::path& directory, const std::vector<Job>& all, uint64_t max_shard_bytes) {
-  std::vector<SafetensorsWriter::Item> items;
-  for (const Job& job : all) items.push_back(job.item);
-  SafetensorsWriter writer(directory, std::move(items), max_shard_bytes, {{"format", "pt"}});  // transformers insists on "format"
-  size_t done = 0;
-  for (const Job& job : all) {
-    writer.write(read(job).reshape(job.item.shape));
-    log::progress(text("exporting tensor ", ++done, "/", all.size()));
-  }
-  writer.finish();
+/// The same export: what an interrupted one left may be gone on with.
+std::string identity_of(const WeightSource& source, const Manifest& manifest, const ExportOptions& options) {
+  return nlohmann::json{{"checkpoint", fs::absolute(source.folder()).lexically_normal().string()},
+                        {"manifest", to_json(manifest)},
+                        {"dense", options.dense}}.dump();   // the rest is in the headers
 }
 
 void copy_durably(const fs::path& from, const fs::path& to) {
-  fs::copy_file(from, to);
+  fs::copy_file(from, to, fs::copy_options::overwrite_existing);
   make_durable(to);
+}
+
+/// What every rank finds out by itself, before anything is written.
+struct Plan {
+  Plan(const fs::path& checkpoint, const fs::path& directory, const ExportOptions& options)
+      : source(checkpoint), staging(fs::path(directory / "").parent_path().string() + ".partial") {   // without a trailing slash
+    if (!source.is_checkpoint()) fail(checkpoint.string(), ": not a checkpoint of this program");
+    source.check();
+    manifest = read_manifest(source.folder());
+    if (options.dense) {
+      recipe = way_back(source, manifest);
+    } else {
+      refuse_what_hf_lacks(manifest, source.folder());
+    }
+    check_target(directory);
+    architecture = recipe ? recipe->source : source.architecture();
+    architecture.dtype = options.dtype.value_or(architecture.dtype);
+    jobs = upcycle::jobs(architecture, architecture.dtype);
+    specs = catalogue(architecture);
+    for (const Job& job : jobs) bytes += static_cast<uint64_t>(elements(job.item.shape)) * c10::elementSize(job.item.dtype);
+    constexpr uint64_t kSmallFiles = 64 << 20;   // tokenizer, headers, index
+    const uint64_t needed = bytes + kSmallFiles;
+    check_free_space(directory, needed - std::min(needed, room_taken(staging)), "the export");
+  }
+
+  /// The values of a block of a job's tensor.
+  Tensor read(const Job& job, const Box& block) const {
+    const auto from_source = [&](const std::string& name, const Box& box) { return source.read(name, box); };
+    if (recipe) return merged(find(specs, job.parameter), block, *recipe, from_source);
+    Box box = job.box;
+    for (size_t d = 0, skip = box.begin.size() - block.begin.size(); d < block.begin.size(); ++d) {
+      box.begin[skip + d] += block.begin[d], box.size[skip + d] = block.size[d];
+    }
+    return from_source(job.parameter, box).reshape(block.size);
+  }
+
+  WeightSource source;
+  fs::path staging;
+  Manifest manifest;
+  std::optional<Recipe> recipe;
+  Architecture architecture;
+  std::vector<Job> jobs;
+  std::vector<ParameterSpec> specs;
+  uint64_t bytes = 0;
+};
+
+/// Each rank its blocks; nothing of it has its name yet.
+void write_tensors(const Plan& plan, SharedSafetensors& writer) {
+  uint64_t total = 0, done = 0;
+  const auto bytes = [&](const SharedSafetensors::Block& block) {
+    return static_cast<uint64_t>(elements(block.box)) * c10::elementSize(writer.item(block).dtype);
+  };
+  for (const SharedSafetensors::Block& block : writer.missing()) total += bytes(block);
+  ByteProgress progress("exporting", plan.bytes - writer.found());
+  for (const SharedSafetensors::Block& block : writer.missing()) {
+    const Job& job = plan.jobs[block.item];
+    while_doing("exporting " + job.item.name, [&] { writer.write(block, plan.read(job, block.box)); });
+    progress.show(done += bytes(block), total);
+  }
 }
 
 }  // namespace
 
-ExportReport export_to_hf(const fs::path& checkpoint, const fs::path& directory, const ExportOptions& options) {
-  const WeightSource source(checkpoint);
-  if (!source.is_checkpoint()) fail(checkpoint.string(), ": not a checkpoint of this program");
-  source.check();
-  const Manifest manifest = read_manifest(source.folder());
-  std::optional<Recipe> recipe;
-  if (options.dense) {
-    recipe = way_back(source, manifest);
-  } else {
-    refuse_what_hf_lacks(manifest, source.folder());
-  }
-  check_target(directory);
+ExportReport export_to_hf(const fs::path& checkpoint, const fs::path& directory, const ExportOptions& options, const Communicator& world) {
+  std::optional<Plan> plan;
+  world.together([&] { plan.emplace(checkpoint, directory, options); });
+  agree(world, "the checkpoint", {{"step directory", plan->source.folder().string()}});
+  std::vector<SafetensorsItem> items;
+  for (const Job& job : plan->jobs) items.push_back(job.item);
+  ByteProgress reading("looking at what an interrupted export left", plan->bytes);
+  SharedSafetensors writer(plan->staging, std::move(items), options.max_shard_bytes, {{"format", "pt"}},   // transformers insists on "format"
+                           world, identity_of(plan->source, plan->manifest, options),
+                           [&](uint64_t done, uint64_t total) { reading.show(done, total); });
+  if (writer.found() > 0) log::info(text("continuing: ", writer.found(), " of ", writer.bytes(), " bytes were there"));
+  world.together([&] { write_tensors(*plan, writer); });
 
-  Architecture architecture = recipe ? recipe->source : source.architecture();
-  architecture.dtype = options.dtype.value_or(architecture.dtype);
-  const std::vector<Job> all = jobs(architecture, architecture.dtype);
-  ExportReport report{source.folder(), "", architecture.dtype, static_cast<int64_t>(all.size()), 0};
-  for (const Job& job : all) report.bytes += static_cast<uint64_t>(elements(job.item.shape)) * c10::elementSize(job.item.dtype);
-  constexpr uint64_t kSmallFiles = 64 << 20;   // tokenizer, headers, index
-  check_free_space(directory, report.bytes + kSmallFiles, "the export");
-
-  const nlohmann::json config = to_hf(architecture, source.config());
-  report.architecture = config["architectures"][0];
-  const fs::path staging = fs::path(directory / "").parent_path().string() + ".partial";   // without a trailing slash
-  std::error_code error;
-  fs::remove_all(staging, error);   // of an export that was killed
-  if (!error) fs::create_directories(staging, error);
-  if (error) fail(staging.string(), ": can't be made: ", error.message());
-  Partial guard(staging);
-  const ReadDense from_source = [&](const std::string& name, const Box& box) { return source.read(name, box); };
-  const std::vector<ParameterSpec> specs = catalogue(architecture);
-  const ReadJob read = [&](const Job& job) {
-    return recipe ? merged(find(specs, job.parameter), *recipe, from_source) : from_source(job.parameter, job.box);
-  };
-  write_tensors(read, staging, all, options.max_shard_bytes);
-  for (const fs::path& file : source.tokenizer_files()) copy_durably(file, staging / file.filename());
-  nlohmann::json origin = {{"run_id", manifest.run_id}, {"step", manifest.step}, {"training", manifest.training},
-                                 {"provenance", manifest.provenance}};
-  if (recipe) origin["merged"] = text(recipe->copies, " copies of each feed-forward into one, by their mean");
-  write_text_durably(staging / "upcycling.json", origin.dump(2) + "\n");
-  write_text_durably(staging / "config.json", config.dump(2) + "\n");
-  rename_durably(staging, directory);   // replaces an empty directory
-  guard.keep();
-  return report;
+  const Manifest& manifest = plan->manifest;
+  const nlohmann::json config = to_hf(plan->architecture, plan->source.config());
+  world.together([&] {
+    if (world.rank() != 0) return;
+    for (const fs::path& file : plan->source.tokenizer_files()) copy_durably(file, plan->staging / file.filename());
+    nlohmann::json origin = {{"run_id", manifest.run_id}, {"step", manifest.step}, {"training", manifest.training},
+                             {"provenance", manifest.provenance}};
+    if (plan->recipe) origin["merged"] = text(plan->recipe->copies, " copies of each feed-forward into one, by their mean");
+    write_text_durably(plan->staging / "upcycling.json", origin.dump(2) + "\n");
+    write_text_durably(plan->staging / "config.json", config.dump(2) + "\n");
+  });
+  writer.finish();
+  world.together([&] {
+    if (world.rank() == 0) rename_durably(plan->staging, directory);   // replaces an empty directory
+  });
+  return {plan->source.folder(), config["architectures"][0], plan->architecture.dtype, static_cast<int64_t>(plan->jobs.size()), plan->bytes};
 }
 
 uint64_t bytes_from_text(const std::string& size) {

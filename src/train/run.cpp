@@ -8,6 +8,9 @@
 #include "train/restore.hpp"
 #include "train/run_directory.hpp"
 #include "train/run_steps.hpp"
+#include "train/setup.hpp"
+#include "train/start.hpp"
+#include "train/step_zero.hpp"
 
 namespace upcycle {
 namespace {
@@ -60,6 +63,13 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
     fail("run.directory = ", setup->directory.string(), " on host ", host_name(), " is another one than on rank 0's host: choose a ",
          "directory of a file system that all hosts share");
   });
+  if (only_stores_step_zero(config, *setup)) {                           // block by block: no model, no gradients, no optimizer
+    log::info("saved " + store_step_zero(config, *setup, world, [&](const char* doing) {
+      watchdog.beat(0, doing);
+      if (lock) lock->touch();
+    }).string());
+    return kDone;
+  }
   watchdog.beat(-1, "connecting");
   mesh.prepare(device, config.run.transport);                            // 4. who talks to whom, by what
   watchdog.beat(-1, "starting");

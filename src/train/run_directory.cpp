@@ -1,5 +1,11 @@
 #include "train/run_directory.hpp"
 
+#include <sys/stat.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+
 #include "base/error.hpp"
 #include "checkpoint/durable.hpp"
 
@@ -25,6 +31,16 @@ void check_run_directory(const std::filesystem::path& directory) {
 void claim_run_directory(const std::filesystem::path& directory, const RunConfig& config) {
   std::filesystem::create_directories(directory / "checkpoints");
   write_text_durably(directory / kRunFile, to_toml(config));
+}
+
+uint64_t room_taken(const std::filesystem::path& folder) {
+  uint64_t bytes = 0;
+  std::error_code none;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, none)) {
+    struct stat status {};
+    if (::stat(entry.path().c_str(), &status) == 0) bytes += static_cast<uint64_t>(status.st_blocks) * 512;
+  }
+  return bytes;
 }
 
 }  // namespace upcycle

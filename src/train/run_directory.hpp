@@ -14,4 +14,7 @@ void check_run_directory(const std::filesystem::path& directory);
 /// Makes the directory and writes run.toml, durably.
 void claim_run_directory(const std::filesystem::path& directory, const RunConfig&);
 
+/// Bytes on the disk that the files in `folder` take, none where there is no such folder: what an interrupted attempt has taken already.
+uint64_t room_taken(const std::filesystem::path& folder);
+
 }  // namespace upcycle

@@ -18,13 +18,6 @@ constexpr uint64_t kReserve = uint64_t{256} << 20;  // that a copy leaves free
 
 std::string gigabytes(uint64_t bytes) { return text(std::fixed, std::setprecision(2), static_cast<double>(bytes) / 1e9, " GB"); }
 
-Transfer transfer_of(const std::string& word) {
-  for (const Transfer transfer : {Transfer::direct, Transfer::buffered, Transfer::independent}) {
-    if (word == name(transfer)) return transfer;
-  }
-  return Transfer::automatic;
-}
-
 // The most that this rank may have to write: all that it holds, and of what is divided its part.
 uint64_t state_bytes(const Weights& weights, const Optimizer* optimizer) {
   uint64_t bytes = 0;
@@ -56,9 +49,7 @@ uint64_t Saver::share_of_memory() const {
 void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& state, const RunRecord& record, bool removes) {
   finish();
   const bool behind = settings_.asynchronous && optimizer;   // before training there is nothing to be behind of
-  WriteOptions options;
-  options.transfer = transfer_of(settings_.transfer);
-  options.file_bytes = static_cast<uint64_t>(settings_.file_size * 1e9);
+  WriteOptions options = write_options(settings_);
   options.progress = [this](uint64_t, uint64_t) { alive_(); };
   options.thread = &thread_;
   const uint64_t need = state_bytes(weights, optimizer), room = share_of_memory();

@@ -108,7 +108,17 @@ nlohmann::json provenance_of_source(const Setup& setup) {
   return {{"kind", "several"}, {"path", paths}, {"files", nlohmann::json::object()}, {"models", models}};
 }
 
-// A resumed run goes on with the record of its checkpoint; a new one makes its own.
+// An older checkpoint of the source than its user may think of is not taken without a word.
+void tell_of_damaged_sources(const RunConfig& config) {
+  for (const std::string& model : config.source.all()) {
+    std::vector<std::string> refused;
+    newest_checkpoint(model, &refused);
+    for (const std::string& line : refused) log::warning(line + ": an older checkpoint is the source");
+  }
+}
+
+}  // namespace
+
 void make_record(const RunConfig& config, Setup& setup) {
   RunRecord& record = setup.record;
   record.run = nlohmann::json::parse(to_json(config));
@@ -144,17 +154,6 @@ void make_record(const RunConfig& config, Setup& setup) {
   record.texts.merge(carried_tokenizer(files));
 }
 
-// An older checkpoint of the source than its user may think of is not taken without a word.
-void tell_of_damaged_sources(const RunConfig& config) {
-  for (const std::string& model : config.source.all()) {
-    std::vector<std::string> refused;
-    newest_checkpoint(model, &refused);
-    for (const std::string& line : refused) log::warning(line + ": an older checkpoint is the source");
-  }
-}
-
-}  // namespace
-
 Sampler open_validation(const RunConfig& config, int64_t vocab) {
   const bool own = !config.data.validation.empty();
   return {own ? config.data.validation : config.data.train, own ? std::array<int64_t, 3>{0, 1, 0} : config.data.split, Split::validation,
@@ -171,6 +170,30 @@ ReadDense reader_of(const Setup& setup) {
   return ReadDense(std::move(each));
 }
 
+void open_sources(const RunConfig& config, Setup& setup, bool speaks) {
+  if (const auto models = config.source.all(); !models.empty()) {
+    if (speaks) tell_of_damaged_sources(config);
+    setup.source.emplace(models.front());
+    setup.source->check();
+    open_further(config, setup);
+    if (setup.source->is_checkpoint()) setup.routers = read_manifest(setup.source->folder()).training.value("routers", nlohmann::json());
+  }
+  refuse_missing_moments(config, setup.source);
+  Architecture source = source_architecture(config, setup.source);
+  for (const WeightSource& other : setup.further) {
+    if (other.architecture().dtype == at::kFloat) source.dtype = at::kFloat;   // nothing of it is lost
+  }
+  setup.target = choose_target(config, source, setup.source.has_value());
+  if (!setup.further.empty() && !setup.target.recipe) {
+    fail("source.models: several sources become experts of one model when they are dense; these are mixtures of ", source.experts);
+  }
+  for (const WeightSource& other : setup.further) {
+    bool& alike = setup.target.recipe->sources_alike;
+    alike = (&other == &setup.further.front() || alike) && same_bytes(*setup.source, other);
+  }
+  if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
+}
+
 Setup prepare_run(const RunConfig& config, const Mesh& mesh, bool accept_changes) {
   Setup setup;
   const bool speaks = mesh.world().rank() == 0;
@@ -181,27 +204,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh, bool accept_changes
     refuse_other_run(config, *setup.resume, accept_changes, speaks);
     setup.target.architecture = architecture_from_hf(setup.resume->manifest().architecture, setup.resume->folder().string());
   } else {
-    if (const auto models = config.source.all(); !models.empty()) {
-      if (speaks) tell_of_damaged_sources(config);
-      setup.source.emplace(models.front());
-      setup.source->check();
-      open_further(config, setup);
-      if (setup.source->is_checkpoint()) setup.routers = read_manifest(setup.source->folder()).training.value("routers", nlohmann::json());
-    }
-    refuse_missing_moments(config, setup.source);
-    Architecture source = source_architecture(config, setup.source);
-    for (const WeightSource& other : setup.further) {
-      if (other.architecture().dtype == at::kFloat) source.dtype = at::kFloat;   // nothing of it is lost
-    }
-    setup.target = choose_target(config, source, setup.source.has_value());
-    if (!setup.further.empty() && !setup.target.recipe) {
-      fail("source.models: several sources become experts of one model when they are dense; these are mixtures of ", source.experts);
-    }
-    for (const WeightSource& other : setup.further) {
-      bool& alike = setup.target.recipe->sources_alike;
-      alike = (&other == &setup.further.front() || alike) && same_bytes(*setup.source, other);
-    }
-    if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
+    open_sources(config, setup, speaks);
   }
   refuse_what_does_not_divide(config, setup.target.architecture, mesh.grid().world());
   open_data(config, setup, speaks);

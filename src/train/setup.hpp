@@ -34,6 +34,12 @@ ReadDense reader_of(const Setup& setup);
 /// token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError. Writes nothing.
 Setup prepare_run(const RunConfig&, const Mesh&, bool accept_changes = false);
 
+/// The parts of prepare_run that know neither data nor layout, for a run that has no checkpoint yet: opens and checks [source], and
+/// finds out what becomes of it (source, further, target, routers). `speaks`: this rank warns of damaged checkpoints. Throws UserError.
+void open_sources(const RunConfig&, Setup&, bool speaks);
+/// Then: what the checkpoints say of where they come from. A resumed run goes on with the record of its checkpoint.
+void make_record(const RunConfig&, Setup&);
+
 /// The validation stream of a run: data.validation, or the second share of data.train. Throws UserError like Sampler's constructor.
 Sampler open_validation(const RunConfig&, int64_t vocab);
 

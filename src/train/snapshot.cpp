@@ -96,6 +96,15 @@ nlohmann::json layout_record(const Grid& grid) {
 
 }  // namespace
 
+WriteOptions write_options(const CheckpointSection& settings) {
+  WriteOptions options;
+  for (const Transfer transfer : {Transfer::direct, Transfer::buffered, Transfer::independent}) {
+    if (settings.transfer == name(transfer)) options.transfer = transfer;
+  }
+  options.file_bytes = static_cast<uint64_t>(settings.file_size * 1e9);
+  return options;
+}
+
 Manifest add_snapshot(CheckpointWriter& writer, const Mesh& mesh, Weights& weights, Optimizer* optimizer, const TrainingState& state,
                       const RunRecord& record) {
   const Unrecorded guard;

@@ -23,6 +23,9 @@ struct RunRecord {
   std::map<std::string, std::string> texts;    ///< further files: config.json, run.toml, certificate.json, tokenizer/...
 };
 
+/// How [checkpoint] wants them written.
+WriteOptions write_options(const CheckpointSection&);
+
 /// **Collective.** Adds to `writer` all files of a checkpoint: weights in the compute dtype, masters of those that rounding changed, and,
 /// with an optimizer, its moments. Of what several ranks hold each gives the writer all it has. Returns the manifest to commit. Throws
 /// UserError on all ranks when the disk is full.

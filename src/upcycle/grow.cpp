@@ -2,10 +2,13 @@
 #include "upcycle/grow.hpp"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <stdexcept>
 
 #include "base/error.hpp"
@@ -74,49 +77,56 @@ std::vector<bool> dropped_units(const ParameterSpec& spec, int64_t e, int64_t fe
   return dropped;
 }
 
-/// Of the dense slice: root mean square of all, mean and standard deviation of the dropped units. fp64, in row-major order.
-struct Statistics {
-  double rms = 0, mean = 0, deviation = 0;
-};
+/// Sees an expert's slice of the source from its first to its last row: (first row, fp32 rows).
+using SeeRows = std::function<void(int64_t first, const Tensor& rows)>;
+using ShowSlice = std::function<void(const SeeRows&)>;
 
-Statistics measure(const Tensor& slice, int64_t unit_dim, const std::vector<bool>& dropped) {
-  const int64_t rows = slice.size(0), columns = slice.size(1);
-  const float* const data = slice.const_data_ptr<float>();
+/// Statistics in fp64, summed in row-major order, however many rows are shown at a time.
+void measure(const ShowSlice& slice, int64_t unit_dim, ExpertFacts& facts) {
   double squares = 0, sum = 0;
-  int64_t count = 0;
+  int64_t count = 0, all = 0;
   const auto each = [&](auto action) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) action(static_cast<double>(data[r * columns + c]), dropped[unit_dim == 0 ? r : c]);
-    }
+    slice([&](int64_t first, const Tensor& block) {
+      const int64_t rows = block.size(0), columns = block.size(1);
+      const float* const data = block.const_data_ptr<float>();
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+          action(static_cast<double>(data[r * columns + c]), facts.dropped[static_cast<size_t>(unit_dim == 0 ? first + r : c)]);
+        }
+      }
+    });
   };
   each([&](double x, bool drop) {
     squares += x * x;
+    ++all;
     if (drop) sum += x, ++count;
   });
-  Statistics out;
-  out.rms = std::sqrt(squares / static_cast<double>(rows * columns));
-  if (count == 0) return out;
-  out.mean = sum / static_cast<double>(count);
+  facts.rms = std::sqrt(squares / static_cast<double>(all));
+  facts.measured = true;
+  if (count == 0) return;
+  facts.mean = sum / static_cast<double>(count);
   double spread = 0;
   each([&](double x, bool drop) {
-    if (drop) spread += (x - out.mean) * (x - out.mean);
+    if (drop) spread += (x - facts.mean) * (x - facts.mean);
   });
-  out.deviation = std::sqrt(spread / static_cast<double>(count));
-  return out;
+  facts.deviation = std::sqrt(spread / static_cast<double>(count));
 }
 
 /// Noise and drop of the part `box` of expert `e`; `target` has the dense values of `box`.
-void disturb(const ParameterSpec& spec, const Box& box, int64_t e, const Recipe& recipe, const Tensor& slice, const Tensor& target) {
+void disturb(const ParameterSpec& spec, const Box& box, int64_t e, const Recipe& recipe, const ShowSlice& slice, const Tensor& target,
+             ExpertFacts& facts) {
   const int64_t unit_dim = matrix_of(spec) == Matrix::down ? 1 : 0, columns = spec.shape[2];
-  const std::vector<bool> dropped = dropped_units(spec, e, slice.size(unit_dim), recipe);
-  const Statistics dense = measure(slice, unit_dim, dropped);
+  if (!facts.measured) {
+    facts.dropped = dropped_units(spec, e, spec.shape[static_cast<size_t>(1 + unit_dim)], recipe);
+    measure(slice, unit_dim, facts);
+  }
   const Random fresh(recipe.seed, spec.name + "/drop"), noise(recipe.seed, spec.name + "/noise");
   const Box of_expert{{e, box.begin[1], box.begin[2]}, {1, box.size[1], box.size[2]}};
   map_elements(spec.shape, of_expert, target.unsqueeze(0), [&](uint64_t index, float x) -> double {
     const uint64_t in_expert = index % static_cast<uint64_t>(spec.shape[1] * columns);
     const auto unit = static_cast<size_t>(unit_dim == 0 ? in_expert / columns : in_expert % columns);
-    if (dropped[unit]) return dense.mean + dense.deviation * fresh.normal(index);
-    return recipe.noise > 0 ? x + recipe.noise * dense.rms * noise.normal(index) : x;
+    if (facts.dropped[unit]) return facts.mean + facts.deviation * fresh.normal(index);
+    return recipe.noise > 0 ? x + recipe.noise * facts.rms * noise.normal(index) : x;
   });
 }
 
@@ -137,31 +147,66 @@ std::vector<std::vector<int64_t>> alike(const Box& box, const Recipe& recipe) {
   return out;
 }
 
-/// What expert `e` is of the source: `box` (of the expert, [rows, columns]) of its slice, in the dtype that `read` gives.
-Tensor source_slice(const ParameterSpec& spec, int64_t e, const Box& box, const Recipe& recipe, const ReadDense& read) {
+/// What is known about expert `e`; the caller's, or, where it keeps nothing, `own`.
+ExpertFacts& facts_of(const ParameterSpec& spec, int64_t e, const Recipe& recipe, ExpertFacts* kept, ExpertFacts& own) {
+  ExpertFacts& facts = kept ? *kept : own;
+  if (facts.expert == e && facts.name == spec.name) return facts;
+  facts = {};
+  facts.name = spec.name, facts.expert = e;
+  if (!recipe.of_mixture()) facts.units = units_of_expert(recipe, spec.layer, e);
+  return facts;
+}
+
+/// What the expert of `facts` is of the source: `box` (of the expert, [rows, columns]) of its slice, in the dtype that `read` gives.
+Tensor source_slice(const ParameterSpec& spec, const ExpertFacts& facts, const Box& box, const Recipe& recipe, const ReadDense& read) {
+  const int64_t e = facts.expert;
   if (recipe.of_mixture()) {
     return read(spec.name, {{e / recipe.copies, box.begin[0], box.begin[1]}, {1, box.size[0], box.size[1]}}).select(0, 0);
   }
   const size_t unit_dim = matrix_of(spec) == Matrix::down ? 1 : 0, other_dim = 1 - unit_dim;
-  const std::vector<int64_t> units = units_of_expert(recipe, spec.layer, e);
-  const auto begin = units.begin() + box.begin[unit_dim];
+  const auto begin = facts.units.begin() + box.begin[unit_dim];
   const ReadDense own = read.of(recipe.source_of(e / recipe.granularity));
   return read_units(own, dense_name(spec.name), static_cast<int64_t>(unit_dim), {begin, begin + box.size[unit_dim]}, box.begin[other_dim],
                     box.size[other_dim]);
 }
 
+/// `x` times `factor`. Equal dtypes: once through memory.
+void copy_times(const Tensor& x, double factor, Tensor target) {
+  if (factor != 1.0 && x.scalar_type() == target.scalar_type()) {
+    at::mul_out(target, x, at::scalar_tensor(factor, at::kDouble));
+    return;
+  }
+  target.copy_(x);
+  if (factor != 1.0) target.mul_(factor);
+}
+
 /// The slices of the box's experts times `factor`; `disturbed`: with the recipe's noise and drop.
 void grow_experts(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, const Tensor& target, double factor,
-                  bool disturbed) {
+                  bool disturbed, ExpertFacts* kept = nullptr) {
+  constexpr int64_t kShownElements = 1 << 20;
   const Box needed{{box.begin[1], box.begin[2]}, {box.size[1], box.size[2]}}, all{{0, 0}, {spec.shape[1], spec.shape[2]}};
+  ExpertFacts own;
   for (const std::vector<int64_t>& experts : alike(box, recipe)) {
     // What the box needs, or the whole of it for its statistics; read once for all of them.
-    Tensor slice = source_slice(spec, experts.front(), disturbed ? all : needed, recipe, read);
+    const bool whole_slice = disturbed && !kept;
+    Tensor slice = source_slice(spec, facts_of(spec, experts.front(), recipe, kept, own), whole_slice ? all : needed, recipe, read);
     if (disturbed) slice = slice.to(at::kFloat).contiguous();
     for (const int64_t e : experts) {
       const Tensor part = target.select(0, e - box.begin[0]);
-      part.copy_(disturbed ? slice.narrow(0, box.begin[1], box.size[1]).narrow(1, box.begin[2], box.size[2]) : slice);
-      if (disturbed) disturb(spec, box, e, recipe, slice, part);
+      if (!disturbed) {
+        copy_times(slice, factor, part);
+        continue;
+      }
+      part.copy_(whole_slice ? slice.narrow(0, box.begin[1], box.size[1]).narrow(1, box.begin[2], box.size[2]) : slice);
+      ExpertFacts& facts = facts_of(spec, e, recipe, kept, own);
+      disturb(spec, box, e, recipe, [&](const SeeRows& see) {
+        if (whole_slice) return see(0, slice);
+        const int64_t step = std::max<int64_t>(1, kShownElements / spec.shape[2]);
+        for (int64_t row = 0; row < spec.shape[1]; row += step) {
+          const Box rows{{row, 0}, {std::min(step, spec.shape[1] - row), spec.shape[2]}};
+          see(row, source_slice(spec, facts, rows, recipe, read).to(at::kFloat).contiguous());
+        }
+      }, part, facts);
       if (factor != 1.0) part.mul_(factor);
     }
   }
@@ -188,20 +233,34 @@ void grow_router(const ParameterSpec& spec, const Box& box, const Recipe& recipe
   if (recipe.source.dtype != at::kFloat) target.copy_(target.to(recipe.source.dtype));
 }
 
-void check_target(const ParameterSpec& spec, const Box& box, const Tensor& target) {
+void check_target(const ParameterSpec& spec, const Box& box, const Tensor& target, at::ScalarType dtype = at::kFloat) {
   if (!inside(box, spec.shape)) throw std::logic_error(text(spec.name, ": box ", describe(box), " of ", describe(spec.shape)));
-  if (target.scalar_type() != at::kFloat || !target.device().is_cpu() || target.sizes() != at::IntArrayRef(box.size)) {
-    throw std::logic_error(text(spec.name, ": the target must be fp32 on the CPU, of the box's size ", describe(box.size)));
+  if (target.scalar_type() != dtype || !target.device().is_cpu() || target.sizes() != at::IntArrayRef(box.size)) {
+    throw std::logic_error(text(spec.name, ": the target must be ", dtype, " on the CPU, of the box's size ", describe(box.size)));
   }
 }
 
 }  // namespace
 
-void grow(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, Tensor target) {
-  check_target(spec, box, target);
+std::string source_name(const ParameterSpec& spec, const Recipe& recipe) {
+  if (recipe.of_mixture() || (spec.role != Role::expert && spec.role != Role::router)) return spec.name;
+  return spec.role == Role::expert ? dense_name(spec.name) : "";
+}
+
+bool keeps(const ParameterSpec& spec, const Recipe& recipe, at::ScalarType dtype) {
+  if (dtype == at::kFloat) return true;
+  if (dtype != at::kBFloat16) return false;   // fp16 overflows where fp32 does not
+  if (spec.role == Role::router) return recipe.of_mixture();
+  // A factor below one could shift bits out of the smallest numbers.
+  if (spec.role == Role::expert) return recipe.lossless() && factor_of(spec, recipe) >= 1.0;
+  return recipe.quotas.empty();   // a mean of several sources is rounded
+}
+
+void grow(const ParameterSpec& spec, const Box& box, const Recipe& recipe, const ReadDense& read, Tensor target, ExpertFacts* facts) {
+  check_target(spec, box, target, keeps(spec, recipe, target.scalar_type()) ? target.scalar_type() : at::kFloat);
   if (elements(box) == 0) return;
   switch (spec.role) {
-    case Role::expert: return grow_experts(spec, box, recipe, read, target, factor_of(spec, recipe), recipe.noise > 0 || recipe.drop > 0);
+    case Role::expert: return grow_experts(spec, box, recipe, read, target, factor_of(spec, recipe), recipe.noise > 0 || recipe.drop > 0, facts);
     case Role::router: return grow_router(spec, box, recipe, read, target);
     default: target.copy_(read(spec.name, box));
   }

@@ -27,7 +27,7 @@ set_tests_properties(e2e.old_checkpoints PROPERTIES LABELS e2e TIMEOUT 300 ENVIR
 
 # train: stop and resume bit for bit, other numbers of ranks, every kind of source, out to transformers; all that it refuses; what it does when
 # something changed or went wrong; and what it does with data.
-foreach(script train train_errors recovery sweep moments grow_more data_modes)
+foreach(script train train_errors recovery sweep moments grow_more data_modes streaming)
   add_test(NAME e2e.${script} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/${script}.py $<TARGET_FILE:upcycle>)
   set_tests_properties(e2e.${script} PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")

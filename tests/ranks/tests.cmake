@@ -35,10 +35,12 @@ set_tests_properties(ranks.reshard.8 PROPERTIES FIXTURES_SETUP reshard8 FIXTURES
 ranks_test(replicas RANKS 1 2 4 LINK train)
 ranks_test(checkpoint RANKS 1 2 4 LINK checkpoint)
 target_compile_definitions(ranks_checkpoint PRIVATE UPCYCLE_PYTHON="${UPCYCLE_PYTHON}")
+ranks_test(shared_safetensors RANKS 1 2 4 LINK checkpoint)
 ranks_test(dispatcher RANKS 1 2 4 LINK moe)
 ranks_test(recompute RANKS 2 4 LINK model)
 ranks_test(balance RANKS 1 2 4 LINK train)
 ranks_test(grow_memory RANKS 4 LINK train)
+ranks_test(stream_memory RANKS 2 LINK train)
 ranks_test(expert_health RANKS 1 2 4 LINK train)
 
 # The numbers of one rank are what the others are held against.

@@ -73,6 +73,65 @@ TEST(Grow, AnyBoxHasTheNumbersOfTheWhole) {
   }
 }
 
+TEST(Grow, BoxByBoxWithOneMemoryIsTheWhole) {
+  for (const auto& [name, recipe] : recipes()) {
+    SCOPED_TRACE(name);
+    Dense dense(dense_architecture());
+    ExpertFacts facts;
+    for (const ParameterSpec& spec : catalogue(recipe.moe)) {
+      const Tensor expected = grown(spec, recipe, dense), found = at::zeros(spec.shape, at::kFloat);
+      // Rows of an expert, and of several experts, in order: as a file is written.
+      const int64_t rows = spec.shape.size() == 3 ? spec.shape[1] : 1, outer = spec.shape[0];
+      for (int64_t o = 0; o < outer; ++o) {
+        for (int64_t row = 0; row < rows; row += 3) {
+          Box box = whole(spec.shape);
+          box.begin[0] = o, box.size[0] = 1;
+          if (spec.shape.size() == 3) box.begin[1] = row, box.size[1] = std::min<int64_t>(3, rows - row);
+          grow(spec, box, recipe, dense.reader(), slice(found, box), &facts);
+        }
+      }
+      EXPECT_TRUE(at::equal(found, expected)) << spec.name;
+    }
+  }
+}
+
+TEST(Grow, StatisticsAreMadeOnceForAllBoxesOfAnExpert) {
+  Dense dense(dense_architecture());
+  RunConfig config = run(4, 1, 2);
+  config.upcycle.drop = 0.4, config.upcycle.noise = 0.1;
+  const Recipe recipe = recipe_of(config, dense);
+  const std::vector<ParameterSpec> specs = catalogue(recipe.moe);
+  const ParameterSpec& spec = find(specs, kMlp + "experts.up_proj.weight");
+  ExpertFacts facts;
+  dense.reads.clear();
+  for (int64_t row = 0; row < spec.shape[1]; ++row) {
+    const Box box{{2, row, 0}, {1, 1, spec.shape[2]}};
+    grow(spec, box, recipe, dense.reader(), at::zeros(box.size, at::kFloat), &facts);
+  }
+  int64_t elements_read = 0;
+  for (const auto& [name, box] : dense.reads) elements_read += elements(box);
+  EXPECT_EQ(elements_read, 3 * spec.shape[1] * spec.shape[2]) << "twice for mean and deviation, and once for the values";
+}
+
+TEST(Grow, ATargetOfTheSourcesDtypeIsAllowedWhereNothingIsRounded) {
+  int64_t direct = 0;
+  for (const auto& [name, recipe] : recipes()) {
+    Dense dense(dense_architecture());
+    for (const ParameterSpec& spec : catalogue(recipe.moe)) {
+      const Tensor target = at::zeros(spec.shape, at::kBFloat16);
+      if (!keeps(spec, recipe, at::kBFloat16)) {
+        EXPECT_THROW(grow(spec, whole(spec.shape), recipe, dense.reader(), target), std::logic_error) << name << spec.name;
+        continue;
+      }
+      grow(spec, whole(spec.shape), recipe, dense.reader(), target);
+      EXPECT_TRUE(at::equal(target.to(at::kFloat), grown(spec, recipe, dense))) << name << spec.name;
+      direct += spec.role == Role::expert;
+      EXPECT_FALSE(recipe.noise > 0 && spec.role == Role::expert);
+    }
+  }
+  EXPECT_GT(direct, 0);
+}
+
 TEST(Grow, FillsStridedViewsAndNothingBesideThem) {
   Dense dense(dense_architecture());
   for (const auto& [name, recipe] : recipes()) {

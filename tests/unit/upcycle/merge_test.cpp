@@ -37,10 +37,29 @@ TEST(Merge, WhatWasJustGrownIsTheDenseModelBitForBit) {
         const Mixture mixture(recipe, dense, dtype);
         int64_t tensors = 0;
         for (const ParameterSpec& spec : catalogue(recipe.source)) {
-          EXPECT_TRUE(at::equal(merged(spec, recipe, mixture.reader()).to(at::kFloat), dense.tensors.at(spec.name).to(at::kFloat))) << spec.name << N << G;
+          EXPECT_TRUE(at::equal(merged(spec, whole(spec.shape), recipe, mixture.reader()).to(at::kFloat), dense.tensors.at(spec.name).to(at::kFloat))) << spec.name << N << G;
           ++tensors;
         }
         EXPECT_EQ(tensors, 3 * 11 + 2);
+      }
+    }
+  }
+}
+
+TEST(Merge, AnyBoxIsThatPartOfTheWhole) {
+  Dense dense(dense_architecture(at::kFloat));
+  for (const auto order : {UnitOrder::identity, UnitOrder::random, UnitOrder::clusters}) {
+    RunConfig config = run(12, 4, 4);
+    config.upcycle.permutation = order;
+    config.upcycle.noise = 0.1;   // copies that differ
+    const Recipe recipe = recipe_of(config, dense, dense_architecture(at::kFloat));
+    const Mixture mixture(recipe, dense, at::kFloat);
+    for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
+      const std::vector<ParameterSpec> specs = catalogue(recipe.source);
+      const ParameterSpec& spec = find(specs, text("model.layers.1.mlp.", name, ".weight"));
+      const Tensor all = merged(spec, whole(spec.shape), recipe, mixture.reader());
+      for (const Box& box : {Box{{3, 0}, {1, spec.shape[1]}}, Box{{5, 2}, {6, 7}}, Box{{0, 1}, {spec.shape[0], 3}}, Box{{4, 4}, {0, 2}}}) {
+        EXPECT_TRUE(at::equal(merged(spec, box, recipe, mixture.reader()), slice(all, box))) << name << describe(box);
       }
     }
   }
@@ -56,7 +75,7 @@ TEST(Merge, OtherFactorsLeaveRounding) {
   const Mixture mixture(recipe, dense, at::kFloat);
   for (const ParameterSpec& spec : catalogue(recipe.source)) {
     const Tensor expected = dense.tensors.at(spec.name);
-    EXPECT_TRUE(merged(spec, recipe, mixture.reader()).sub(expected).abs().le(expected.abs() * 1.2e-7).all().item<bool>()) << spec.name;
+    EXPECT_TRUE(merged(spec, whole(spec.shape), recipe, mixture.reader()).sub(expected).abs().le(expected.abs() * 1.2e-7).all().item<bool>()) << spec.name;
   }
 }
 
@@ -72,7 +91,8 @@ TEST(Merge, CopiesThatDifferAreAveraged) {
   const int64_t unit = units_of_expert(recipe, 2, 6)[3];
   Tensor expected = dense.tensors.at(name).to(at::kDouble);
   expected[unit][5] += 0.75 / 2 / 3;
-  const Tensor found = merged(find(catalogue(recipe.source), name), recipe, mixture.reader());
+  const ParameterSpec& spec = find(catalogue(recipe.source), name);
+  const Tensor found = merged(spec, whole(spec.shape), recipe, mixture.reader());
   EXPECT_LT((found.to(at::kDouble) - expected).abs().max().item<double>(), 1e-7);
   EXPECT_EQ(found.ne(dense.tensors.at(name)).sum().item<int64_t>(), 1);
 }
