@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
+from check_schema import digest_of
+
 UPCYCLE = None
 MPIRUN = os.environ.get("UPCYCLE_MPIRUN", "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1").split()
 COMMON = dict(vocab_size=211, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -313,13 +315,14 @@ train = "mock"
         self.refused("export", run, out, "--dtype", "int8", words=["--dtype", "int8"])
         self.refused("export", run, out, "--max-shard-size", "5 bananas", words=["--max-shard-size", "no size"])
         manifest = json.loads((step / "manifest.json").read_text())
+        rewrite = lambda content: (step / "manifest.json").write_text(json.dumps(content | {"digest": digest_of(content)}))
         changed = manifest | {"run": manifest["run"] | {"balance": manifest["run"]["balance"] | {"capacity_factor": 1.25}}}
-        (step / "manifest.json").write_text(json.dumps(changed))
+        rewrite(changed)
         self.refused("export", run, out, words=["balance.capacity_factor = 1.25", "dropped", "qwen3_moe"])
         routers = {"0": {"bias": [0.0, 0.0], "count": [3, 5]}, "1": {"bias": [0.0, -0.001]}}   # a bias of zeros is none
-        (step / "manifest.json").write_text(json.dumps(manifest | {"training": {"routers": routers}}))
+        rewrite(manifest | {"training": {"routers": routers}})
         self.refused("export", run, out, words=["router of layer 1", "balance.bias_rate", "qwen3_moe"])
-        (step / "manifest.json").write_text(json.dumps(manifest))
+        rewrite(manifest)
         out.mkdir()   # an empty directory is fine
         self.upcycle("export", run, out)
         self.assert_same_tensors(out, tensors_of(self.source))

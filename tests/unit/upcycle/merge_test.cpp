@@ -91,7 +91,7 @@ TEST(Merge, CopiesThatDifferAreAveraged) {
   const int64_t unit = units_of_expert(recipe, 2, 6)[3];
   Tensor expected = dense.tensors.at(name).to(at::kDouble);
   expected[unit][5] += 0.75 / 2 / 3;
-  const ParameterSpec& spec = find(catalogue(recipe.source), name);
+  const ParameterSpec spec = find(catalogue(recipe.source), name);
   const Tensor found = merged(spec, whole(spec.shape), recipe, mixture.reader());
   EXPECT_LT((found.to(at::kDouble) - expected).abs().max().item<double>(), 1e-7);
   EXPECT_EQ(found.ne(dense.tensors.at(name)).sum().item<int64_t>(), 1);
