@@ -261,7 +261,7 @@ class KeepBest(TrainCase):
 
 
 class Damage(TrainCase):
-    """Needs the checksums of blocks that are verified while a checkpoint is loaded: without them nothing sees the flipped bit."""
+    """One bit that flipped on the disk: the checksums of blocks, verified while a checkpoint is loaded, tell."""
 
     def trained(self):
         path, run = self.run_file("run", MOE + CONSTANT + "[checkpoint]\nevery = 2\nkeep = 9\n", steps=6)
@@ -285,7 +285,7 @@ class Damage(TrainCase):
         for file in ("weights.h5", "exp_avg_sq.h5"):
             with self.subTest(file):
                 self.flip(checkpoint(run, 6), file, name)
-                said = self.upcycle("train", path, "--set", "parallel.expert=2", ranks=2)
+                said = self.upcycle("train", path, ranks=2)
                 for word in (file, name.replace("/", "."), "step-00000006.damaged-1", "the newest valid one before it, step-00000004", "resuming from"):
                     self.assertIn(word, said)
                 self.assertEqual([line["step"] for line in steps_of(run)], [1, 2, 3, 4, 5, 6, 5, 6])
