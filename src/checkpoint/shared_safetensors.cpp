@@ -7,16 +7,14 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
 
 #include "base/error.hpp"
 #include "base/text_file.hpp"
+#include "checkpoint/blocks.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/safetensors_layout.hpp"
 
@@ -30,9 +28,9 @@ constexpr const char* kIdentity = ".resume.json";  // whose notes they are
 /// One block that was written. A note that was cut off in the middle, or lies in a file that a power cut left full of zeros, is none.
 struct Note {
   uint64_t block, hash, check;
-  static Note of(uint64_t block, uint64_t hash) { return {block, hash, checksum(block, hash)}; }
-  bool whole() const { return check == checksum(block, hash); }
-  static uint64_t checksum(uint64_t block, uint64_t hash) {
+  static Note of(uint64_t block, uint64_t hash) { return {block, hash, check_of(block, hash)}; }
+  bool whole() const { return check == check_of(block, hash); }
+  static uint64_t check_of(uint64_t block, uint64_t hash) {
     const uint64_t both[] = {block, hash};
     return XXH3_64bits_withSeed(both, sizeof both, 0x75706379636c65);
   }
@@ -46,18 +44,6 @@ FileDescriptor open_file(const fs::path& path, int flags) {
 
 void set_size(const FileDescriptor& file, uint64_t bytes, const fs::path& path) {
   if (::ftruncate(file.get(), static_cast<off_t>(bytes)) != 0) fail_with_errno("resizing", path);
-}
-
-/// False where the file ends before.
-bool read_at(const FileDescriptor& file, std::byte* to, size_t bytes, uint64_t offset, const fs::path& path) {
-  while (bytes > 0) {
-    const ssize_t got = ::pread(file.get(), to, bytes, static_cast<off_t>(offset));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail_with_errno("reading", path);
-    if (got == 0) return false;
-    to += got, offset += static_cast<uint64_t>(got), bytes -= static_cast<size_t>(got);
-  }
-  return true;
 }
 
 }  // namespace
@@ -152,8 +138,8 @@ struct SharedSafetensors::State {
   /// Whether the block's bytes are those of the note.
   bool is_there(const Block& block, uint64_t hash, std::vector<std::byte>& buffer) {
     buffer.resize(size(block));
-    return read_at(open(block), buffer.data(), buffer.size(), offset(block), path(shard(block))) &&
-           XXH3_64bits(buffer.data(), buffer.size()) == hash;
+    return read_at(open(block), buffer, offset(block), path(shard(block))) == buffer.size() &&
+           checksum(buffer.data(), buffer.size()) == hash;
   }
 };
 
@@ -228,7 +214,7 @@ void SharedSafetensors::write(const Block& block, const Tensor& values) {
   s.touched.insert(s.shard_of[block.item]);
   // On its way to the disk while the next block is made; fsync comes at the end.
   ::sync_file_range(s.file.get(), static_cast<off64_t>(s.offset(block)), static_cast<off64_t>(bytes.size()), SYNC_FILE_RANGE_WRITE);
-  const Note note = Note::of(block.number, XXH3_64bits(bytes.data(), bytes.size()));
+  const Note note = Note::of(block.number, checksum(bytes.data(), bytes.size()));
   if (::write(s.notes.get(), &note, sizeof note) != sizeof note) fail_with_errno("writing", s.directory / kNotes);
 }
 

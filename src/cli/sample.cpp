@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "base/text_file.hpp"
 #include "base/watchdog.hpp"
 #include "cli/command.hpp"
 #include "cli/or_abort.hpp"
@@ -25,9 +26,7 @@ std::string prompt_of(const SampleOptions& options) {
   if (options.prompt && options.prompt_file) fail("--prompt and --prompt-file are both given: one prompt is gone on with");
   if (!options.prompt && !options.prompt_file) fail("no prompt: --prompt TEXT or --prompt-file FILE says what to go on with");
   if (options.prompt) return *options.prompt;
-  std::ifstream file(*options.prompt_file, std::ios::binary);
-  if (!file || fs::is_directory(*options.prompt_file)) fail("--prompt-file ", *options.prompt_file, ": can't be read");
-  return {std::istreambuf_iterator<char>(file), {}};
+  return while_doing("--prompt-file", [&] { return text_of(*options.prompt_file); });
 }
 
 // The same directory on all ranks, though a run that goes on may bring a newer step at any moment.

@@ -8,6 +8,7 @@
 
 #include "base/dtype.hpp"
 #include "base/error.hpp"
+#include "base/text_file.hpp"
 #include "model/hf_names.hpp"
 #include "train/source_check.hpp"
 
@@ -241,11 +242,7 @@ std::vector<fs::path> tokenizer_files(const fs::path& directory) {
 
 std::map<std::string, std::string> carried_tokenizer(const std::vector<fs::path>& files) {
   std::map<std::string, std::string> out;
-  for (const fs::path& path : files) {
-    std::ifstream file(path, std::ios::binary);
-    if (!file) fail(path.string(), ": can't be read");
-    out["tokenizer/" + path.filename().string()].assign(std::istreambuf_iterator<char>(file), {});
-  }
+  for (const fs::path& path : files) out["tokenizer/" + path.filename().string()] = text_of(path);
   return out;
 }
 

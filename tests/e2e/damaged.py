@@ -141,7 +141,7 @@ def flipped_bit_in_metadata(step):
 
 def flipped_bit_in_the_manifest(step):
     path = step / "manifest.json"
-    flip(path, path.read_bytes().index(b'"step"') - 20)
+    flip(path, path.read_bytes().index(b'"run_id": "') + 15)
 
 
 def another_step_number(step):
@@ -179,7 +179,7 @@ DAMAGES = {
     flipped_bit_in_a_checksum: (1, NOT_WRITTEN, NOT_WRITTEN),
     flipped_bit_in_metadata: (1, "weights.h5", "weights.h5"),
     flipped_bit_in_the_manifest: (2, "manifest.json: is not what was written", "manifest.json: is not what was written"),
-    another_step_number: (1, "is of step 5", "is of step 5"),
+    another_step_number: (1, "step-00000006: its manifest is of step 5", None),
     future_version: (2, "schema version 99, but this program reads versions 1 to 2 only", "schema version 99"),
     half_a_manifest: (2, "manifest.json: not valid JSON", "manifest.json: not valid JSON"),
     empty_manifest: (2, "manifest.json: not valid JSON", "manifest.json: not valid JSON"),
@@ -215,7 +215,9 @@ class Damaged(TrainCase):
         """What the command says, once, and that it leaves everything as it was."""
         before = self.tree()
         said = self.upcycle(*command, expect=expect)
-        self.assertEqual(self.tree(), before, "something was written")
+        after = self.tree()
+        self.assertEqual(sorted(after), sorted(before), "something was written or lost")
+        self.assertEqual([path for path in before if after[path] != before[path]], [], "something was changed")
         return said
 
     def test_each_damage(self):
@@ -227,6 +229,8 @@ class Damaged(TrainCase):
                 self.assertIn(verify_says, said)
                 if code == 1:
                     self.assertIn("BAD", said)
+                if train_says is None:
+                    continue
                 said = self.unchanged(["train", self.path, "--set", "train.steps=8"], 2)
                 self.assertIn(train_says, said)
                 self.assertEqual(said.count("upcycle: "), 1, said)

@@ -200,7 +200,7 @@ class SeveralSources(TrainCase):
         refuse(["moe.experts"], pair, extra="", command="plan")
         refuse(["upcycle.optimizer", "several source.models"], pair, extra=self.MOE + '[upcycle]\noptimizer = "copy"\n')
         refuse(["nowhere", "not a directory"], (self.source, self.root / "nowhere"))
-        refuse(["convert takes one model"], pair, command="convert")
+        refuse(["moe.experts"], pair, extra="", command="convert")
         path, _ = self.run_file("both", self.MOE, source=f'model = "{self.source}"\n' + self.models(*pair))
         self.refused("train", path, words=["source.models", "not both"])
         path, _ = self.run_file("kind", self.MOE, source='models = "a"')

@@ -106,7 +106,7 @@ class RunDirectories(TrainCase):
 
     def test_a_dense_checkpoint_where_experts_are_asked_for(self):
         path, run = self.run_file("run", MOE)
-        self.upcycle("convert", path)
+        self.upcycle("convert", path, "--set", "moe.experts=0")
         self.refused("train", path, ranks=2, words=["step-00000000: it is a dense model, but [moe] asks for 8 experts", "run.directory"])
         path, other = self.run_file("other", MOE, source=f'model = "{run}"')   # what the message advises
         self.upcycle("train", path)

@@ -9,7 +9,7 @@
 #include <optional>
 #include <set>
 
-#include "checkpoint/slabs.hpp"
+#include "checkpoint/boxes.hpp"
 #include "support/scratch.hpp"
 
 namespace upcycle {

@@ -1,4 +1,4 @@
-"""Conversion beside plain file copy: `upcycle convert`, and `upcycle train` with no steps, which grows a mixture and stores it. For each, a
+"""Conversion beside plain file copy: `upcycle convert`, dense and growing a mixture, and `upcycle train` with no steps, which certifies it. For each, a
 copy of the very files that it wrote, with fsync, on the same disk; files that are read come from the page cache in both. Where mergekit-moe is
 installed, it makes a mixture of as many experts from the same directory."""
 import shutil
@@ -12,8 +12,9 @@ from benchmarks import common
 EXPERTS, TOP_K = 8, 2
 JOBS = {   # name: command, further lines of the run file
     "convert": ("convert", ""),
-    f"upcycle to {EXPERTS} experts": ("train", f"[moe]\nexperts = {EXPERTS}\ntop_k = {TOP_K}\n[upcycle]\ncertify = false\n"),
-    "the same, certified": ("train", f"[moe]\nexperts = {EXPERTS}\ntop_k = {TOP_K}\n"),
+    f"convert to {EXPERTS} experts": ("convert", f"[moe]\nexperts = {EXPERTS}\ntop_k = {TOP_K}\n[upcycle]\ncertify = false\n"),
+    "the same, weights certified": ("convert", f"[moe]\nexperts = {EXPERTS}\ntop_k = {TOP_K}\n"),
+    "train without steps, certified": ("train", f"[moe]\nexperts = {EXPERTS}\ntop_k = {TOP_K}\n"),
 }
 
 
