@@ -56,7 +56,7 @@ TEST(Merge, AnyBoxIsThatPartOfTheWhole) {
     const Mixture mixture(recipe, dense, at::kFloat);
     for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
       const std::vector<ParameterSpec> specs = catalogue(recipe.source);
-      const ParameterSpec& spec = find(specs, text("model.layers.1.mlp.", name, ".weight"));
+      const ParameterSpec spec = find(specs, text("model.layers.1.mlp.", name, ".weight"));
       const Tensor all = merged(spec, whole(spec.shape), recipe, mixture.reader());
       for (const Box& box : {Box{{3, 0}, {1, spec.shape[1]}}, Box{{5, 2}, {6, 7}}, Box{{0, 1}, {spec.shape[0], 3}}, Box{{4, 4}, {0, 2}}}) {
         EXPECT_TRUE(at::equal(merged(spec, box, recipe, mixture.reader()), slice(all, box))) << name << describe(box);
@@ -91,7 +91,7 @@ TEST(Merge, CopiesThatDifferAreAveraged) {
   const int64_t unit = units_of_expert(recipe, 2, 6)[3];
   Tensor expected = dense.tensors.at(name).to(at::kDouble);
   expected[unit][5] += 0.75 / 2 / 3;
-  const ParameterSpec& spec = find(catalogue(recipe.source), name);
+  const ParameterSpec spec = find(catalogue(recipe.source), name);
   const Tensor found = merged(spec, whole(spec.shape), recipe, mixture.reader());
   EXPECT_LT((found.to(at::kDouble) - expected).abs().max().item<double>(), 1e-7);
   EXPECT_EQ(found.ne(dense.tensors.at(name)).sum().item<int64_t>(), 1);
