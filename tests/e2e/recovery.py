@@ -199,7 +199,7 @@ class Spikes(TrainCase):
 
     def test_rolled_back_and_on_behind_the_data(self):
         path, run = self.run_of("run", spike=6.0, nan_limit=1, rollbacks=20)
-        said = self.upcycle("train", path, ranks=2)
+        said = self.upcycle("train", path, "--set", "checkpoint.asynchronous=true", ranks=2)   # a save may be on its way
         back = lines_of(run, "rollback")
         self.assertGreaterEqual(len(back), 1)
         self.assertIn(f"the loss was a spike (train.spike) for 1 steps in a row, last at step {back[0]['from']}: back to the checkpoint of step {back[0]['step']}", said)
