@@ -1,27 +1,32 @@
 #include "checkpoint/shared_safetensors.hpp"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <fcntl.h>
 #include <unistd.h>
 #include <xxhash.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 #include <set>
 
 #include "base/error.hpp"
 #include "base/text_file.hpp"
+#include "checkpoint/block_file.hpp"
 #include "checkpoint/blocks.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/safetensors_layout.hpp"
+#include "checkpoint/writer_thread.hpp"
 
 namespace upcycle {
 namespace {
 
 namespace fs = std::filesystem;
+constexpr uint64_t kPage = Blocks::kAlignment, kRoom = uint64_t{32} << 20;
 constexpr const char* kNotes = ".resume.";         // + rank
 constexpr const char* kIdentity = ".resume.json";  // whose notes they are
 
@@ -58,8 +63,10 @@ struct SharedSafetensors::State {
   std::set<size_t> waits = {};         ///< numbers of what is missing still
   uint64_t bytes = 0, found = 0;
   std::set<size_t> touched = {};       ///< shards
-  FileDescriptor file = {}, notes = {};
+  FileDescriptor notes = {};
+  std::optional<BlockFile> file = {};  ///< the thread's, once it has something to do
   size_t open_shard = SIZE_MAX;
+  WriterThread thread{kRoom};          ///< ends before what it uses
 
   /// **Collective.**
   template <class Action>
@@ -80,12 +87,22 @@ struct SharedSafetensors::State {
     return shard(block).offsets[block.item - shard(block).begin] + static_cast<uint64_t>(first) * width(block);
   }
 
-  const FileDescriptor& open(const Block& block) {
+  const BlockFile& open(const Block& block) {
     if (const size_t wanted = shard_of[block.item]; wanted != open_shard) {
-      file = open_file(path(shards[wanted]), O_RDWR);
+      file.emplace(path(shards[wanted]), Transfer::automatic);
       open_shard = wanted;
     }
-    return file;
+    return *file;
+  }
+
+  /// On the thread. `bytes` lie in memory as they do in the file's pages: all but the first and last, which others share, go directly.
+  void store(const Block& block, std::span<const std::byte> bytes) {
+    const BlockFile& to = open(block);
+    const uint64_t begin = offset(block), head = std::min<uint64_t>(bytes.size(), (kPage - begin % kPage) % kPage);
+    to.write(bytes.first(head), begin);
+    to.write(bytes.subspan(head), begin + head);
+    const Note note = Note::of(block.number, checksum(bytes.data(), bytes.size()));
+    if (::write(notes.get(), &note, sizeof note) != sizeof note) fail_with_errno("writing", directory / kNotes);
   }
 
   /// Of all ranks, in the order of the files.
@@ -130,6 +147,10 @@ struct SharedSafetensors::State {
     for (const SafetensorsShard& s : shards) {
       const FileDescriptor made = open_file(path(s), O_RDWR | O_CREAT);
       set_size(made, s.header.size() + s.bytes, path(s));
+      // So that a full disk shows now. Not every file system can, and it is a full one's turn to say so.
+      if (::fallocate(made.get(), 0, 0, static_cast<off_t>(s.header.size() + s.bytes)) != 0 && (errno == ENOSPC || errno == EDQUOT)) {
+        fail_with_errno("writing", path(s));
+      }
       write_at(made, std::as_bytes(std::span(s.header)), 0, path(s));
     }
     return notes;
@@ -138,7 +159,7 @@ struct SharedSafetensors::State {
   /// Whether the block's bytes are those of the note.
   bool is_there(const Block& block, uint64_t hash, std::vector<std::byte>& buffer) {
     buffer.resize(size(block));
-    return read_at(open(block), buffer, offset(block), path(shard(block))) == buffer.size() &&
+    return open(block).read(buffer, offset(block)) == buffer.size() &&
            checksum(buffer.data(), buffer.size()) == hash;
   }
 };
@@ -194,7 +215,13 @@ SharedSafetensors::SharedSafetensors(fs::path directory, std::vector<Safetensors
   s.found = static_cast<uint64_t>(world.all_reduce(static_cast<int64_t>(there), Reduce::sum));
 }
 
-SharedSafetensors::~SharedSafetensors() = default;
+// What was given is written, for whoever goes on.
+SharedSafetensors::~SharedSafetensors() {
+  try {
+    state_->thread.finish();
+  } catch (...) {   // was told, or whoever ends here has something worse to tell
+  }
+}
 
 uint64_t SharedSafetensors::bytes() const noexcept { return state_->bytes; }
 uint64_t SharedSafetensors::found() const noexcept { return state_->found; }
@@ -207,24 +234,26 @@ void SharedSafetensors::write(const Block& block, const Tensor& values) {
   if (values.sizes() != at::IntArrayRef(block.box.size)) {
     throw std::logic_error(text("tensor '", item(block).name, "': values ", describe(values.sizes().vec()), " for ", describe(block.box)));
   }
-  const Tensor host = values.detach().to(at::TensorOptions(at::kCPU).dtype(item(block).dtype)).contiguous();
-  const std::span bytes(static_cast<const std::byte*>(host.const_data_ptr()), s.size(block));
-  const fs::path path = s.path(s.shard(block));
-  write_at(s.open(block), bytes, s.offset(block), path);
+  const uint64_t shift = s.offset(block) % kPage;
+  const Tensor memory = s.thread.borrow(kBlockBytes + static_cast<int64_t>(kPage));
+  const std::span<std::byte> bytes = WriterThread::bytes_of(memory, kBlockBytes + static_cast<int64_t>(kPage)).subspan(shift, s.size(block));
+  at::from_blob(bytes.data(), block.box.size, at::TensorOptions(item(block).dtype)).copy_(values.detach());
   s.touched.insert(s.shard_of[block.item]);
-  // On its way to the disk while the next block is made; fsync comes at the end.
-  ::sync_file_range(s.file.get(), static_cast<off64_t>(s.offset(block)), static_cast<off64_t>(bytes.size()), SYNC_FILE_RANGE_WRITE);
-  const Note note = Note::of(block.number, checksum(bytes.data(), bytes.size()));
-  if (::write(s.notes.get(), &note, sizeof note) != sizeof note) fail_with_errno("writing", s.directory / kNotes);
+  s.thread.push([&s, block, bytes, memory] {
+    s.store(block, bytes);
+    s.thread.give_back(memory);
+  });
 }
 
 void SharedSafetensors::finish() {
   State& s = *state_;
   s.world.together([&] {
+    s.thread.finish();
     if (!s.waits.empty()) throw std::logic_error(text(s.waits.size(), " of ", s.missing.size(), " blocks were not written"));
     for (const size_t shard : s.touched) make_durable(s.path(s.shards[shard]));
   });
-  s.file.reset(), s.notes.reset();
+  s.file.reset();
+  s.notes.reset();
   s.on_first_rank([&] {
     for (const SafetensorsShard& shard : s.shards) make_durable(s.path(shard));   // headers; an interrupted attempt's bytes
     if (s.shards.size() > 1) write_text_durably(s.directory / kSafetensorsIndex, safetensors_index(s.items, s.shards));

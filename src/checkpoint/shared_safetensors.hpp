@@ -10,7 +10,8 @@ namespace upcycle {
 /// Writes what SafetensorsWriter writes, byte for byte, from several ranks at once, and goes on where an interrupted attempt stopped.
 /// The directory is the caller's workplace, who publishes it by a rename. Rank 0 lays the files out; then every rank writes blocks of
 /// its own at their offsets, and notes in a small file beside them (.resume.<rank>) the XXH3 of each block that was written. What a
-/// later attempt finds noted it reads again; where the bytes are as noted they stay. Memory: one block.
+/// later attempt finds noted it reads again; where the bytes are as noted they stay. Memory: some 32 MiB of blocks, which a thread writes
+/// (with O_DIRECT where the file system can) while the next ones are made.
 class SharedSafetensors {
  public:
   /// Elements of one item that lie together: whole rows, or a part of one.
@@ -39,7 +40,8 @@ class SharedSafetensors {
   const std::vector<Block>& missing() const noexcept;
   const SafetensorsItem& item(const Block&) const;
 
-  /// `values`: of the block's size, any dtype, any device; cast to the item's dtype. In any order, each once.
+  /// `values`: of the block's size, any dtype, any device; cast to the item's dtype. In any order, each once. Throws UserError for what
+  /// went wrong with an earlier block, too.
   void write(const Block&, const Tensor& values);
 
   /// **Collective.** All bytes on the disk, then the index; the notes are removed. Throws std::logic_error when blocks are missing.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <iomanip>
 
 #include "base/error.hpp"
@@ -20,7 +21,10 @@ Tensor bits(const Tensor& x) { return x.contiguous().view(x.element_size() == 2 
 
 /// Compares `value` (part of `spec` from `begin` on) with `expected`. Returns how many differ; tells of the first.
 int64_t compare(const std::string& name, const Shape& begin, const Tensor& value, const Tensor& expected, std::string& first) {
-  const Tensor differs = bits(value).ne(bits(expected));
+  // Nearly always all are equal, and that shows much faster.
+  const Tensor a = value.contiguous(), b = expected.contiguous();
+  if (std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0) return 0;
+  const Tensor differs = bits(a).ne(bits(b));
   const int64_t count = differs.sum().item<int64_t>();
   if (count == 0 || !first.empty()) return count;
   const Tensor place = differs.nonzero().select(0, 0);
@@ -116,7 +120,7 @@ void check_experts(WeightLevel& level, const ParameterSpec& spec, const Box& box
       dense = dense_units(read, slice, order.data() + begin, wanted.size[static_cast<size_t>(slice.unit_dim)], f,
                           box.begin[static_cast<size_t>(2 - slice.unit_dim)], other);
     }
-    const Tensor expected = dense.to(at::kFloat).mul(slice.factor).to(value.scalar_type());
+    const Tensor expected = (slice.factor == 1.0 ? dense : dense.to(at::kFloat).mul(slice.factor)).to(value.scalar_type());
     std::string first;
     const int64_t differ = compare(spec.name, {e, box.begin[1], box.begin[2]}, value.select(0, i).unsqueeze(0), expected.unsqueeze(0), first);
     const int64_t allowed = recipe.noise > 0 ? elements(wanted) : redrawn;

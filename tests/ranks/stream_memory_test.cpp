@@ -24,7 +24,7 @@ namespace {
 
 namespace fs = std::filesystem;
 constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kMargin = 150 * kMiB;   // beyond the program itself; the writer's own ring is 64 MiB of it
+constexpr int64_t kMargin = 120 * kMiB;   // beyond the program itself; the writer's own ring is 64 MiB of it
 
 /// RssAnon + RssShmem, in bytes.
 int64_t own_memory() {
@@ -84,17 +84,21 @@ void write_model(const fs::path& folder, const Architecture& architecture) {
 }
 
 TEST(StreamMemory, ConvertAndExportTakeAFewBlocks) {
+  mallopt(M_MMAP_THRESHOLD, 1 << 17);   // and stays there: malloc else keeps some 64 MiB of what was freed, which is no block of ours
   const Communicator world = Communicator::everyone();
   std::optional<Scratch> scratch;
   if (world.rank() == 0) scratch.emplace();
   const fs::path root = world.broadcast(scratch ? scratch->path().string() : "", 0);
   if (world.rank() == 0) write_model(root / "dense", dense_model());
   world.barrier();
-  malloc_trim(0);
 
   RunConfig run;
-  run.run.directory = (root / "run").string();
   run.source.model = (root / "dense").string();
+  run.run.directory = (root / "copy").string();
+  convert_to_checkpoint(run, world);   // LibTorch and HDF5 keep some 60 MiB from their first use on
+  export_to_hf(root / "copy", root / "copied", {}, world);
+  malloc_trim(0);
+  run.run.directory = (root / "run").string();
   run.moe_given = true, run.moe.experts = 8, run.moe.top_k = 2;
   const auto measured = [&](const char* what, int64_t bytes, auto action) {
     const auto start = std::chrono::steady_clock::now();
@@ -102,7 +106,7 @@ TEST(StreamMemory, ConvertAndExportTakeAFewBlocks) {
     action();
     const int64_t grew = world.all_reduce(peak.end(), Reduce::max), most = world.all_reduce(peak.most(), Reduce::max);
     EXPECT_LT(grew, kMargin) << what;
-    EXPECT_GT(bytes, 2 * kMargin) << what << ": a rank that held its share could not hide it";
+    EXPECT_GT(bytes / world.size(), kMargin * 3 / 2) << what << ": a rank that held its share could not hide it";
     if (world.rank() != 0) return;
     std::cout << what << ": " << bytes / kMiB << " MiB written, most of a rank: " << grew / kMiB << " MiB beyond " << (most - grew) / kMiB << " MiB; "
               << std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() << " s\n";
