@@ -212,6 +212,9 @@ Verification verify(const CheckpointReader& reader, const Communicator& world) {
   const std::vector<ParameterSpec> specs =
       catalogue(architecture_from_hf(manifest.architecture, (reader.folder() / kManifestFile).string()));
   const std::set<std::string> known = {kWeightsFile, kMastersFile, kFirstMomentsFile, kSecondMomentsFile};
+  if (const auto step = step_of(reader.folder().filename().string()); step && *step != manifest.step) {
+    out.problems.push_back(text(reader.folder().string(), ": its manifest is of step ", manifest.step));
+  }
   if (!manifest.files.contains(kWeightsFile)) out.problems.push_back(text(kWeightsFile, " is missing"));
   if (manifest.files.contains(kFirstMomentsFile) != manifest.files.contains(kSecondMomentsFile)) {
     out.problems.push_back(text("only one of ", kFirstMomentsFile, " and ", kSecondMomentsFile, " is there"));

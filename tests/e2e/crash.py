@@ -48,7 +48,7 @@ class Lane:
     def finish(self, job, never_made=None):
         """Holds what the job loaded against what was published, and notes what it published itself. `never_made`: the rank that was killed
         right before the last call that it tells of."""
-        said = job.communicate(timeout=60)[0]
+        said = job.communicate(timeout=300)[0]
         story = f"seed {SEED}, {self.steps}: {self.announced.read_text() if self.announced.exists() else 'nothing announced'}\n{said}"
         announced = [line.split() for line in self.announced.read_text().splitlines()] if self.announced.exists() else []
         loaded = [int(step) for word, *step in announced if word == "loaded" for step in step]
@@ -83,7 +83,7 @@ class Lane:
         when = self.random.choice(["before", "middle", "after"] if kind == "write" else ["before", "after"])
         everyone = self.random.random() < 0.4
         job = self.start(ranks, f"{rank} {kind} {self.random.randint(1, usual[rank])} {when}{'-all' if everyone else ''}")
-        job.wait(60)
+        job.wait(300)
         events, _, story = self.finish(job, rank if job.returncode != 0 and when == "before" else None)
         if job.returncode == 0:
             return   # fewer calls than usual: nothing was in the way, or to be removed

@@ -141,7 +141,7 @@ def flipped_bit_in_metadata(step):
 
 def flipped_bit_in_the_manifest(step):
     path = step / "manifest.json"
-    flip(path, path.read_bytes().index(b'"step"') - 20)
+    flip(path, path.read_bytes().index(b'"run_id": "') + 15)
 
 
 def another_step_number(step):
@@ -179,7 +179,7 @@ DAMAGES = {
     flipped_bit_in_a_checksum: (1, NOT_WRITTEN, NOT_WRITTEN),
     flipped_bit_in_metadata: (1, "weights.h5", "weights.h5"),
     flipped_bit_in_the_manifest: (2, "manifest.json: is not what was written", "manifest.json: is not what was written"),
-    another_step_number: (1, "is of step 5", "is of step 5"),
+    another_step_number: (1, "step-00000006: its manifest is of step 5", None),
     future_version: (2, "schema version 99, but this program reads versions 1 to 2 only", "schema version 99"),
     half_a_manifest: (2, "manifest.json: not valid JSON", "manifest.json: not valid JSON"),
     empty_manifest: (2, "manifest.json: not valid JSON", "manifest.json: not valid JSON"),
@@ -212,10 +212,14 @@ class Damaged(TrainCase):
         run_file.write_text(run_file.read_text().replace(Damaged.root, str(self.root)))
 
     def unchanged(self, command, expect):
-        """What the command says, once, and that it leaves everything as it was."""
+        """What the command says, once, and that it leaves everything as it was. A job that has the directory says so in heartbeat/ and in
+        run.toml, before it reads the values of its checkpoint."""
         before = self.tree()
         said = self.upcycle(*command, expect=expect)
-        self.assertEqual(self.tree(), before, "something was written")
+        after = self.tree()
+        self.assertEqual(sorted(after), sorted(before), "something was written or lost")
+        claims = {self.run_directory / "run.toml", self.run_directory / "heartbeat/rank_00000"} if command[0] == "train" else set()
+        self.assertEqual([path for path in before if after[path] != before[path] and path not in claims], [], "something was changed")
         return said
 
     def test_each_damage(self):
@@ -227,12 +231,14 @@ class Damaged(TrainCase):
                 self.assertIn(verify_says, said)
                 if code == 1:
                     self.assertIn("BAD", said)
-                said = self.unchanged(["train", self.path, "--set", "train.steps=8"], 2)
+                if train_says is None:
+                    continue
+                said = self.unchanged(["train", self.path, "--set", "train.steps=8", "--accept-changes"], 2)
                 self.assertIn(train_says, said)
                 self.assertEqual(said.count("upcycle: "), 1, said)
         self.fresh()   # and what is not damaged goes on
         self.unchanged(["verify", self.step], 0)
-        self.upcycle("train", self.path, "--set", "train.steps=8")
+        self.upcycle("train", self.path, "--set", "train.steps=8", "--accept-changes")
 
     def test_several_ranks_see_the_same(self):
         self.fresh()
@@ -254,13 +260,13 @@ class Damaged(TrainCase):
         (self.step / "weights.h5").chmod(0)
         self.addCleanup((self.step / "weights.h5").chmod, 0o600)
         self.assertIn("Permission denied", self.upcycle("verify", self.step, expect=1))
-        self.assertIn("Permission denied", self.upcycle("train", self.path, "--set", "train.steps=8", expect=2))
+        self.assertIn("Permission denied", self.upcycle("train", self.path, "--set", "train.steps=8", "--accept-changes", expect=2))
 
     def test_a_checkpoint_of_another_run(self):
         self.fresh()
         shutil.copytree(checkpoint(Path(Damaged.trained.name) / "other", 7), checkpoint(self.run_directory, 7))
         self.assertIn("good", self.unchanged(["verify", self.run_directory], 0))
-        said = self.unchanged(["train", self.path, "--set", "train.steps=8"], 2)
+        said = self.unchanged(["train", self.path, "--set", "train.steps=8", "--accept-changes"], 2)
         self.assertIn("step-00000007", said)
 
 

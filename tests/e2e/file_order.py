@@ -29,7 +29,7 @@ class Case(TrainCase):
         self.trace.unlink(missing_ok=True)
         job = file_calls.start(WRITER, self.steps, steps, self.announced, ranks=ranks, under=self.steps.parent if announcements else self.steps,
                                trace=self.trace, hurt=hurt)
-        said = job.communicate(timeout=60)[0]
+        said = job.communicate(timeout=300)[0]
         self.assertEqual(job.returncode, expect, said)
         return said, file_calls.read_trace(self.trace)
 
@@ -136,7 +136,7 @@ class Faults(Case):
         def train(hurt, expect=2, steps=6):
             self.trace.unlink(missing_ok=True)
             job = file_calls.start(tiny_run.UPCYCLE, "train", path, "--set", f"train.steps={steps}", ranks=2, under=self.steps, trace=self.trace, hurt=hurt)
-            said = job.communicate(timeout=100)[0]
+            said = job.communicate(timeout=300)[0]
             self.assertEqual(job.returncode, expect, said)
             return said
         for hurt in (f"0 write 9 {errno.ENOSPC}", f"1 write 2 {errno.ENOSPC}", f"1 fsync 1 {errno.EIO}"):

@@ -54,9 +54,10 @@ class OldCheckpoints(unittest.TestCase):
         manifest = json.loads((step / "manifest.json").read_text())
         self.assertEqual(manifest["schema_version"], 1)
         (self.root / "run.toml").write_text(
-            f'[run]\nname = "old"\ndirectory = "run"\ndevice = "cpu"\n[source]\nmodel = "run/checkpoints/step-00000003"\n[moe]\nexperts = 4\ntop_k = 2\n'
+            f'[run]\nname = "old"\ndirectory = "run"\ndevice = "cpu"\n[source]\nmodel = "dense"\n[moe]\nexperts = 4\ntop_k = 2\n'
             '[data]\ntrain = "mock"\n[train]\nsteps = 5\nsequence = 16\nglobal_batch = 4\nprecision = "bf16"\n')
-        said = self.upcycle("train", "run.toml")
+        (self.root / "run/run.toml").write_text("")   # what says that this is a run's directory
+        said = self.upcycle("train", "run.toml", "--accept-changes")   # two steps more: another schedule
         self.assertIn("resuming from run/checkpoints/step-00000003", said)
         newest = self.root / "run/checkpoints/step-00000005"
         self.assertEqual(json.loads((newest / "manifest.json").read_text())["schema_version"], 2)

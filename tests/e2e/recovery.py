@@ -157,29 +157,29 @@ class BadSteps(TrainCase):
 
 
 class Spikes(TrainCase):
-    """A text that is soon known by heart, with one document of noise in it: its samples come up once each in an epoch."""
-    STEPS = 170
+    """A text that is soon known by heart, with documents of noise in it: their samples come up once each in an epoch."""
+    STEPS = 220
     DATA = 'train = [[1.0, "text"]]\nsplit = [1, 0, 0]'
-    EXTRA = (MOE + '[parallel]\nexpert = 2\n[optimizer]\nschedule = "constant"\nlr = 3e-3\nwarmup = 10\n'
+    EXTRA = (MOE + '[parallel]\nexpert = 2\n[optimizer]\nschedule = "constant"\nlr = 1e-2\n'
              '[balance]\nscope = "global"\nbias_rate = 0.001\n[checkpoint]\nevery = 20\nkeep = 2\n')
 
     def setUp(self):
         super().setUp()
         random = np.random.default_rng(5)
-        verse = np.tile(np.arange(8) * 11, 400 * SEQUENCE // 8)
-        write_tokens(self.root / "text", [verse[:200 * SEQUENCE], random.integers(0, VOCAB, 3 * SEQUENCE), verse[:200 * SEQUENCE]])
+        verse = np.tile(np.arange(8) * 11, 150 * SEQUENCE // 8)
+        write_tokens(self.root / "text", [verse, random.integers(0, VOCAB, 2 * SEQUENCE)] * 4)
 
     def run_of(self, name, **settings):
         return self.run_file(name, self.EXTRA, steps=self.STEPS, global_batch=2, data=self.DATA, **settings)
-
-    def noisy(self, run):
-        return [line["step"] for line in steps_of(run) if line["step"] > 90 and line["loss"] > 1.0]
 
     def test_skipped_and_counted_alike_however_often_the_run_was_stopped(self):
         path, straight = self.run_of("straight", spike=6.0)
         said = self.upcycle("train", path, ranks=2)
         spikes = [line["step"] for line in steps_of(straight) if line.get("spike")]
-        self.assertTrue(spikes and spikes == self.noisy(straight), (spikes, self.noisy(straight)))
+        losses = {line["step"]: line["loss"] for line in steps_of(straight)}
+        self.assertGreaterEqual(len(spikes), 2)
+        self.assertTrue(all(losses[step] > 0.5 for step in spikes), losses)
+        self.assertTrue(all(step in spikes for step, loss in losses.items() if step > 64 and loss > 2), losses)
         self.assertTrue(all(line["skipped"] == (line["step"] in spikes) for line in steps_of(straight)))
         self.assertIn(f"step {spikes[0]}: the loss, ", said)
         training = manifest_of(checkpoint(straight, self.STEPS))["training"]
@@ -199,7 +199,7 @@ class Spikes(TrainCase):
 
     def test_rolled_back_and_on_behind_the_data(self):
         path, run = self.run_of("run", spike=6.0, nan_limit=1, rollbacks=20)
-        said = self.upcycle("train", path, ranks=2)
+        said = self.upcycle("train", path, "--set", "checkpoint.asynchronous=true", ranks=2)   # a save may be on its way
         back = lines_of(run, "rollback")
         self.assertGreaterEqual(len(back), 1)
         self.assertIn(f"the loss was a spike (train.spike) for 1 steps in a row, last at step {back[0]['from']}: back to the checkpoint of step {back[0]['step']}", said)
@@ -216,7 +216,7 @@ class Spikes(TrainCase):
         self.assertEqual((training["skipped"], training["updates"]), (0, self.STEPS), "counted as the checkpoints have it")
         taken_back = sum(line["from"] - line["step"] for line in back)
         self.assertEqual(training["position"], 2 * (self.STEPS + taken_back))
-        self.assertEqual(steps_in(run), [160, 170])
+        self.assertEqual(steps_in(run), [200, 220])
 
 
 class Replicas(TrainCase):
@@ -238,8 +238,8 @@ class KeepBest(TrainCase):
     def test_the_best_stays(self):
         """Validation is on other text than training: soon it gets worse."""
         random = np.random.default_rng(6)
-        write_tokens(self.root / "train", [np.full(400, 7)])
-        write_tokens(self.root / "held_out", [random.integers(0, VOCAB, 8 * SEQUENCE + 1)])
+        write_tokens(self.root / "train", [random.integers(0, VOCAB // 2, 3000)])
+        write_tokens(self.root / "held_out", [random.integers(VOCAB // 2, VOCAB, 8 * SEQUENCE + 1)])
         path, run = self.run_file("run", self.EXTRA, steps=16, data='train = [[1.0, "train"]]\nvalidation = [[1.0, "held_out"]]')
         for steps in (10, 16):   # found again by the second start
             self.upcycle("train", path, "--set", f"train.steps={steps}", ranks=2)
@@ -261,7 +261,7 @@ class KeepBest(TrainCase):
 
 
 class Damage(TrainCase):
-    """Needs the checksums of blocks that are verified while a checkpoint is loaded: without them nothing sees the flipped bit."""
+    """One bit that flipped on the disk: the checksums of blocks, verified while a checkpoint is loaded, tell."""
 
     def trained(self):
         path, run = self.run_file("run", MOE + CONSTANT + "[checkpoint]\nevery = 2\nkeep = 9\n", steps=6)
@@ -285,7 +285,7 @@ class Damage(TrainCase):
         for file in ("weights.h5", "exp_avg_sq.h5"):
             with self.subTest(file):
                 self.flip(checkpoint(run, 6), file, name)
-                said = self.upcycle("train", path, "--set", "parallel.expert=2", ranks=2)
+                said = self.upcycle("train", path, ranks=2)
                 for word in (file, name.replace("/", "."), "step-00000006.damaged-1", "the newest valid one before it, step-00000004", "resuming from"):
                     self.assertIn(word, said)
                 self.assertEqual([line["step"] for line in steps_of(run)], [1, 2, 3, 4, 5, 6, 5, 6])

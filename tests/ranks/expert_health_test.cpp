@@ -92,7 +92,7 @@ std::vector<LayerHealth> brute_force(Weights& weights, const Mesh& mesh, const R
     if (!architecture.is_moe_layer(layer)) continue;
     std::vector<Tensor> own(static_cast<size_t>(N)), dense(own);
     for (const char* const matrix : {"gate", "up", "down"}) {
-      const ParameterSpec& spec = find(all, text("model.layers.", layer, ".mlp.experts.", matrix, "_proj.weight"));
+      const ParameterSpec spec = find(all, text("model.layers.", layer, ".mlp.experts.", matrix, "_proj.weight"));
       const Tensor values = gathered(spec, weights, mesh);
       const int64_t unit_dim = std::string(matrix) == "down" ? 1 : 0;
       const double factor = !recipe ? 1 : unit_dim ? recipe->down_factor : matrix[0] == 'u' ? recipe->up_factor : recipe->gate_factor;

@@ -27,16 +27,20 @@ Architecture small() {
 class Saving : public testing::Test {
  protected:
   void SetUp() override {
-    ParallelSection parallel;
-    parallel.tensor = world_size() >= 4 ? 2 : 1;   // column cuts, so that blocks travel
-    state_.emplace(small(), parallel, at::kBFloat16);
-    state_->fill();
+    begin();
     std::optional<Scratch>& own = scratch_;
     if (world().rank() == 0) own.emplace();
     folder_ = world().broadcast(own ? own->path().string() : "", 0);
     reference_ = digest_of_tensors(read_manifest(save_checkpoint(folder_ / "reference", state_->mesh, state_->stage.weights(), &*state_->optimizer, {3, 12, 0}, record_)).tensors);
   }
   void TearDown() override { world().barrier(); }
+
+  void begin() {
+    ParallelSection parallel;
+    parallel.tensor = world_size() >= 4 ? 2 : 1;   // column cuts, so that blocks travel
+    state_.emplace(small(), parallel, at::kBFloat16);
+    state_->fill();
+  }
 
   const Communicator& world() { return state_->mesh.world(); }
 
@@ -69,9 +73,9 @@ TEST_F(Saving, BehindTheStepsIsTheStateOfThatStep) {
   settings.asynchronous = true;
   for (const uint64_t room : {kMuch, uint64_t{0}}) {   // from a copy; streamed
     SCOPED_TRACE(room);
+    begin();
     const fs::path checkpoints = folder_ / text("room-", room);
     Saver saver(checkpoints, state_->mesh, settings, [] {}, [=] { return room; });
-    state_->fill();
     saver.save(state_->stage.weights(), &*state_->optimizer, {3, 12, 0}, record_, true);
     saver.before_update();
     spoil();

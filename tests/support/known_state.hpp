@@ -17,7 +17,9 @@ inline void known_content(const std::string& kind, const ParameterSpec& spec, co
   ParameterSpec renamed = spec;
   renamed.name = kind + "/" + spec.name;
   renamed.role = Role::feed_forward;  // norms would be ones
-  initialise(renamed, box, Architecture{}, 7, target);
+  Architecture deep;
+  deep.layers = 3;                    // of which the spread of some depends
+  initialise(renamed, box, deep, 7, target);
 }
 
 inline Tensor known(const std::string& kind, const ParameterSpec& spec, const Box& box) {

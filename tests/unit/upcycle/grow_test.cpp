@@ -101,7 +101,7 @@ TEST(Grow, StatisticsAreMadeOnceForAllBoxesOfAnExpert) {
   config.upcycle.drop = 0.4, config.upcycle.noise = 0.1;
   const Recipe recipe = recipe_of(config, dense);
   const std::vector<ParameterSpec> specs = catalogue(recipe.moe);
-  const ParameterSpec& spec = find(specs, kMlp + "experts.up_proj.weight");
+  const ParameterSpec spec = find(specs, kMlp + "experts.up_proj.weight");
   ExpertFacts facts;
   dense.reads.clear();
   for (int64_t row = 0; row < spec.shape[1]; ++row) {
@@ -145,7 +145,7 @@ TEST(Grow, FillsStridedViewsAndNothingBesideThem) {
     EXPECT_TRUE(at::equal(both.narrow(1, 0, fe), at::full({recipe.moe.experts, fe, recipe.moe.hidden}, -9.0, at::kFloat))) << name;
     grow(gate, whole(gate.shape), recipe, dense.reader(), both.narrow(1, 0, fe));
     EXPECT_TRUE(at::equal(both.narrow(1, 0, fe), grown(gate, recipe, dense))) << name;
-    const ParameterSpec& router = find(specs, kMlp + "gate.weight");
+    const ParameterSpec router = find(specs, kMlp + "gate.weight");
     const Tensor columns = at::full({recipe.moe.hidden, recipe.moe.experts}, -9.0, at::kFloat);
     grow(router, whole(router.shape), recipe, dense.reader(), columns.t());
     EXPECT_TRUE(at::equal(columns.t(), grown(router, recipe, dense))) << name;
@@ -222,7 +222,7 @@ TEST(Grow, SeedsDrawOtherRoutersAndLayersDiffer) {
   config.run.seed = 99;
   const Recipe other = make_recipe(dense_architecture(), config);
   const auto specs = catalogue(one.moe);
-  const ParameterSpec& router = find(specs, kMlp + "gate.weight");
+  const ParameterSpec router = find(specs, kMlp + "gate.weight");
   EXPECT_FALSE(at::equal(grown(router, one, dense), grown(router, other, dense)));
   EXPECT_FALSE(at::equal(grown(router, one, dense), grown(find(specs, "model.layers.2.mlp.gate.weight"), one, dense)));
 }

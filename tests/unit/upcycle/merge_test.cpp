@@ -56,7 +56,7 @@ TEST(Merge, AnyBoxIsThatPartOfTheWhole) {
     const Mixture mixture(recipe, dense, at::kFloat);
     for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
       const std::vector<ParameterSpec> specs = catalogue(recipe.source);
-      const ParameterSpec& spec = find(specs, text("model.layers.1.mlp.", name, ".weight"));
+      const ParameterSpec spec = find(specs, text("model.layers.1.mlp.", name, ".weight"));
       const Tensor all = merged(spec, whole(spec.shape), recipe, mixture.reader());
       for (const Box& box : {Box{{3, 0}, {1, spec.shape[1]}}, Box{{5, 2}, {6, 7}}, Box{{0, 1}, {spec.shape[0], 3}}, Box{{4, 4}, {0, 2}}}) {
         EXPECT_TRUE(at::equal(merged(spec, box, recipe, mixture.reader()), slice(all, box))) << name << describe(box);
