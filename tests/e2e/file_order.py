@@ -86,11 +86,16 @@ class Order(Case):
         self.assertLess(durable, removals[0])
         self.assertFalse([e for e in events[publish:] if e.kind == "write" and final in e.path.parents])
 
-    def test_the_first_save_makes_its_directory_durable(self):
-        _, events = self.save(steps=1, announcements=True)
-        made = [i for i, e in enumerate(events) if e.kind == "create" and e.path == self.steps and e.succeeds]
-        told = self.last(events, lambda e: e.path == self.announced and e.kind == "write")
-        self.assertLess(self.after(events, made[0], "fsync", self.steps.parent), told)
+    def test_the_first_save_of_a_run(self):
+        """The directory of checkpoints is there for good before the first of them is published in it."""
+        path, run = self.run_file("run", steps=1)
+        job = file_calls.start(tiny_run.UPCYCLE, "train", path, ranks=2, under=self.root, trace=self.trace)
+        self.assertEqual(job.wait(300), 0, job.stdout.read())
+        job.stdout.close()
+        events = file_calls.read_trace(self.trace)
+        made = self.last(events, lambda e: e.kind == "create" and e.path == self.steps and e.succeeds)
+        publish = min(i for i, e in enumerate(events) if e.begins and e.kind == "rename" and e.path == self.steps / "step-00000000.partial")
+        self.assertLess(self.after(events, made, "fsync", run), publish)
 
 
 class Faults(Case):
@@ -135,7 +140,8 @@ class Faults(Case):
 
         def train(hurt, expect=2, steps=6):
             self.trace.unlink(missing_ok=True)
-            job = file_calls.start(tiny_run.UPCYCLE, "train", path, "--set", f"train.steps={steps}", ranks=2, under=self.steps, trace=self.trace, hurt=hurt)
+            job = file_calls.start(tiny_run.UPCYCLE, "train", path, "--set", f"train.steps={steps}", "--accept-changes", ranks=2, under=self.steps,
+                                   trace=self.trace, hurt=hurt)
             said = job.communicate(timeout=300)[0]
             self.assertEqual(job.returncode, expect, said)
             return said
