@@ -10,6 +10,7 @@ import unittest
 import numpy as np
 
 import tiny_run
+from check_schema import digest_of
 from tiny_run import MOE, VOCAB, TrainCase, checkpoint, write_tokens
 
 VALIDATE = "[validate]\nevery = 6\nbatches = 2\n[optimizer]\nlr = 1e-2\nschedule = \"constant\"\n"
@@ -69,7 +70,7 @@ class Evaluate(TrainCase):
         manifest = checkpoint(run, 5) / "manifest.json"
         content = json.loads(manifest.read_text())
         del content["training"]["routers"]
-        manifest.write_text(json.dumps(content))
+        manifest.write_text(json.dumps(content | {"digest": digest_of(content)}))
         self.assertGreater(abs(self.losses(run_file)["step 5"] - self.validations(run)[5]), 1e-4, "the biases mattered")
 
     def test_other_data_and_fewer_batches(self):
