@@ -104,7 +104,7 @@ double plain_read(const fs::path& path, const Communicator& world, int64_t bytes
   return watch.seconds();
 }
 
-int measure(const std::string& run_file, const fs::path& directory, int repeats) {
+int save_and_load(const std::string& run_file, const fs::path& directory, int repeats) {
   const RunConfig config = read_run(run_file);
   const Mesh mesh(Grid(config.parallel, world_size()));
   const Communicator& world = mesh.world();
@@ -141,7 +141,8 @@ int measure(const std::string& run_file, const fs::path& directory, int repeats)
     }
     const fs::path step = run / step_directory(1);
     int64_t bytes = 0;
-    for (const auto& [file, size] : read_manifest(step).files.items()) bytes += size.get<int64_t>();
+    const Manifest manifest = read_manifest(step);
+    for (const auto& [file, size] : manifest.files.items()) bytes += size.get<int64_t>();
     told["bytes"] = bytes;
     const int64_t share = bytes * (world.rank() + 1) / world.size() - bytes * world.rank() / world.size();
     for (const auto& [name, flags] : {std::pair("plain_write_seconds", 0), std::pair("plain_direct_write_seconds", O_DIRECT)}) {
@@ -171,7 +172,7 @@ int main(int argc, char** argv) {
   upcycle::MpiSession session(&argc, &argv);
   try {
     if (argc != 4) upcycle::fail("usage: checkpoint_io RUN.toml DIRECTORY REPEATS");
-    return upcycle::measure(argv[1], argv[2], std::stoi(argv[3]));
+    return upcycle::save_and_load(argv[1], argv[2], std::stoi(argv[3]));
   } catch (const std::exception& error) {
     std::cerr << "checkpoint_io: " << error.what() << std::endl;
     upcycle::abort_all_ranks(2);
