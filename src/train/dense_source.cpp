@@ -86,7 +86,7 @@ WeightSource::WeightSource(const fs::path& path) {
   } else {
     std::string why;
     for (const std::string& line : refused) why += "\n  " + line;
-    if (refused.empty() && fs::exists(path / "run.toml")) fail(path.string(), ": the directory of a run that has no checkpoint (yet)");
+    if (refused.empty() && fs::exists(path / "run.toml") && fs::is_directory(path / "checkpoints")) fail(path.string(), ": the directory of a run that has no checkpoint (yet)");
     fail(path.string(), ": neither a Hugging Face directory (no config.json) nor a valid checkpoint", why);
   }
   for (const ParameterSpec& spec : catalogue(architecture_)) specs_.emplace(spec.name, spec);
