@@ -65,6 +65,18 @@ void append(std::vector<Piece>& pieces, const Weights& weights, const Bucket& bu
   }
 }
 
+// Some value is not exactly its master. In small parts, up to the first such.
+bool differ(const Tensor& values, const Tensor& masters) {
+  constexpr int64_t kElements = int64_t{1} << 20;
+  if (values.dim() == 0) return !at::equal(values.to(at::kFloat), masters);
+  const int64_t rows = std::max<int64_t>(1, kElements / std::max<int64_t>(1, values.numel() / std::max<int64_t>(1, values.size(0))));
+  for (int64_t row = 0; row < values.size(0); row += rows) {
+    const int64_t size = std::min(rows, values.size(0) - row);
+    if (!at::equal(values.narrow(0, row, size).to(at::kFloat), masters.narrow(0, row, size))) return true;
+  }
+  return false;
+}
+
 // The names of parameters whose value in the compute dtype is not exactly the master, on any rank.
 std::set<std::string> rounded(const Weights& weights, const Communicator& world) {
   std::vector<std::string> names;
@@ -75,7 +87,7 @@ std::set<std::string> rounded(const Weights& weights, const Communicator& world)
     const Tensor values = own_of(bucket, bucket.values), masters = own_of(bucket, bucket.masters);
     for (const Slice& slice : slices(weights, bucket, bucket.own)) {
       const auto at = std::find(names.begin(), names.end(), slice.part->spec.name) - names.begin();
-      if (!at::equal(slice.of(values).to(at::kFloat), slice.of(masters))) flags[at] = 1;
+      if (flags[at].item<int64_t>() == 0 && differ(slice.of(values), slice.of(masters))) flags[at] = 1;
     }
   }
   world.all_reduce(flags, Reduce::max);
