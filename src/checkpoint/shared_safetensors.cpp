@@ -18,6 +18,7 @@
 #include "base/text_file.hpp"
 #include "checkpoint/block_file.hpp"
 #include "checkpoint/blocks.hpp"
+#include "checkpoint/boxes.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/safetensors_layout.hpp"
 #include "checkpoint/writer_thread.hpp"
@@ -81,9 +82,7 @@ struct SharedSafetensors::State {
   const SafetensorsShard& shard(const Block& block) const { return shards[shard_of[block.item]]; }
   fs::path path(const SafetensorsShard& s) const { return directory / s.name; }
   uint64_t offset(const Block& block) const {
-    const Shape& shape = items[block.item].shape;
-    int64_t first = 0;
-    for (size_t d = 0; d < shape.size(); ++d) first = first * shape[d] + block.box.begin[d];
+    const int64_t first = span_of(block.box, items[block.item].shape).begin;
     return shard(block).offsets[block.item - shard(block).begin] + static_cast<uint64_t>(first) * width(block);
   }
 

@@ -78,17 +78,6 @@ void WriterThread::set_room(uint64_t room) {
   room_ = room;
 }
 
-void WriterThread::prepare(uint64_t bytes) {
-  for (uint64_t done = 0; done < bytes; done += Blocks::kBytes) {
-    push([this] {
-      Tensor memory = page_aligned(Blocks::kBytes);
-      const std::lock_guard lock(mutex_);
-      size_ = std::max(size_, Blocks::kBytes);
-      if (size_ == Blocks::kBytes) spare_.push_back(std::move(memory));
-    });
-  }
-}
-
 void WriterThread::push(std::function<void()> task) {
   {
     const std::lock_guard lock(mutex_);

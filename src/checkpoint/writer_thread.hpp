@@ -24,8 +24,6 @@ class WriterThread {
   WriterThread& operator=(const WriterThread&) = delete;
 
   void set_room(uint64_t room);
-  /// Takes memory of `bytes` in advance, behind what else there is to do: page-locked memory takes a second a gigabyte.
-  void prepare(uint64_t bytes);
 
   /// Memory of `bytes`; waits while the room is taken. For one thread at a time. Throws what a task threw.
   Tensor borrow(int64_t bytes);
