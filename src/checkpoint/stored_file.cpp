@@ -25,7 +25,7 @@ std::string hex(uint64_t number) { return text(std::hex, std::setfill('0'), std:
 StoredFile::StoredFile(const std::filesystem::path& path) : path_(path) {
   const TensorFile file = TensorFile::open(path);
   size_t blocks = 0;
-  for (const TensorSpec& spec : file.list()) entries_.emplace(spec.name, Entry{spec, file.dataset(spec.name).offset(), 0});
+  for (const auto& [spec, offset] : file.list()) entries_.emplace(spec.name, Entry{spec, offset, 0});
   for (auto& [name, entry] : entries_) {
     entry.first_checksum = blocks;
     blocks += static_cast<size_t>(entry.blocks().count());

@@ -323,11 +323,14 @@ StoredDataset TensorFile::dataset(const std::string& name) const {
   return out;
 }
 
-std::vector<TensorSpec> TensorFile::list() const {
+std::vector<std::pair<TensorSpec, uint64_t>> TensorFile::list() const {
   std::vector<std::string> paths;
   collect(id_, "/", path_, paths);
-  std::vector<TensorSpec> out;
-  for (const std::string& path : paths) out.push_back(dataset(name_of_path(path)).spec());
+  std::vector<std::pair<TensorSpec, uint64_t>> out;
+  for (const std::string& path : paths) {
+    const StoredDataset found = dataset(name_of_path(path));
+    out.emplace_back(found.spec(), found.offset());
+  }
   return out;
 }
 

@@ -6,6 +6,7 @@
 #include <map>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/box.hpp"
@@ -83,8 +84,8 @@ class TensorFile {
   bool contains(const std::string& name) const;
   /// The checksums of every block, by the order of the tensors' names; empty for a file that has none (schema version 1).
   std::vector<uint64_t> checksums() const;
-  /// All tensors, in no particular order. Throws UserError on datasets of foreign types.
-  std::vector<TensorSpec> list() const;
+  /// All tensors, each with the place of its first byte, in no particular order. Throws UserError on datasets of foreign types.
+  std::vector<std::pair<TensorSpec, uint64_t>> list() const;
 
   /// Flushes and closes; throws where the destructor would hide a failure.
   void close();
