@@ -57,10 +57,23 @@ Heartbeat read_heartbeat(const fs::path& folder, int rank) {
     beat.doing = fields.at("doing");
     beat.quiet = std::stod(fields.at("quiet"));
     beat.count = std::stoll(fields.at("count"));
+    if (fields.contains("ranks")) beat.ranks = std::stoi(fields["ranks"]);
+    beat.life = fields["life"];
     beat.found = true;
   } catch (const std::exception&) {
   }
   return beat;
+}
+
+std::vector<Heartbeat> read_heartbeats(const fs::path& folder) {
+  std::vector<Heartbeat> all = {read_heartbeat(folder, 0)};
+  if (!all.front().found) return {};
+  for (int rank = 1; rank < all.front().ranks; ++rank) {
+    Heartbeat beat = read_heartbeat(folder, rank);
+    if (beat.life != all.front().life) beat = {.rank = rank};
+    all.push_back(std::move(beat));
+  }
+  return all;
 }
 
 bool write_heartbeat(const fs::path& folder, const Heartbeat& beat) {
@@ -69,7 +82,7 @@ bool write_heartbeat(const fs::path& folder, const Heartbeat& beat) {
     std::ofstream file(fresh, std::ios::trunc);
     file << "rank " << beat.rank << "\nhost " << beat.process.host << "\npid " << beat.process.pid << "\nstarted "
          << beat.process.started << "\nstep " << beat.step << "\ndoing " << beat.doing << "\nquiet " << std::fixed
-         << std::setprecision(3) << beat.quiet << "\ncount " << beat.count << '\n';
+         << std::setprecision(3) << beat.quiet << "\ncount " << beat.count << "\nranks " << beat.ranks << "\nlife " << beat.life << '\n';
     if (!file.flush()) return false;
   }
   std::error_code error;

@@ -17,9 +17,15 @@ struct Heartbeat {
   std::string doing;
   double quiet = 0;     ///< seconds without progress when it was written, by the rank's own clock
   int64_t count = 0;    ///< heartbeats so far: one that stays the same is old, whatever the reader's clock says
+  int ranks = 0;        ///< of its job; 0 where an older program wrote it
+  std::string life = {};   ///< names its job's start, the same for all its ranks: files of an earlier start may lie beside it
 };
 
 Heartbeat read_heartbeat(const std::filesystem::path& folder, int rank);
+
+/// The heartbeats of all ranks of the start whose rank 0 wrote its last: where a rank has none of that start, one that was not found. Empty
+/// where rank 0 has none.
+std::vector<Heartbeat> read_heartbeats(const std::filesystem::path& folder);
 
 /// Renamed into place, so that nobody reads half of it. False, and no error, when it can't be: a full disk must not end a run that
 /// still computes.

@@ -10,6 +10,7 @@ namespace upcycle::shutdown {
 namespace {
 
 std::atomic<int> first_signal = 0;
+std::atomic<bool> asked = false;
 static_assert(std::atomic<int>::is_always_lock_free, "a signal handler may only touch lock-free atomics");
 
 extern "C" void note_signal(int number) {
@@ -41,7 +42,9 @@ void listen(const std::string& signal_name) {
   fail("run.signal = \"", signal_name, "\": choose USR1, USR2, HUP, INT, ALRM, XCPU or TERM");
 }
 
-bool requested() noexcept { return first_signal.load() != 0; }
+void request() noexcept { asked = true; }
+
+bool requested() noexcept { return asked || first_signal.load() != 0; }
 
 int signal() noexcept { return first_signal.load(); }
 

@@ -7,7 +7,10 @@ namespace upcycle::shutdown {
 /// From now on `signal_name` ("USR1", "USR2", "HUP", ...; UserError otherwise) and TERM set the flag.
 void listen(const std::string& signal_name);
 
-/// True once one of the signals came.
+/// Sets the flag without a signal.
+void request() noexcept;
+
+/// True once one of the signals came, or request() was called.
 bool requested() noexcept;
 
 /// The number of the first signal that came, 0 before. For the log.

@@ -120,7 +120,9 @@ void Watchdog::look_on() {
 }
 
 void Watchdog::write() {
-  write_heartbeat(folder_, {rank_, true, job_[static_cast<size_t>(rank_)], step_, doing_.load(), quiet_, ++count_});
+  const Process& first = job_.front();
+  write_heartbeat(folder_, {rank_, true, job_[static_cast<size_t>(rank_)], step_, doing_.load(), quiet_, ++count_,
+                            static_cast<int>(job_.size()), text(first.host, '-', first.pid, '-', first.started)});
 }
 
 /// The local ranks whose process is gone although they had not finished.

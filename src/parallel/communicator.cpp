@@ -15,6 +15,7 @@
 #include "base/fault.hpp"
 #include "base/handle.hpp"
 #include "parallel/nccl.hpp"
+#include "parallel/own_time.hpp"
 #include "parallel/point_to_point.hpp"
 #include "parallel/reduce.hpp"
 
@@ -159,6 +160,7 @@ void Communicator::all_reduce(Tensor& x, Reduce how) const {
   if (size() == 1) return;
   want_reducible("all_reduce", x);
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::all_reduce(*state_->nccl, x, how);
   const Tensor flat = x.view(-1);
   const int64_t step = std::max<int64_t>(1, piece_bytes / x.element_size());
@@ -174,6 +176,7 @@ Tensor Communicator::all_gather(const Tensor& x, int64_t dim) const {
   if (size() == 1) return x;
   want_contiguous("all_gather", x);
   const Unrecorded guard;
+  const own_time::Call call;
   dim = x.dim() == 0 ? 0 : (dim + x.dim()) % x.dim();
   Tensor parts;  // [size, ...]
   if (by_nccl(x)) {
@@ -193,6 +196,7 @@ Tensor Communicator::reduce_scatter(const Tensor& x, int64_t dim) const {
   if (size() == 1) return x;
   want_reducible("reduce_scatter", x);
   const Unrecorded guard;
+  const own_time::Call call;
   dim = x.dim() == 0 ? 0 : (dim + x.dim()) % x.dim();
   const Tensor parts = parts_along(x, dim, size());
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -216,6 +220,7 @@ void Communicator::reduce_into_own_part(Tensor& x) const {
   want_reducible("reduce_into_own_part", x);
   want(x.dim() == 1 && x.numel() % size() == 0, "reduce_into_own_part", x, "the tensor must be flat, and the group's size divide it");
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::reduce_into_own_part(*state_->nccl, x, rank());
   const int64_t part = x.numel() / size();
   x.narrow(0, rank() * part, part).copy_(reduce_scatter(x, 0));
@@ -226,6 +231,7 @@ void Communicator::gather_from_own_part(Tensor& x) const {
   want_contiguous("gather_from_own_part", x);
   want(x.dim() == 1 && x.numel() % size() == 0, "gather_from_own_part", x, "the tensor must be flat, and the group's size divide it");
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::gather_from_own_part(*state_->nccl, x, rank());
   const int64_t part = x.numel() / size();
   const Tensor own = on_host(x.narrow(0, rank() * part, part)), all = x.is_cpu() ? x : host_room(x, x.sizes());
@@ -242,6 +248,7 @@ Tensor Communicator::all_to_all(const Tensor& x, std::span<const int64_t> send_r
        "all_to_all", x, "needs one number of rows per rank, and together those of the tensor");
   if (size() == 1) return x;
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::all_to_all(*state_->nccl, x, send_rows, receive_rows);
 
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -266,6 +273,7 @@ void Communicator::broadcast(Tensor& x, int root) const {
   if (size() == 1) return;
   want_contiguous("broadcast", x);
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::broadcast(*state_->nccl, x, root);
   const Tensor host = on_host(x);
   mpi::broadcast(state_->handle(), block_of(host), root, piece_bytes);
@@ -276,6 +284,7 @@ void Communicator::send(const Tensor& x, int to) const {
   want_contiguous("send", x);
   want(to >= 0 && to < size() && to != rank(), "send", x, "no such other rank");
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::send(*state_->nccl, x, to);
   mpi::send(state_->handle(), block_of(on_host(x)), to, piece_bytes);
 }
@@ -284,6 +293,7 @@ void Communicator::receive(Tensor& x, int from) const {
   want_contiguous("receive", x);
   want(from >= 0 && from < size() && from != rank(), "receive", x, "no such other rank");
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(x)) return nccl::receive(*state_->nccl, x, from);
   const Tensor host = x.is_cpu() ? x : host_room(x, x.sizes());
   mpi::receive(state_->handle(), block_of(host), from, piece_bytes);
@@ -299,6 +309,7 @@ void Communicator::send_receive(std::span<const Message> sent, std::span<const M
   }
   if (sent.empty() && received.empty()) return;
   const Unrecorded guard;
+  const own_time::Call call;
   if (by_nccl(sent.empty() ? received[0].x : sent[0].x)) return nccl::send_receive(*state_->nccl, sent, received);
 
   std::vector<Tensor> hosts;   // alive until all has moved
@@ -316,11 +327,14 @@ void Communicator::send_receive(std::span<const Message> sent, std::span<const M
 }
 
 void Communicator::barrier() const {
-  if (size() > 1) check(MPI_Barrier(state_->comm.get()), "MPI_Barrier");
+  if (size() == 1) return;
+  const own_time::Call call;
+  check(MPI_Barrier(state_->comm.get()), "MPI_Barrier");
 }
 
 int64_t Communicator::all_reduce(int64_t value, Reduce how) const {
   if (size() == 1) return value;
+  const own_time::Call call;
   const MPI_Op op = how == Reduce::sum ? MPI_SUM : how == Reduce::max ? MPI_MAX : MPI_MIN;
   check(MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_INT64_T, op, state_->comm.get()), "MPI_Allreduce");
   return value;
@@ -329,12 +343,14 @@ int64_t Communicator::all_reduce(int64_t value, Reduce how) const {
 std::vector<int64_t> Communicator::all_gather(int64_t value) const {
   std::vector<int64_t> values(static_cast<size_t>(size()), value);
   if (size() == 1) return values;
+  const own_time::Call call;
   check(MPI_Allgather(&value, 1, MPI_INT64_T, values.data(), 1, MPI_INT64_T, state_->comm.get()), "MPI_Allgather");
   return values;
 }
 
 std::string Communicator::broadcast(std::string message, int root) const {
   if (size() == 1) return message;
+  const own_time::Call call;
   int64_t length = static_cast<int64_t>(message.size());
   mpi::broadcast(state_->handle(), {reinterpret_cast<std::byte*>(&length), sizeof length}, root, piece_bytes);
   message.resize(static_cast<size_t>(length));
@@ -345,6 +361,7 @@ std::string Communicator::broadcast(std::string message, int root) const {
 std::vector<std::string> Communicator::all_gather(const std::string& message) const {
   std::vector<std::string> messages(static_cast<size_t>(size()), message);
   if (size() == 1) return messages;
+  const own_time::Call call;
   const std::vector<int64_t> lengths = all_gather(static_cast<int64_t>(message.size()));
   std::vector<Block> from_each;
   for (size_t r = 0; r < messages.size(); ++r) {

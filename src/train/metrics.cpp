@@ -41,8 +41,8 @@ Json column(const std::vector<LayerHealth>& layers, Of of) {
 
 }  // namespace
 
-Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory, int rank, int ranks, Scale scale,
-                 const TrainingState& state)
+Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory, int rank, std::vector<std::string> hosts,
+                 Scale scale, const TrainingState& state)
     : config_(config), scale_(scale), speaks_(rank == 0), directory_(directory), path_(directory / "metrics.jsonl") {
   if (!speaks_) return;
   size_ = history_.read(path_);
@@ -52,8 +52,9 @@ Metrics::Metrics(const RunConfig& config, const std::filesystem::path& directory
          {"step", state.step},
          {"tokens", state.position * config.train.sequence},
          {"time", utc_now()},
-         {"ranks", ranks},
+         {"ranks", hosts.size()},
          {"name", config.run.name}});
+  stragglers_ = Stragglers(std::move(hosts));
   // What a run tells at step 0 it tells again when it starts there again.
   if (config.log.tensorboard) events_.emplace(directory / "tensorboard", state.step == 0 ? 0 : state.step + 1);
 }
@@ -104,12 +105,22 @@ void Metrics::step(const StepReport& report, double seconds) {
                                    {"balance/dead_experts", static_cast<double>(report.dead_experts)},
                                    {"balance/dropped", static_cast<double>(report.dropped)}});
   }
+  stragglers_.add(report.own_seconds);
+  std::optional<Stragglers::Slowest> slowest;
+  if (is_told(report.step)) slowest = stragglers_.take();
+  if (slowest) {
+    line["slowest_rank"] = {{"rank", slowest->rank}, {"host", slowest->host}, {"seconds", slowest->seconds}, {"over_median", slowest->over_median}};
+    line["seconds_of_rank"] = slowest->seconds_of_rank;
+    scalars.push_back({"speed/slowest_rank_over_median", slowest->over_median});
+  }
   write(line);
   if (events_) events_->add(report.step, scalars);
-  print(report, rate);
+  print(report, rate, slowest);
 }
 
-void Metrics::print(const StepReport& report, double rate) {
+bool Metrics::is_told(int64_t step) const { return step % config_.log.every == 0 || step == config_.train.steps; }
+
+void Metrics::print(const StepReport& report, double rate, const std::optional<Stragglers::Slowest>& slowest) {
   const int64_t steps = config_.train.steps;
   std::string line = format("step %*ld/%ld  loss %.4f  lr %.2e  grad %.3f  %s tok/s", static_cast<int>(std::to_string(steps).size()),
                             static_cast<long>(report.step), static_cast<long>(steps), report.loss, report.lr,
@@ -120,8 +131,9 @@ void Metrics::print(const StepReport& report, double rate) {
   if (!report.tokens_per_expert.empty()) line += format("  load %.2f  entropy %.2f", report.load_max_over_mean, report.router_entropy);
   if (report.dead_experts > 0) line += format("  dead %ld", static_cast<long>(report.dead_experts));
   if (report.dropped > 0) line += format("  dropped %ld", static_cast<long>(report.dropped));
+  if (slowest) line += format("  slowest rank %d (%s) %.2fx", slowest->rank, slowest->host.c_str(), slowest->over_median);
   line += "  ETA " + duration(recent_seconds_ * static_cast<double>(steps - report.step));
-  if (report.step % config_.log.every == 0 || report.step == steps) {
+  if (is_told(report.step)) {
     log::info(line);
   } else {
     log::progress(bar(report.step, steps) + " " + line);

@@ -9,6 +9,7 @@
 #include "train/expert_health.hpp"
 #include "train/run_history.hpp"
 #include "train/run_summary.hpp"
+#include "train/stragglers.hpp"
 #include "train/trainer.hpp"
 
 namespace upcycle {
@@ -18,8 +19,8 @@ namespace upcycle {
 /// nothing. A file that can't be written, a full disk for example, is a LonelyMistake that names it.
 class Metrics {
  public:
-  /// Appends to <directory>/metrics.jsonl and marks the (re)start.
-  Metrics(const RunConfig&, const std::filesystem::path& directory, int rank, int ranks, Scale scale, const TrainingState&);
+  /// Appends to <directory>/metrics.jsonl and marks the (re)start. `hosts`: of every rank.
+  Metrics(const RunConfig&, const std::filesystem::path& directory, int rank, std::vector<std::string> hosts, Scale scale, const TrainingState&);
 
   /// `seconds`: what the step took.
   void step(const StepReport&, double seconds);
@@ -33,7 +34,9 @@ class Metrics {
 
  private:
   void write(const nlohmann::ordered_json& line);
-  void print(const StepReport&, double tokens_per_second);
+  void print(const StepReport&, double tokens_per_second, const std::optional<Stragglers::Slowest>&);
+  /// This step has a line on the console.
+  bool is_told(int64_t step) const;
 
   const RunConfig& config_;
   Scale scale_;
@@ -43,6 +46,7 @@ class Metrics {
   int64_t size_ = 0;              ///< bytes of the file
   std::optional<EventFile> events_;
   RunHistory history_;            ///< over all starts
+  Stragglers stragglers_;         ///< since the last line on the console
   double recent_seconds_ = -1.0;  ///< a step's seconds, averaged over the last ten or so: what the ETA believes; before the first: negative
 };
 

@@ -7,6 +7,7 @@
 #include "train/agreement.hpp"
 #include "train/restore.hpp"
 #include "train/run_directory.hpp"
+#include "train/run_requests.hpp"
 #include "train/run_steps.hpp"
 #include "train/setup.hpp"
 #include "train/start.hpp"
@@ -27,7 +28,7 @@ std::string describe(const Grid& grid) {
 // **Collective.** All that is read and checked before anything is allocated or written, alike on all ranks.
 void set_up(std::optional<Setup>& setup, const RunConfig& config, const Mesh& mesh, bool accept_changes) {
   setup.reset();
-  mesh.world().together([&] { setup.emplace(prepare_run(config, mesh, accept_changes)); });
+  mesh.world().together([&] { setup.emplace(prepare_run(config, mesh.world().size(), mesh.world().rank() == 0, accept_changes)); });
   agree(mesh.world(), "the run directory", {{"the newest checkpoint", setup->resume ? setup->resume->folder().string() : "none"}});
 }
 
@@ -40,6 +41,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
   std::optional<RunLock> lock;
   at::Device device = at::kCPU;
   world.together([&] {                                                   // 1. read and check everything
+    refuse_stop_file(config.run.directory);
     device = device::choose(config.run.device, host_rank());
     check_transport(device, config.run.transport);
     device::set_tf32(false);   // fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
@@ -53,6 +55,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
       if (newest.has_value() != setup->resume.has_value() || (newest && *newest != setup->resume->folder())) {
         fail("another job wrote ", newest->string(), " into ", setup->directory.string(), " just now: submit this one again");
       }
+      if (!setup->resume || setup->resume->manifest().step < config.train.steps) unmark_finished(setup->directory);
       claim_run_directory(setup->directory, config);
     }
   });
@@ -68,6 +71,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
       watchdog.beat(0, doing);
       if (lock) lock->touch();
     }).string());
+    if (world.rank() == 0) mark_finished(setup->directory, 0);
     return kDone;
   }
   watchdog.beat(-1, "connecting");

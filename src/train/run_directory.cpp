@@ -22,7 +22,7 @@ void check_run_directory(const std::filesystem::path& directory) {
   if (!fs::is_directory(directory)) fail("run.directory = ", directory.string(), " is not a directory");
   if (fs::exists(directory / kRunFile)) return;
   for (const auto& entry : fs::directory_iterator(directory)) {
-    if (entry.path().filename() == "lock") continue;
+    if (entry.path().filename() == "lock" || entry.path().filename() == "save") continue;
     fail("run.directory = ", directory.string(), " holds ", entry.path().filename().string(), " and no ", kRunFile,
          ": it is not a run's directory. Choose another one, or empty it");
   }

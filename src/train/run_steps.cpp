@@ -2,8 +2,10 @@
 
 #include "base/fault.hpp"
 #include "base/log.hpp"
+#include "base/shutdown.hpp"
 #include "device/device.hpp"
 #include "model/flops.hpp"
+#include "train/agreement.hpp"
 #include "train/memory_plan.hpp"
 #include "train/restore.hpp"
 #include "train/run.hpp"
@@ -18,6 +20,7 @@ Steps::Steps(Run& run)
       state_(trainer_.state()),
       experts_(run.stage.weights(), run.mesh, run.setup.record),
       looks_every_(run.setup.target.architecture.is_moe() ? run.config.log.experts_every : 0),
+      requests_(run.setup.directory, run.mesh.world().rank() == 0),
       bad_(run.config.train) {
   state_.routers = run_.setup.routers;
   if (run_.setup.resume) {
@@ -30,7 +33,9 @@ Steps::Steps(Run& run)
   saved_ = run_.setup.resume || state_.step == 0 ? state_.step : -1;
   const at::Device device = run_.stage.weights().all().front().parameter.value.device();
   const Communicator& world = run_.mesh.world();
-  metrics_.emplace(config_, run_.setup.directory, world.rank(), world.size(),
+  std::vector<std::string> hosts;
+  for (const Process& process : gather_processes(world)) hosts.push_back(process.host);
+  metrics_.emplace(config_, run_.setup.directory, world.rank(), std::move(hosts),
                    Scale{flops_per_token(run_.setup.target.architecture, config_.train.sequence),
                          device.is_cuda() ? peak_flops(device::name(device)) * world.size() : 0.0},
                    state_);
@@ -49,11 +54,15 @@ int Steps::to_the_end() {
   if (state_.step == 0 && looks_every_ > 0) look();
   if (state_.step == 0 && has_validation) validate();
   while (state_.step < config_.train.steps && !stop_) {
+    requests_.look();
+    if (requests_.stop()) shutdown::request();
+    word_.save = requests_.save();
     const Stopwatch launch;
-    PendingReport launched = trainer_.step();
+    PendingReport launched = trainer_.step(word_);
     launch_seconds_ = launch.seconds();
     settle(std::move(launched));
     run_.alive(state_.step, "training");
+    requests_.published(run_.saver.published());
     if (bad_.too_many()) {
       roll_back();
       continue;
@@ -61,7 +70,7 @@ int Steps::to_the_end() {
     const bool last = state_.step == config_.train.steps;
     const auto is_due = [&](int64_t every) { return every > 0 && (state_.step % every == 0 || last); };
     const bool compares = is_due(config_.train.check_replicas), looks = is_due(looks_every_);
-    const bool validates = has_validation && is_due(config_.validate.every), saves = is_due(config_.checkpoint.every);
+    const bool validates = has_validation && is_due(config_.validate.every), saves = is_due(config_.checkpoint.every) || save_;
     if (!compares && !looks && !validates && !saves) continue;
     settle({});
     if (bad_.too_many()) {
@@ -81,6 +90,9 @@ int Steps::to_the_end() {
   const bool stopped = state_.step < config_.train.steps;
   if (stopped && saved_ != state_.step) store();
   run_.saver.finish();
+  requests_.saving(saved_);   // what came too late for a step of its own
+  requests_.published(run_.saver.published());
+  if (!stopped && run_.mesh.world().rank() == 0) mark_finished(run_.setup.directory, state_.step);
   metrics_->end(state_, memory, run_.since.seconds(), run_.setup.target.architecture.experts, run_.checkpoints / step_directory(state_.step));
   return stopped ? kRequeue : kDone;
 }
@@ -92,7 +104,9 @@ void Steps::settle(std::optional<PendingReport> next) {
     const Stopwatch wait;
     const StepReport report = read(*pending_);
     metrics_->step(report, pending_seconds_ + wait.seconds());
+    if (pending_->own_time) word_.own_seconds = pending_->own_time->seconds();
     stop_ = stop_ || report.stop_requested;
+    save_ = save_ || report.save_requested;
     state_.skipped += report.skipped;
     bad_.add(report);
     run_.saver.step(report.saver_writes, report.saver_failed);
@@ -106,6 +120,7 @@ void Steps::look() {
 }
 
 std::optional<double> Steps::validate() {
+  run_.alive(state_.step, "validating");
   const double loss = trainer_.validate(*run_.setup.validation, config_.validate.batches);
   metrics_->validation(state_.step, state_.position, loss);
   return std::isfinite(loss) ? std::optional(loss) : std::nullopt;
@@ -116,8 +131,10 @@ void Steps::store(std::optional<double> validation_loss) {
   state_.losses = trainer_.spikes().state();
   state_.validation_loss = validation_loss;
   // While steps are bad, checkpoints from before them are not given up for those that they leave.
+  requests_.saving(state_.step);
   run_.save(&optimizer_, state_, /*removes=*/!bad_.any());
   saved_ = state_.step;
+  save_ = false;
 }
 
 void Steps::compare_replicas() {

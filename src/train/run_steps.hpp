@@ -5,6 +5,7 @@
 #include "train/expert_watch.hpp"
 #include "train/metrics.hpp"
 #include "train/one_run.hpp"
+#include "train/run_requests.hpp"
 
 namespace upcycle {
 
@@ -41,13 +42,15 @@ class Steps {
   std::optional<Metrics> metrics_;
   ExpertWatch experts_;
   int64_t looks_every_;
+  RunRequests requests_;
+  Word word_;                   ///< for the next step
   std::optional<PendingReport> pending_;
   double launch_seconds_ = 0.0, pending_seconds_ = 0.0;
   BadSteps bad_;
   int64_t saved_ = -1;          ///< the step of the newest checkpoint; -1: none of this start
   int64_t compared_ = -1;       ///< the step after which replicas last agreed; -1: not compared yet
   int64_t rolled_back_ = 0;
-  bool stop_ = false;
+  bool stop_ = false, save_ = false;   ///< some rank was asked for it
 };
 
 }  // namespace upcycle

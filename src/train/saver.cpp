@@ -13,7 +13,8 @@
 namespace upcycle {
 namespace {
 
-constexpr uint64_t kRing = uint64_t{256} << 20;     // of a save for whose copy there is no room
+constexpr uint64_t kRing = uint64_t{32} << 20;      // of a save that makes no copy: what a core's cache holds is copied, summed and written faster
+constexpr uint64_t kSlack = uint64_t{256} << 20;    // of a copy: small tensors take more room than they have bytes
 constexpr uint64_t kReserve = uint64_t{256} << 20;  // that a copy leaves free
 
 std::string gigabytes(uint64_t bytes) { return text(std::fixed, std::setprecision(2), static_cast<double>(bytes) / 1e9, " GB"); }
@@ -54,7 +55,8 @@ void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& st
   options.thread = &thread_;
   const uint64_t need = state_bytes(weights, optimizer), room = share_of_memory();
   const bool copies = need <= room;
-  thread_.set_room(behind && copies ? need + kRing : kRing);
+  thread_.set_room(behind && copies ? need + kSlack : kRing);
+  options.waits = !behind;
   options.take_later = behind && !copies;
   removes_ = removes;
   taken_ = std::make_shared<std::atomic<bool>>(false);
@@ -96,7 +98,8 @@ void Saver::publish() {
   writer_->commit(manifest_);
   writer_.reset();
   if (mesh_.world().rank() != 0) return;
-  thread_.push([folder, checkpoints = checkpoints_, settings = settings_, removes = removes_] {
+  thread_.push([this, step = manifest_.step, folder, checkpoints = checkpoints_, settings = settings_, removes = removes_] {
+    published_ = step;
     log::info("saved " + folder.string());
     if (removes) remove_old(checkpoints, settings.keep, settings.keep_every, settings.keep_best);
   });

@@ -32,6 +32,8 @@ class Saver {
   /// This rank has still something to write; or it never will.
   bool writes() const { return writer_ && !thread_.idle(); }
   bool failed() const { return thread_.failed(); }
+  /// On rank 0: the newest step whose checkpoint is published, of this saver's; -1 before the first.
+  int64_t published() const { return published_; }
 
   /// **Collective.** What all ranks said of writes() and failed() in the same step: publishes what all have written. Throws UserError
   /// on all ranks for a failure.
@@ -51,6 +53,7 @@ class Saver {
   std::function<uint64_t()> available_;
   int64_t ranks_here_ = 1;            ///< on this host
   bool told_ = false;
+  std::atomic<int64_t> published_ = -1;
   WriterThread thread_;
   std::unique_ptr<CheckpointWriter> writer_;   ///< of the save in flight
   Manifest manifest_;

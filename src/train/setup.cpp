@@ -194,9 +194,8 @@ void open_sources(const RunConfig& config, Setup& setup, bool speaks) {
   if (setup.target.recipe && setup.target.recipe->of_mixture()) setup.routers = copied(setup.routers, setup.target.recipe->copies);
 }
 
-Setup prepare_run(const RunConfig& config, const Mesh& mesh, bool accept_changes) {
+Setup prepare_run(const RunConfig& config, int ranks, bool speaks, bool accept_changes) {
   Setup setup;
-  const bool speaks = mesh.world().rank() == 0;
   setup.directory = config.run.directory;
   check_run_directory(setup.directory);
   if (const auto newest = find_resume(config, speaks)) setup.resume.emplace(*newest);
@@ -206,7 +205,7 @@ Setup prepare_run(const RunConfig& config, const Mesh& mesh, bool accept_changes
   } else {
     open_sources(config, setup, speaks);
   }
-  refuse_what_does_not_divide(config, setup.target.architecture, mesh.grid().world());
+  refuse_what_does_not_divide(config, setup.target.architecture, ranks);
   open_data(config, setup, speaks);
   const CheckpointBytes bytes = checkpoint_bytes(setup.target.architecture, compute_dtype(config.train.precision));
   const uint64_t first = config.upcycle.optimizer == Moments::reset ? bytes.step_zero : bytes.full;

@@ -6,7 +6,6 @@
 #include "checkpoint/reader.hpp"
 #include "config/run_config.hpp"
 #include "data/sampler.hpp"
-#include "parallel/mesh.hpp"
 #include "train/dense_source.hpp"
 #include "train/snapshot.hpp"
 #include "train/target.hpp"
@@ -30,9 +29,10 @@ struct Setup {
 ReadDense reader_of(const Setup& setup);
 
 /// Reads and checks all that the run names: directory, source, architecture, recipe, data, layout, free space; of a run that goes on,
-/// also that it is the one of its newest checkpoint, less what `accept_changes` lets pass (resume.hpp). Each rank by itself, but for the
-/// token ids, which rank 0 reads for all: call it inside Communicator::together. Throws UserError. Writes nothing.
-Setup prepare_run(const RunConfig&, const Mesh&, bool accept_changes = false);
+/// also that it is the one of its newest checkpoint, less what `accept_changes` lets pass (resume.hpp). `ranks`: of the world. Each rank by
+/// itself, but for the token ids, which the rank that `speaks` reads for all: call it inside Communicator::together. Throws UserError.
+/// Writes nothing.
+Setup prepare_run(const RunConfig&, int ranks, bool speaks, bool accept_changes = false);
 
 /// The parts of prepare_run that know neither data nor layout, for a run that has no checkpoint yet: opens and checks [source], and
 /// finds out what becomes of it (source, further, target, routers). `speaks`: this rank warns of damaged checkpoints. Throws UserError.

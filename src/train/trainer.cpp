@@ -3,6 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -19,7 +20,7 @@ namespace upcycle {
 namespace {
 
 // PendingReport::numbers, each a plain sum over the world.
-enum Numbers { kSquaredNorm, kLoss, kStop, kWrites, kFailed, kAux, kZ, kEntropy, kEntropies };   // kEntropies: the first of as many as layers with experts
+enum Numbers { kSquaredNorm, kLoss, kStop, kWrites, kFailed, kSave, kAux, kZ, kEntropy, kEntropies };   // kEntropies: the first of as many as layers with experts; then a rank's own_seconds each
 
 }  // namespace
 
@@ -34,19 +35,24 @@ Trainer::Trainer(const RunConfig& config, const Mesh& mesh, Stage& stage, Optimi
     : ForwardPass(config, mesh, stage), optimizer_(optimizer), sampler_(train), saver_(saver), replicas_(stage.weights(), mesh), balance_(config, mesh, stage),
       spikes_(config.train.spike, stage.weights().all().front().parameter.value.device()) {}
 
-PendingReport Trainer::step() {
+PendingReport Trainer::step(const Word& word) {
+  own_time::start(stage_.weights().all().front().parameter.value.device());
   optimizer_.zero_gradients();
   const int64_t learned = sampler_.learned(state_.position, config_.train.global_batch);
   const Tensor loss = accumulate_gradients(learned);                       // 1. forward and backward of every micro-batch
+  PendingReport report;
+  report.own_time = own_time::finish();
   replicas_.sum_gradients();                                               // 2. sum each gradient over who holds the same slice
 
-  PendingReport report;
   report.step = ++state_.step;
   report.position = state_.position += config_.train.global_batch;
   if (sampler_.masked()) report.learned = learned;
   const auto said = [&](bool yes) { return at::full({}, yes ? 1.0 : 0.0, loss.options()); };
+  report.ranks = mesh_.world().size();
+  const Tensor own_R = at::zeros({report.ranks}, loss.options());
+  own_R[mesh_.world().rank()].fill_(word.own_seconds);
   Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(), loss, said(shutdown::requested()), said(saver_ && saver_->writes()),
-                                       said(saver_ && saver_->failed())}), balance_.measures()});
+                                       said(saver_ && saver_->failed()), said(word.save)}), balance_.measures(), own_R});
   mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; what ranks have to say rides along
   const Tensor count_LX = balance_.counts();
   if (count_LX.defined()) report.count_LX = device::HostCopy(count_LX);
@@ -143,12 +149,15 @@ StepReport read(const PendingReport& pending) {
   report.aux_loss = n[kAux];
   report.z_loss = n[kZ];
   report.router_entropy = n[kEntropy];
-  report.router_entropy_of_layer.assign(n + kEntropies, n + numbers.numel());
+  const double* const own = n + numbers.numel() - pending.ranks;
+  report.router_entropy_of_layer.assign(n + kEntropies, own);
+  if (pending.ranks > 1) report.own_seconds.assign(own, own + pending.ranks);
   report.spike = pending.spike.defined() && *pending.spike.wait().const_data_ptr<bool>();
   report.skipped = report.spike || !std::isfinite(report.gradient_norm);
   report.stop_requested = n[kStop] > 0;
   report.saver_writes = n[kWrites] > 0;
   report.saver_failed = n[kFailed] > 0;
+  report.save_requested = n[kSave] > 0;
   if (pending.count_LX.defined()) static_cast<ExpertLoad&>(report) = read_load(pending.count_LX.wait());
   return report;
 }

@@ -9,6 +9,7 @@
 #include "device/device.hpp"
 #include "model/stage.hpp"
 #include "parallel/mesh.hpp"
+#include "parallel/own_time.hpp"
 #include "train/balance.hpp"
 #include "train/loss_spikes.hpp"
 #include "train/optimizer.hpp"
@@ -30,6 +31,12 @@ struct TrainingState {
   std::optional<double> validation_loss;   ///< of these weights, where they were validated
 };
 
+/// What a rank tells all others with its next step.
+struct Word {
+  bool save = false;          ///< a checkpoint is wanted
+  double own_seconds = 0.0;   ///< of work of its own in the newest step of which it knows (PendingReport::own_time); 0: of none
+};
+
 /// A step's numbers on their way from the device. Reading them waits for that step, so the trainer's loop does it one step late.
 struct PendingReport {
   int64_t step = 0;
@@ -39,6 +46,8 @@ struct PendingReport {
   device::HostCopy count_LX;   ///< see Balance::counts; undefined when dense
   device::HostCopy spike;      ///< bool, see LossSpikes::judge; undefined where nobody asks
   std::optional<int64_t> learned;   ///< see StepReport
+  int ranks = 1;                    ///< of the world
+  std::optional<own_time::Stretch> own_time;   ///< this rank's forward and backward passes; its seconds are known when the numbers are
 };
 
 /// One step, for people and for metrics.jsonl. The same on all ranks.
@@ -53,6 +62,8 @@ struct StepReport : ExpertLoad {
   bool spike = false;                           ///< the loss was one
   bool stop_requested = false;                  ///< some rank was asked to stop
   bool saver_writes = false, saver_failed = false;   ///< Saver::writes and failed, of any rank, when the step ended
+  bool save_requested = false;                  ///< Word::save, of any rank
+  std::vector<double> own_seconds;              ///< Word::own_seconds, by rank; empty on a single rank
 };
 StepReport read(const PendingReport&);
 
@@ -98,7 +109,7 @@ class Trainer : public ForwardPass {
 
   /// **Collective.** One update on global_batch sequences. Of a step in which no token is learned the cross entropy has no gradient:
   /// weights move by what balance losses, weight decay and AdamW's moments say.
-  PendingReport step();
+  PendingReport step(const Word& = {});
 
   /// **Collective.** Replicas::differences, all ranks' lines on each.
   std::vector<std::string> differing_replicas();

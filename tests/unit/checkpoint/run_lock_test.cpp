@@ -1,12 +1,16 @@
 #include "checkpoint/run_lock.hpp"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
+#include <thread>
 
+#include "base/heartbeat.hpp"
 #include "support/scratch.hpp"
 
 namespace upcycle {
@@ -88,10 +92,69 @@ TEST(RunLock, AnotherHostsYoungLockIsRespected) {
   unsetenv("SLURM_JOB_ID");
   unsetenv("SLURM_RESTART_COUNT");
 
+  // Its file server still keeps flock for the node that died.
+  holder("7", 0);
+  setenv("SLURM_JOB_ID", "7", 1);
+  setenv("SLURM_RESTART_COUNT", "1", 1);
+  const int kept = open((scratch / "lock").c_str(), O_RDWR);
+  ASSERT_EQ(flock(kept, LOCK_EX | LOCK_NB), 0);
+  EXPECT_EQ(taken(), "");
+  close(kept);
+  unsetenv("SLURM_JOB_ID");
+  unsetenv("SLURM_RESTART_COUNT");
+
   for (const char* garbage : {"", "not JSON", "[]", R"({"host":5})"}) {
     store(scratch / "lock", garbage);
     EXPECT_EQ(taken(), "") << garbage;
   }
+}
+
+/// A lock, and the heartbeat of its holder, as another host's job leaves them.
+void hold_elsewhere(const Scratch& scratch, int64_t count) {
+  store(scratch / "lock", R"({"host":"node0815","pid":42,"since":"2026-01-01T00:00:00Z","job":"8","start":0})");
+  fs::create_directories(scratch / "heartbeat");
+  ASSERT_TRUE(write_heartbeat(scratch / "heartbeat", {0, true, {"node0815", 42, 7}, 17, "training", 0.5, count, 4, "node0815-42-7"}));
+}
+
+TEST(RunLock, ADeadJobOfAnotherHostIsFoundOut) {
+  const Scratch scratch;
+  hold_elsewhere(scratch, 3);
+  const auto begin = std::chrono::steady_clock::now();
+  const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
+  {
+    const RunLock lock(scratch.path(), std::chrono::milliseconds(400));
+    EXPECT_GE(seconds(), 0.4);
+    EXPECT_FALSE(RunLock::is_free(scratch.path()));
+    EXPECT_THAT(contents(scratch / "lock"), HasSubstr(std::to_string(getpid())));
+  }
+  EXPECT_TRUE(RunLock::is_free(scratch.path()));
+
+  // The same where the file server keeps flock for it: the file is replaced.
+  hold_elsewhere(scratch, 3);
+  const int kept = open((scratch / "lock").c_str(), O_RDWR);
+  ASSERT_EQ(flock(kept, LOCK_EX | LOCK_NB), 0);
+  const RunLock lock(scratch.path(), std::chrono::milliseconds(400));
+  EXPECT_THAT(other_process(scratch.path()), HasSubstr("process " + std::to_string(getpid())));
+  close(kept);
+}
+
+TEST(RunLock, ALivingJobOfAnotherHostIsNamed) {
+  const Scratch scratch;
+  const auto taken = [&](auto give_sign) {
+    hold_elsewhere(scratch, 3);
+    std::thread other([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      give_sign();
+    });
+    const std::string said = user_error([&] { RunLock(scratch.path(), std::chrono::seconds(30)); });
+    other.join();
+    return said;
+  };
+  const std::string by_heartbeat = taken([&] { write_heartbeat(scratch / "heartbeat", {0, true, {"node0815", 42, 7}, 17, "training", 0.5, 4, 4, "node0815-42-7"}); });
+  EXPECT_THAT(by_heartbeat, HasSubstr("another job runs in this directory: process 42 on host node0815 (Slurm job 8), since 2026-01-01T00:00:00Z, whose last "
+                                      "heartbeat says: step 17, training. It is alive. Stop that job, or choose another run.directory"));
+  EXPECT_THAT(taken([&] { fs::last_write_time(scratch / "lock", fs::file_time_type::clock::now() - std::chrono::hours(1)); }), HasSubstr("It is alive"));
+  EXPECT_EQ(taken([&] { store(scratch / "lock", ""); }), "") << "given back meanwhile";
 }
 
 TEST(RunLock, TouchKeepsItYoung) {
