@@ -100,7 +100,6 @@ train() {
   "${upcycle[@]}" check --files-only "$@" || leave 2 "nothing was started"
   run=$("${upcycle[@]}" check --print run.directory "$@") || exit
   say "job $job, life $life: $tasks ranks of $cpus CPUs on $SLURM_JOB_NODELIST, in $run: ${upcycle[*]} train $*"
-  [[ ! -e $run/stop ]] || leave 2 "$run/stop is there: nothing starts until it is removed"
   count_lives
   queue_successor "$script" "$@"
 
@@ -136,11 +135,12 @@ first_heartbeat() { cat "$run/heartbeat/rank_00000" 2>/dev/null; }
 
 # What becomes of the job. Its state is the script's last status.
 conclude() {
-  if ((rc == 0)) && [[ -f $run/finished ]]; then drop_successor; leave 0 "done: step $(<"$run/finished")"; fi
+  if ((rc == 0)) && [[ -f $run/finished ]]; then drop_successor; leave 0 "done: $(<"$run/finished")"; fi
   if ((rc == 0)); then say "code 0, but no $run/finished: a node was lost, or a rank"; rc=75; fi
   if [[ $ended == yes ]]; then leave "$rc" "code $rc after TERM: Slurm ends this job (scancel, time limit or preemption), and it alone starts it again"; fi
   if [[ -e $run/stop ]]; then drop_successor; leave "$rc" "$run/stop is there: not started again; remove it and submit to go on"; fi
   if [[ $hung == yes ]]; then
+    say "it hung: the watch has ended it, and says above whom it waited for"
     if [[ $(cat "$run/hung" 2>/dev/null) == "$chain" ]]; then drop_successor; leave 1 "a second hang: not started again"; fi
     echo "$chain" >"$run/hung"
   # 137: ranks were killed, which srun also says when one left with 75 a moment before the others; more than 128 after the signal: it came

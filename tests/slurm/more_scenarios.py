@@ -132,7 +132,7 @@ class Switches(More):
         (place.run / "stop").touch()
         self.refused(job, "stop is there: not started again", code="75:0")
         self.assertEqual(place.checkpoints()[-1], place.steps()[-1]["step"])
-        self.refused(place.submit("--nodes=1"), "stop is there: nothing starts until it is removed")
+        self.refused(place.submit("--nodes=1"), "stop is there, which stops this run: remove it", "nothing was started")
         (place.run / "stop").unlink()
         place.write_site()
         self.finished(place, place.submit("--nodes=1"), restarts=0)
@@ -218,7 +218,7 @@ class Example(More):
     def test(self):
         place = self.place()
         write_tokens(place.root / "data", [np.arange(7000) % 90])
-        tiny = ["source.architecture=", "run.device=cpu", "train.sequence=16", "train.steps=3", "train.precision=fp32", "validate.every=0",
+        tiny = ["source.architecture=", "run.device=cpu", "train.sequence=16", "train.steps=3", "optimizer.warmup=1", "train.precision=fp32", "validate.every=0",
                 "parallel.pipeline=1", "parallel.expert=2", "checkpoint.every=3", "checkpoint.keep_best=false"]
         jobs = {}
         for name in ("qwen3-1.7b-4e", "qwen3-14b-64e"):

@@ -71,12 +71,13 @@ class Stop(Scenario):
     """Slurm's signal before the time limit: saved, requeued, resumed, with no step done twice and the loss of the undisturbed run."""
 
     def test(self):
-        place = self.place(slow_steps=20)
-        job = place.submit("--nodes=4", "--time=2", "--signal=B:USR2@60")
+        place = self.place(slow_steps=30)
+        job = place.submit("--nodes=4", "--time=3", "--signal=B:USR2@90")   # comes a minute or more after the start
         job.wait("requeue", lambda: job.state() != "RUNNING")
-        place.write_site()   # the rest may be fast
+        self.said(job, "stopped on request (signal) after step", "code 75: back into the queue")
+        place.write_site()   # the rest may be fast, and in one life
+        LAB.ask("scontrol", "update", f"jobid={job.id}", "TimeLimit=30")
         self.finished(place, job, restarts=1)
-        self.said(job, "code 75: back into the queue")
         self.once_each(place)
         self.undisturbed(place)
 
