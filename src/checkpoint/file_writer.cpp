@@ -202,13 +202,13 @@ bool FileWriter::is_there(const Part& part, size_t index) {
 void FileWriter::write_block(const Part& part, size_t index, Tensor memory) {
   const WritePlan::Block& block = plan_.blocks[index];
   const std::span<std::byte> bytes = WriterThread::bytes_of(memory, size(index));
+  if (part.hyperslabs || options_.waits) checksums_[index] = checksum(bytes.data(), bytes.size());
   if (part.hyperslabs) {
-    checksums_[index] = checksum(bytes.data(), bytes.size());
     write_hyperslabs(*part.hyperslabs, plan_.tensors[block.tensor], block.number, bytes.data());
     return thread_.give_back(std::move(memory));
   }
   thread_.push([this, self = shared_from_this(), &part, index, memory, bytes] {
-    checksums_[index] = checksum(bytes.data(), bytes.size());
+    if (!options_.waits) checksums_[index] = checksum(bytes.data(), bytes.size());
     part.file->write(bytes, place(part, index));
     // What may be continued remembers which of its blocks are done.
     if (!options_.continues.empty()) part.file->write(std::as_bytes(std::span(&checksums_[index], 1)), place_of_checksum(part, index));

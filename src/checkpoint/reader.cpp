@@ -1,60 +1,69 @@
 #include "checkpoint/reader.hpp"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <set>
-#include <utility>
 
 #include "base/error.hpp"
+#include "checkpoint/block_reads.hpp"
 #include "checkpoint/boxes.hpp"
 #include "checkpoint/stored_file.hpp"
 
 namespace upcycle {
 namespace {
 
-constexpr int64_t kAhead = 4;   // blocks that the system is asked for before they are needed
+constexpr int64_t kAhead = 4;   // blocks of a stream that the system is asked for before they are needed
 
 bool is_floating(at::ScalarType dtype) { return c10::isFloatingType(dtype); }
 
 std::span<std::byte> bytes_of(const Tensor& x) { return {static_cast<std::byte*>(x.mutable_data_ptr()), x.nbytes()}; }
 
-// A box of a tensor, block by block: straight into `local` where it is plain memory of the stored dtype; else through one small buffer.
-void fill_piece(const StoredFile& file, const StoredFile::Entry& entry, const Box& wanted, const Tensor& local) {
-  const TensorSpec& spec = entry.spec;
+// A block that holds some of a piece.
+struct Needed {
+  const StoredFile::Entry& entry;
+  const Piece& piece;
+  int64_t block;
+  bool in_place;   ///< read straight into the piece, which is plain memory of the stored dtype
+
+  std::vector<Box> rows() const {
+    const ElementRange run = entry.blocks().run(block);
+    return boxes_of_run(entry.spec.shape, run.begin, run.end);
+  }
+};
+
+void need(const StoredFile& file, const StoredFile::Entry& entry, const Piece& piece, std::vector<Needed>& needed, std::vector<BlockReads::Read>& reads) {
   const Blocks blocks = entry.blocks();
-  Tensor buffer;
-  const auto read = [&](int64_t number, std::span<std::byte> memory) {
-    uint64_t sum = 0;
-    if (const std::string complaint = file.read(entry, number, memory, sum); !complaint.empty()) throw DamagedCheckpoint(complaint);
-  };
-  const ElementRange span = span_of(wanted, spec.shape);
+  const ElementRange span = span_of(piece.box, entry.spec.shape);
   const int64_t last = blocks.of(span.end - 1);
-  for (int64_t number = blocks.of(span.begin); number <= last; ++number) {
-    const ElementRange run = blocks.run(number);
-    const std::vector<Box> rows = boxes_of_run(spec.shape, run.begin, run.end);
-    if (rows.size() == 1 && intersection(rows[0], wanted) == rows[0]) {
-      const Tensor target = view_of(local, relative_to(rows[0], wanted));
-      if (target.is_cpu() && target.is_contiguous() && target.scalar_type() == spec.dtype) {
-        file.expect(entry, number + 1, std::min(number + kAhead, last + 1));
-        read(number, bytes_of(target));
-        continue;
-      }
+  for (int64_t block = blocks.of(span.begin); block <= last; ++block) {
+    Needed one{entry, piece, block, false};
+    const std::vector<Box> rows = one.rows();
+    BlockReads::Read read{&file, &entry, block, {}};
+    if (rows.size() == 1 && intersection(rows[0], piece.box) == rows[0]) {
+      const Tensor target = view_of(piece.local.detach(), relative_to(rows[0], piece.box));
+      one.in_place = target.is_cpu() && target.is_contiguous() && target.scalar_type() == entry.spec.dtype;
+      if (one.in_place) read.target = bytes_of(target);
+    } else if (std::none_of(rows.begin(), rows.end(), [&](const Box& row) { return intersection(row, piece.box).has_value(); })) {
+      continue;
     }
-    bool is_read = false;
-    int64_t at = 0;
-    for (const Box& row : rows) {
-      if (const auto part = intersection(row, wanted)) {
-        if (!std::exchange(is_read, true)) {
-          buffer = at::empty({run.size()}, at::TensorOptions(spec.dtype));
-          file.expect(entry, number + 1, std::min(number + kAhead, last + 1));
-          read(number, bytes_of(buffer));
-        }
-        const Tensor stored = view_of(buffer.narrow(0, at, elements(row)).view(row.size), relative_to(*part, row));
-        view_of(local, relative_to(*part, wanted)).copy_(stored);
-      }
-      at += elements(row);
+    needed.push_back(one);
+    reads.push_back(read);
+  }
+}
+
+// Copies what a block has of its piece.
+void take(const Needed& needed, std::span<const std::byte> bytes) {
+  const TensorSpec& spec = needed.entry.spec;
+  const Tensor block = at::from_blob(const_cast<std::byte*>(bytes.data()), {needed.entry.blocks().run(needed.block).size()}, at::TensorOptions(spec.dtype));
+  int64_t at = 0;
+  for (const Box& row : needed.rows()) {
+    if (const auto part = intersection(row, needed.piece.box)) {
+      const Tensor stored = view_of(block.narrow(0, at, elements(row)).view(row.size), relative_to(*part, row));
+      view_of(needed.piece.local.detach(), relative_to(*part, needed.piece.box)).copy_(stored);
     }
+    at += elements(row);
   }
 }
 
@@ -120,7 +129,9 @@ std::vector<std::string> CheckpointReader::tensor_files() const {
 const std::map<std::string, StoredTensor>& CheckpointReader::tensors(const std::string& file) const { return state_->listed[file]; }
 
 void CheckpointReader::fill(const std::string& file, std::span<Piece> pieces) const {
-  for (Piece& piece : pieces) {
+  std::vector<Needed> needed;
+  std::vector<BlockReads::Read> reads;
+  for (const Piece& piece : pieces) {
     const auto [stored, entry] = state_->find(file, piece.name);
     const std::string where = text((state_->folder / file).string(), ": tensor '", piece.name, "'");
     const TensorSpec& spec = entry.spec;
@@ -135,7 +146,12 @@ void CheckpointReader::fill(const std::string& file, std::span<Piece> pieces) co
       throw std::logic_error(
           text(where, ": ", describe(piece.local.sizes().vec()), " can't take the box ", describe(piece.box)));
     }
-    if (elements(piece.box) > 0) fill_piece(stored, entry, piece.box, piece.local.detach());
+    if (elements(piece.box) > 0) need(stored, entry, piece, needed, reads);
+  }
+  BlockReads blocks(std::move(reads));
+  for (const Needed& one : needed) {
+    const std::span<const std::byte> bytes = blocks.next();
+    if (!one.in_place) take(one, bytes);
   }
 }
 

@@ -9,17 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "base/error.hpp"
+#include "checkpoint/damaged.hpp"
 #include "checkpoint/manifest.hpp"
 #include "checkpoint/piece.hpp"
 
 namespace upcycle {
-
-/// Values of a checkpoint are not those that were written.
-class DamagedCheckpoint : public UserError {
- public:
-  using UserError::UserError;
-};
 
 struct StoredTensor {
   std::string file;

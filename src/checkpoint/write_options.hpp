@@ -20,6 +20,8 @@ struct WriteOptions {
   std::function<void(uint64_t done, uint64_t total)> progress;
   /// Writes behind the caller's back, see add() and commit(); outlives the writer. Null: a thread of the writer's own.
   WriterThread* thread = nullptr;
+  /// The caller has nothing to do but wait for the writer: so it computes the checksums meanwhile, which otherwise are the thread's.
+  bool waits = false;
   /// With `thread`: blocks that no other rank has a part of are taken out of the pieces by the thread, and not by add().
   bool take_later = false;
 };

@@ -26,7 +26,8 @@ int own_rank() { return world_size() > 1 ? world_rank() : launched_rank(); }
 
 bool needs_mpi(const Arguments& arguments) {
   return arguments.command != "help" && arguments.command != "version" && arguments.command != "plan" &&
-         arguments.command != "sweep";
+         arguments.command != "sweep" && arguments.command != "watch" &&
+         !(arguments.command == "check" && (arguments.check.files_only || arguments.check.print));
 }
 
 int run_command(const Arguments& arguments) {
@@ -36,9 +37,12 @@ int run_command(const Arguments& arguments) {
   }
   if (arguments.command == "plan") return own_rank() == 0 ? run_plan(arguments) : kExitDone;
   if (arguments.command == "sweep") return run_sweep(arguments);
+  if (arguments.command == "watch") return own_rank() == 0 ? run_watch(arguments) : kExitDone;
+  if (!needs_mpi(arguments)) return own_rank() == 0 ? run_check_here(arguments) : kExitDone;
   agree_on_program(Communicator::everyone(), arguments.command);
   if (arguments.command == "convert") return run_convert(arguments);
   if (arguments.command == "train") return run_train(arguments);
+  if (arguments.command == "check") return run_check(arguments);
   if (arguments.command == "export") return run_export(arguments);
   if (arguments.command == "inspect") return run_inspect(arguments);
   if (arguments.command == "verify") return run_verify(arguments);

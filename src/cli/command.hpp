@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/log.hpp"
+#include "base/progress_watch.hpp"
 
 namespace upcycle {
 
@@ -26,6 +27,13 @@ struct SampleOptions {
   std::string device = "auto";
 };
 
+/// `check`'s own options.
+struct CheckOptions {
+  bool files_only = false;
+  std::optional<std::string> print = {};   ///< a key of the run file
+  double bandwidth_floor = 0;              ///< GB/s; 0: none
+};
+
 /// A command line, understood.
 struct Arguments {
   std::string command;                   ///< "plan", ...; "help" or "version" when only `output` is wanted
@@ -44,6 +52,8 @@ struct Arguments {
   std::optional<int64_t> arm = {};       ///< sweep --arm
   bool dense = false;                    ///< export --dense
   SampleOptions sample = {};
+  CheckOptions check = {};
+  ProgressLimits watch = {};             ///< watch --start, --step, --checkpoint
   std::optional<std::string> tokenizer = {};       ///< sample, inspect: the directory of one
   std::optional<std::string> data = {};            ///< evaluate --data
   std::optional<int> batches = {};                 ///< evaluate --batches
@@ -67,6 +77,9 @@ int run_export(const Arguments&);
 int run_inspect(const Arguments&);
 int run_verify(const Arguments&);
 int run_sweep(const Arguments&);
+int run_check(const Arguments&);
+int run_check_here(const Arguments&);   ///< the parts that need no MPI: --files-only, --print
+int run_watch(const Arguments&);
 int run_sample(const Arguments&);
 int run_evaluate(const Arguments&);
 

@@ -22,6 +22,10 @@ inline int positive_integer(const std::string& value, const std::string& option)
   return number<int>(value, option, "a positive integer", [](int n) { return n >= 1; });
 }
 
+inline double positive_number(const std::string& value, const std::string& option, const char* expected) {
+  return number<double>(value, option, expected, [](double x) { return x > 0 && x < 1e9; });
+}
+
 /// The options of `sample`: named, and read out of what was given. Throws UserError naming option and value.
 void add_sample_options(boost::program_options::options_description&);
 SampleOptions sample_options(const boost::program_options::variables_map& values);

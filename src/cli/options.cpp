@@ -56,6 +56,24 @@ const std::vector<Usage>& usages() {
        "same command\n"
        "again.",
        "mpirun -n 4 upcycle train configs/quickstart.toml --set train.steps=200"},
+      {"check",
+       {"RUN.toml"},
+       true,
+       "can this run start here, and are these nodes in order: a table, before anything is written",
+       "Started like train, on all ranks: where each rank runs, its CPUs and GPU, the nodes' memory and disk, the bandwidth between neighbouring\n"
+       "nodes and of an all-reduce, space for the checkpoints, all inputs on every node; all within half a minute. Token ids are not read. What\n"
+       "is wrong is told by the node's name; what may be meant so is a note. Exit code 2 when train should not be started.\n"
+       "--files-only and --print run without MPI, in a job's script before srun: --files-only checks run file, source, tokenizer, data (every\n"
+       "token id) and run directory from here, and says nothing when all is well.",
+       "srun --mpi=pmix upcycle check configs/qwen3-14b-64e.toml --bandwidth-floor 10"},
+      {"watch",
+       {"RUN_DIRECTORY"},
+       false,
+       "waits beside a run, and says when it hangs and whom it waits for",
+       "Looks at the heartbeats that a run's ranks write into RUN_DIRECTORY, which need not be there yet; those of earlier starts do not count.\n"
+       "Only durations by the watcher's own clock are compared. Exit code 0: the run has left, well or not (srun says which); 1: a limit has\n"
+       "passed, with one line that names the ranks, hosts and processes; it ends nothing by itself. Started before the run, it needs no MPI.",
+       "upcycle watch runs/quickstart --start 1800 --step 300 --checkpoint 900"},
       {"sweep",
        {"SWEEP.toml"},
        false,
@@ -131,6 +149,20 @@ po::options_description options_of(const Usage* usage) {
     add("gpu-memory", po::value<std::string>()->value_name("SIZE"),
         "memory of each rank's GPU, such as 141GB or 64GiB (default: 80GB is assumed)");
   }
+  if (usage && usage->command == "check") {
+    add("files-only", po::bool_switch(), "check what can be read from here, without MPI, and say only what is wrong");
+    add("print", po::value<std::string>()->value_name("KEY"), "print the value of a key, such as run.directory, as train would have it, and leave");
+    add("bandwidth-floor", po::value<std::string>()->value_name("GB/s"),
+        "the least that each node must exchange with a neighbour, in each direction (default: none)");
+  }
+  if (usage && usage->command == "watch") {
+    const ProgressLimits limits;
+    add("start", po::value<std::string>()->value_name("SECONDS"),
+        text("the most until all ranks have done their first step, and for what is done between steps, such as validation (default: ", limits.start, ")").c_str());
+    add("step", po::value<std::string>()->value_name("SECONDS"), text("the most that a later step may take (default: ", limits.step, ")").c_str());
+    add("checkpoint", po::value<std::string>()->value_name("SECONDS"),
+        text("the most that writing a checkpoint may take (default: ", limits.checkpoint, ")").c_str());
+  }
   if (usage && usage->command == "sweep") {
     add("dry-run", po::bool_switch(), "plan every arm and leave; nothing is written");
     add("arm", po::value<std::string>()->value_name("N"), "only arm N, as the plan counts them: for the jobs of an array");
@@ -158,7 +190,7 @@ po::options_description options_of(const Usage* usage) {
   if (usage && usage->command == "inspect") {
     add("tensors", po::bool_switch(), "every tensor in a line of its own, instead of one line for those of all layers");
   }
-  if (usage) add("json", po::bool_switch(), "print JSON to standard output");
+  if (usage && usage->command != "watch") add("json", po::bool_switch(), "print JSON to standard output");
   if (usage)
     add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
         "debug, info, warning, error or off");
@@ -245,12 +277,25 @@ po::variables_map parse_options(const std::vector<std::string>& words, const po:
   return values;
 }
 
+CheckOptions check_options(const po::variables_map& values) {
+  CheckOptions options{.files_only = values["files-only"].as<bool>()};
+  if (values.count("print")) options.print = values["print"].as<std::string>();
+  if (values.count("bandwidth-floor")) {
+    options.bandwidth_floor = positive_number(values["bandwidth-floor"].as<std::string>(), "--bandwidth-floor", "a positive number of GB/s");
+  }
+  if (options.files_only + options.print.has_value() + (options.bandwidth_floor > 0) > 1) {
+    fail("--files-only, --print and --bandwidth-floor ask for three different things: give one of them");
+  }
+  if (options.files_only && values["json"].as<bool>()) fail("--files-only says only what is wrong: it has no --json");
+  return options;
+}
+
 Arguments without_command(const std::vector<std::string>& words) {
   std::vector<std::string> positional;
   const auto values = parse_options(words, options_of(nullptr), nullptr, positional);
   if (values["version"].as<bool>()) return {.command = "version", .output = version_page()};
   if (values["help"].as<bool>()) return {.command = "help", .output = general_help()};
-  fail("a command is missing: plan, convert, train, sweep, export, inspect, verify, sample or evaluate; see upcycle --help");
+  fail("a command is missing: plan, convert, train, check, watch, sweep, export, inspect, verify, sample or evaluate; see upcycle --help");
 }
 
 }  // namespace
@@ -286,6 +331,13 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     arguments.slurm = values["slurm"].as<bool>();
     if (values.count("arm")) arguments.arm = number<int64_t>(values["arm"].as<std::string>(), "--arm", "a number from 0 on", [](int64_t n) { return n >= 0; });
   }
+  if (usage->command == "check") arguments.check = check_options(values);
+  if (usage->command == "watch") {
+    const auto seconds = [&](const char* name, double& limit) {
+      if (values.count(name)) limit = positive_number(values[name].as<std::string>(), text("--", name), "a positive number of seconds");
+    };
+    seconds("start", arguments.watch.start), seconds("step", arguments.watch.step), seconds("checkpoint", arguments.watch.checkpoint);
+  }
   if (values.count("ranks")) arguments.ranks = positive_integer(values["ranks"].as<std::string>(), "--ranks");
   if (values.count("gpu-memory")) arguments.gpu_memory = values["gpu-memory"].as<std::string>();
   if (values.count("dtype")) arguments.dtype = values["dtype"].as<std::string>();
@@ -296,7 +348,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   if (values.count("batches")) arguments.batches = positive_integer(values["batches"].as<std::string>(), "--batches");
   if (usage->command == "sample") arguments.sample = sample_options(values);
   if (values.count("tensors")) arguments.tensors = values["tensors"].as<bool>();
-  arguments.json = values["json"].as<bool>();
+  if (values.count("json")) arguments.json = values["json"].as<bool>();
   arguments.level = log::level_from_name(values["log-level"].as<std::string>());
   return arguments;
 }

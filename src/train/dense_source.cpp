@@ -86,7 +86,8 @@ WeightSource::WeightSource(const fs::path& path) {
   } else {
     std::string why;
     for (const std::string& line : refused) why += "\n  " + line;
-    if (refused.empty() && fs::exists(path / "run.toml") && fs::is_directory(path / "checkpoints")) fail(path.string(), ": the directory of a run that has no checkpoint (yet)");
+    const bool is_run = fs::exists(path / "run.toml") && (fs::is_directory(path / "checkpoints") || fs::exists(path / "metrics.jsonl"));
+    if (refused.empty() && is_run) fail(path.string(), ": the directory of a run that has no checkpoint (yet)");
     fail(path.string(), ": neither a Hugging Face directory (no config.json) nor a valid checkpoint", why);
   }
   for (const ParameterSpec& spec : catalogue(architecture_)) specs_.emplace(spec.name, spec);

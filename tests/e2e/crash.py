@@ -15,6 +15,7 @@ import unittest
 from pathlib import Path
 
 import file_calls
+from mpi_job import output_of
 
 PROGRAM, AS_RANK = None, None
 KILLS = int(os.environ.get("CRASH_KILLS", 208))
@@ -46,9 +47,9 @@ class Lane:
         return file_calls.start(self.server, self.steps, steps, self.announced, ranks=ranks, under=self.steps, trace=self.trace, hurt=hurt)
 
     def finish(self, job, never_made=None):
-        """Holds what the job loaded against what was published, and notes what it published itself. `never_made`: the rank that was killed
-        right before the last call that it tells of."""
-        said = job.communicate(timeout=300)[0]
+        """Holds what the job loaded against what was published, and notes what it published itself. `never_made`: the rank that, if it did
+        not end well, was killed right before the last call that it tells of."""
+        said = output_of(job, lambda: file_calls.pids_of(self.trace))
         story = f"seed {SEED}, {self.steps}: {self.announced.read_text() if self.announced.exists() else 'nothing announced'}\n{said}"
         announced = [line.split() for line in self.announced.read_text().splitlines()] if self.announced.exists() else []
         loaded = [int(step) for word, *step in announced if word == "loaded" for step in step]
@@ -58,7 +59,7 @@ class Lane:
         if loaded:
             self.expected = set(loaded)
         made = list(events)
-        if never_made is not None:
+        if never_made is not None and job.returncode != 0:
             made.remove([event for event in events if event.rank == never_made][-1])
         for event in made:
             if event.kind == "rename" and event.path.name.endswith(".partial") and event.path.parent == self.steps:
@@ -83,8 +84,7 @@ class Lane:
         when = self.random.choice(["before", "middle", "after"] if kind == "write" else ["before", "after"])
         everyone = self.random.random() < 0.4
         job = self.start(ranks, f"{rank} {kind} {self.random.randint(1, usual[rank])} {when}{'-all' if everyone else ''}")
-        job.wait(300)
-        events, _, story = self.finish(job, rank if job.returncode != 0 and when == "before" else None)
+        events, _, story = self.finish(job, rank if when == "before" else None)
         if job.returncode == 0:
             return   # fewer calls than usual: nothing was in the way, or to be removed
         own = [event for event in events if event.rank == rank]

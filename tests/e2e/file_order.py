@@ -9,6 +9,7 @@ import unittest
 
 import file_calls
 import tiny_run
+from mpi_job import output_of
 from tiny_run import MOE, TrainCase, checkpoint
 
 WRITER = None
@@ -29,7 +30,7 @@ class Case(TrainCase):
         self.trace.unlink(missing_ok=True)
         job = file_calls.start(WRITER, self.steps, steps, self.announced, ranks=ranks, under=self.steps.parent if announcements else self.steps,
                                trace=self.trace, hurt=hurt)
-        said = job.communicate(timeout=300)[0]
+        said = output_of(job, lambda: file_calls.pids_of(self.trace))
         self.assertEqual(job.returncode, expect, said)
         return said, file_calls.read_trace(self.trace)
 
@@ -142,7 +143,7 @@ class Faults(Case):
             self.trace.unlink(missing_ok=True)
             job = file_calls.start(tiny_run.UPCYCLE, "train", path, "--set", f"train.steps={steps}", "--accept-changes", ranks=2, under=self.steps,
                                    trace=self.trace, hurt=hurt)
-            said = job.communicate(timeout=300)[0]
+            said = output_of(job, lambda: file_calls.pids_of(self.trace))
             self.assertEqual(job.returncode, expect, said)
             return said
         for hurt in (f"0 write 9 {errno.ENOSPC}", f"1 write 2 {errno.ENOSPC}", f"1 fsync 1 {errno.EIO}"):

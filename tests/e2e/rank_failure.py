@@ -8,20 +8,13 @@ import socket
 import sys
 import time
 import unittest
-from pathlib import Path
 
 import tiny_run
+from mpi_job import output_of, running
 from tiny_run import MOE, MPIRUN, TrainCase, checkpoint, steps_of
 
 FAIL_ALLOCATIONS = None   # the library of that name; set by the script that is run
 TIMEOUT = 10              # seconds
-
-
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 class RankFailure(TrainCase):
@@ -59,7 +52,7 @@ class RankFailure(TrainCase):
             time.sleep(0.02)
         took = time.monotonic() - hurt_at
         try:
-            said = job.communicate(timeout=60)[0]
+            said = output_of(job, lambda: pids, 60)
         finally:
             job.terminate()
         self.assertNotIn(job.returncode, (0, 75), said)

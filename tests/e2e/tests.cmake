@@ -43,6 +43,11 @@ add_test(NAME e2e.agreement COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/
 set_tests_properties(e2e.rank_failure e2e.agreement PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
   ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
 
+# What job scripts have to do with: save-now and stop, watch, check, the lock across hosts, stragglers.
+add_test(NAME e2e.cluster COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/cluster.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.cluster PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
+
 # What a run shows of itself: event files, looks at the experts, the summary.
 add_test(NAME e2e.seeing COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/seeing.py $<TARGET_FILE:upcycle>)
 set_tests_properties(e2e.seeing PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2

@@ -59,7 +59,7 @@ def row(name, ranks, results, asynchronous):
     median = lambda key: statistics.median(result[key] for result in results)   # noqa: E731
     size = results[0]["bytes"]
     writes = [result["save_seconds"] for result in results]
-    plain = statistics.median(min(result["plain_write_seconds"], result["plain_direct_write_seconds"]) for result in results)
+    plain = min(median("plain_write_seconds"), median("plain_direct_write_seconds"))
     cells = [name, ranks, f"{size / 1e9:.2f}", f"{size / median('save_seconds') / 1e9:.2f}", f"{plain / median('save_seconds'):.2f}", f"{100 * common.spread(writes):.0f} %",
              f"{size / median('load_seconds') / 1e9:.2f}", f"{median('plain_read_seconds') / median('load_seconds'):.2f}",
              f"{median('save_extra_bytes') / 2**20:.0f}", f"{median('load_extra_bytes') / 2**20:.0f}"]

@@ -1,0 +1,85 @@
+#include "checkpoint/block_reads.hpp"
+
+#include <algorithm>
+#include <exception>
+
+#include "checkpoint/damaged.hpp"
+
+namespace upcycle {
+
+BlockReads::BlockReads(std::vector<Read> reads) : reads_(std::move(reads)) {
+  for (size_t index = 0; index < kAhead; ++index) expect(index);
+  if (reads_.size() > 1) thread_ = std::thread([this] { work(); });
+}
+
+BlockReads::~BlockReads() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+std::span<const std::byte> BlockReads::next() {
+  std::unique_lock lock(mutex_);
+  const size_t index = taken_++;   // from here on the slot of the read before is free
+  changed_.notify_all();
+  Slot& slot = slots_[index % kAhead];
+  while (!slot.done) {
+    if (!read_one(lock)) changed_.wait(lock, [&] { return slot.done; });
+  }
+  slot.done = false;
+  if (slot.error) std::rethrow_exception(slot.error);
+  if (!slot.complaint.empty()) throw DamagedCheckpoint(slot.complaint);
+  return slot.bytes;
+}
+
+void BlockReads::work() {
+  std::unique_lock lock(mutex_);
+  while (!ending_ && begun_ < reads_.size()) {
+    if (!read_one(lock)) changed_.wait(lock, [&] { return ending_ || begun_ == reads_.size() || may_begin(); });
+  }
+}
+
+// Not into the slot of what the caller was given last, read taken_ - 1.
+bool BlockReads::may_begin() const { return begun_ < reads_.size() && begun_ + 1 < std::max<size_t>(taken_, 1) + kAhead; }
+
+bool BlockReads::read_one(std::unique_lock<std::mutex>& lock) {
+  if (!may_begin()) return false;
+  const size_t index = begun_++;
+  lock.unlock();
+  read(index);
+  lock.lock();
+  slots_[index % kAhead].done = true;
+  changed_.notify_all();
+  return true;
+}
+
+// Nobody else touches the slot until it is done.
+void BlockReads::read(size_t index) noexcept {
+  Slot& slot = slots_[index % kAhead];
+  const Read& wanted = reads_[index];
+  slot.error = nullptr;
+  slot.complaint.clear();
+  expect(index + kAhead);
+  try {
+    std::span<std::byte> bytes = wanted.target;
+    if (bytes.empty()) {
+      const auto size = static_cast<size_t>(wanted.entry->blocks().run(wanted.block).size()) * c10::elementSize(wanted.entry->spec.dtype);
+      if (slot.memory.size() < size) slot.memory.resize(size);
+      bytes = std::span(slot.memory).first(size);
+    }
+    uint64_t sum = 0;
+    slot.complaint = wanted.file->read(*wanted.entry, wanted.block, bytes, sum);
+    slot.bytes = bytes;
+  } catch (...) {
+    slot.error = std::current_exception();
+  }
+}
+
+void BlockReads::expect(size_t index) const noexcept {
+  if (index < reads_.size()) reads_[index].file->expect(*reads_[index].entry, reads_[index].block, reads_[index].block + 1);
+}
+
+}  // namespace upcycle

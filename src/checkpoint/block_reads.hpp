@@ -1,0 +1,59 @@
+#pragma once
+#include <condition_variable>
+#include <mutex>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "checkpoint/stored_file.hpp"
+
+namespace upcycle {
+
+/// Blocks of stored files, read and checked in a fixed order by two threads: the caller's, and one that works ahead of it, so that the
+/// disk does not wait for checksums. That thread calls neither MPI nor HDF5 nor LibTorch.
+class BlockReads {
+ public:
+  struct Read {
+    const StoredFile* file;
+    const StoredFile::Entry* entry;
+    int64_t block;
+    std::span<std::byte> target;   ///< where its bytes go; empty: into memory that is lent
+  };
+
+  /// What the reads name must live as long as this.
+  explicit BlockReads(std::vector<Read> reads);
+  ~BlockReads();
+  BlockReads(const BlockReads&) = delete;
+  BlockReads& operator=(const BlockReads&) = delete;
+
+  /// The bytes of the next read; where they are lent, until next() is called again. Throws DamagedCheckpoint for a block that is not what
+  /// was written, UserError when the file can't be read.
+  std::span<const std::byte> next();
+
+ private:
+  struct Slot {
+    std::vector<std::byte> memory = {};
+    std::span<const std::byte> bytes = {};
+    std::string complaint = {};
+    std::exception_ptr error = {};
+    bool done = false;
+  };
+  static constexpr size_t kAhead = 4;   // slots: bounds the memory that is lent
+
+  void work();
+  bool may_begin() const;
+  bool read_one(std::unique_lock<std::mutex>& lock);   ///< false when none may begin
+  void read(size_t index) noexcept;
+  void expect(size_t index) const noexcept;
+
+  const std::vector<Read> reads_;
+  Slot slots_[kAhead];   // read i uses slot i modulo kAhead
+  size_t begun_ = 0, taken_ = 0;
+  bool ending_ = false;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::thread thread_;
+};
+
+}  // namespace upcycle
