@@ -113,8 +113,8 @@ train() {
   conclude
 }
 
-# The training step. Once more if no rank came as far as its first heartbeat: on a node that crashed, Slurm's PMIx plugin trips over a
-# socket that the same step of an earlier life has left, and srun may even say 0.
+# The training step. Once more if no rank came as far as its first heartbeat: on a node that has crashed, Slurm's PMIx plugin trips over a
+# socket that the same step of an earlier life has left (srun may even say 0), and MPI does not always come up at once.
 train_on() {
   local try beat
   for try in 1 2; do

@@ -159,10 +159,16 @@ class Job:
             time.sleep(0.5)
 
     def lives(self):
-        """The states of all its lives, as sacct tells them; None without accounting."""
+        """The states of all its lives, as sacct tells them, which hears of an end some seconds late; None without accounting."""
         if not self.lab.accounting:
             return None
-        return self.lab.ask("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State", f"--jobs={self.id}").splitlines()
+        states = []
+        for _ in range(20):
+            states = self.lab.ask("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State", f"--jobs={self.id}").splitlines()
+            if states and states[-1].split()[0] in FINAL_STATES:
+                break
+            time.sleep(1)
+        return states
 
     def signal(self, name, *options):
         self.lab.ask("scancel", f"--signal={name}", *options, self.id)

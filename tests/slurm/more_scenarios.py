@@ -75,9 +75,8 @@ class FullDisk(More):
         LAB.ask("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk)
         try:
             ballast = disk / "ballast"
-            run_file, run = place.write_run("disk/run")
-            place.run = run
-            line = dict(arguments=["disk/run.toml"])
+            place.run = disk / "run"
+            line = dict(arguments=[place.run_file.name, "--set", f"run.directory={place.run}"])
             self.fill(ballast, disk)
             self.refused(place.submit("--nodes=4", **line), str(disk))
             ballast.unlink()

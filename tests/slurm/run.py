@@ -19,7 +19,7 @@ import scenarios
 # Each inner list at once; one after the other.
 SHORT = [["FourNodes", "Stop", "Hang", "Storm", "Array"], ["Preemption"], ["CrashInCheckpoint"]]
 FULL = [["FourNodes", "Stop", "Hang", "Array", "ShortLimit"], ["Storm", "Cancelled", "FullDisk", "Switches", "ByHand", "Chain"],
-        ["Mpirun", "BadInput", "WrongMpi", "TwoJobs", "Example", "Convert"], ["Preemption"], ["CrashInCheckpoint", "CrashInStep"]]
+        ["Mpirun", "BadInput", "WrongMpi", "TwoJobs", "Example", "Convert"], ["Preemption"], ["CrashInCheckpoint"], ["CrashInStep"]]
 
 
 class Run(threading.Thread):
