@@ -85,7 +85,7 @@ class FullDisk(More):
             self.fill(ballast, disk)
             self.assertEqual(job.ends(), "FAILED", job.log())
             self.assertEqual(job.restarts(), 0)
-            self.said(job, "No space left on device")
+            self.assertRegex(job.log(), f"upcycle: .*{disk}.*(disk full|No space left on device)")
             self.assertEqual(place.checkpoints(), [0])
             ballast.unlink()
             place.write_site()

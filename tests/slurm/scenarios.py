@@ -73,6 +73,7 @@ class Stop(Scenario):
     def test(self):
         place = self.place(slow_steps=30)
         job = place.submit("--nodes=4", "--time=3", "--signal=B:USR2@90")   # comes a minute or more after the start
+        job.wait_for_step(1)
         job.wait("requeue", lambda: job.state() != "RUNNING")
         self.said(job, "stopped on request (signal) after step", "code 75: back into the queue")
         place.write_site()   # the rest may be fast, and in one life
@@ -128,8 +129,7 @@ class Hang(Scenario):
         place = self.place(slow_steps=10, site='export UPCYCLE_WATCH="--start 120 --step 10 --checkpoint 60"')
         job = place.submit("--nodes=4")
         job.wait_for_step(13)
-        pid = job.rank(5)
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(job.rank(5), signal.SIGSTOP)
         job.wait("end of the first life", lambda: job.state() != "RUNNING", seconds=60)
         place.write_site()
         self.finished(place, job, restarts=1)
