@@ -107,9 +107,14 @@ train() {
   # shellcheck disable=SC2086
   launch check "$@" ${UPCYCLE_CHECK:-}
   finish
-  if ((rc == 2)); then drop_successor; leave 2 "the pre-flight check failed: nothing was started"; fi
-  ((rc == 0)) || say "the pre-flight check could not run (code $rc)"
-  if [[ $asked$ended == *yes* ]]; then rc=75; else train_on "$@"; fi
+  if [[ $asked$ended == *yes* ]]; then
+    say "asked to leave before training began"
+    rc=75
+  else
+    if ((rc == 2)); then drop_successor; leave 2 "the pre-flight check failed: nothing was started"; fi
+    ((rc == 0)) || say "the pre-flight check could not run (code $rc)"
+    train_on "$@"
+  fi
   conclude
 }
 

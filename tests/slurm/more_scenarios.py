@@ -107,7 +107,7 @@ class ShortLimit(More):
 
     def test(self):
         place = self.place(slow_writes=6000)
-        job = place.submit("--nodes=1", "--time=1", "--signal=B:USR2@30")
+        job = place.submit("--nodes=1", "--time=2", "--signal=B:USR2@5")
         self.assertEqual(job.ends(), "TIMEOUT", job.log())
         self.assertEqual(job.restarts(), 0)
         self.assertEqual(place.checkpoints(), [])
