@@ -46,6 +46,9 @@ class Lab:
     def tool(self, *words, timeout=60):
         return self.ask(ROOT / "tools/slurm-lab", *words, timeout=timeout)
 
+    def controller_log(self):
+        return (self.scratch / "lab/log/slurmctld").read_text(errors="replace").splitlines()
+
     def ask(self, *words, environment=None, cwd=None, check=True, timeout=60):
         """What a command of Slurm's says on its standard output."""
         answer = subprocess.run([str(word) for word in words], env=environment or self.environment, cwd=cwd, capture_output=True, text=True,

@@ -38,6 +38,7 @@ class Run(threading.Thread):
         print(f"{time.monotonic() - start:6.0f} s  {'good  ' if self.good else 'FAILED'}  {self.name}: {' '.join(self.case.__doc__.split())}", flush=True)
         if not self.good:
             print(words.getvalue(), flush=True)
+            print("the controller's last lines:", *scenarios.LAB.controller_log()[-25:], sep="\n  ", flush=True)
 
 
 def main():

@@ -40,7 +40,7 @@ SwitchType=switch/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=20
 MinJobAge=3600
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=5,bf_interval=5
