@@ -74,7 +74,7 @@ class Stop(Scenario):
         place = self.place(slow_steps=30)
         job = place.submit("--nodes=4", "--time=3", "--signal=B:USR2@90")   # comes a minute or more after the start
         job.wait_for_step(1)
-        job.wait("requeue", lambda: job.state() != "RUNNING")
+        job.wait("requeue", lambda: "back into the queue" in job.log())   # its state is SIGNALING for a moment
         self.said(job, "stopped on request (signal) after step", "code 75: back into the queue")
         place.write_site()   # the rest may be fast, and in one life
         LAB.ask("scontrol", "update", f"jobid={job.id}", "TimeLimit=30")
