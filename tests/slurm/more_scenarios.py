@@ -106,7 +106,7 @@ class ShortLimit(More):
     limit is all it takes."""
 
     def test(self):
-        place = self.place(slow_writes=6000)
+        place = self.place(slow_writes=12000)
         job = place.submit("--nodes=1", "--time=2", "--signal=B:USR2@5")
         self.assertEqual(job.ends(), "TIMEOUT", job.log())
         self.assertEqual(job.restarts(), 0)
