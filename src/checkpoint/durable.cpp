@@ -63,10 +63,13 @@ void make_durable(const fs::path& path) {
 }
 
 void make_directories(const fs::path& path) {
-  if (path.empty() || fs::exists(path)) return;
+  if (path.empty() || fs::is_directory(path)) return;
   const fs::path parent = path.has_filename() ? path.parent_path() : path.parent_path().parent_path();
   make_directories(parent);
-  if (::mkdir(path.c_str(), 0777) != 0 && errno != EEXIST) fail_with_errno("creating", path);
+  if (::mkdir(path.c_str(), 0777) != 0 && !(errno == EEXIST && fs::is_directory(path))) {
+    if (errno == EEXIST) errno = fs::exists(path) ? ENOTDIR : ENOENT;   // a file, or a link to nothing
+    fail_with_errno("creating", path);
+  }
   make_durable(parent.empty() ? fs::path(".") : parent);
 }
 
