@@ -11,7 +11,7 @@ endforeach()
 list(REMOVE_DUPLICATES found_in)
 set_target_properties(upcycle PROPERTIES INSTALL_RPATH "${found_in}" INSTALL_RPATH_USE_LINK_PATH ON)
 install(TARGETS upcycle RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
-install(DIRECTORY configs checkpoints-schema slurm DESTINATION ${CMAKE_INSTALL_DATADIR}/upcycle PATTERN site.sh EXCLUDE)
+install(DIRECTORY configs checkpoints-schema slurm DESTINATION ${CMAKE_INSTALL_DATADIR}/upcycle PATTERN site.env EXCLUDE)
 
 # The scripts start with the Python that has their packages, unless its path is none that a #! line can have.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS tools/installed.txt)

@@ -180,10 +180,10 @@ void match_time(std::vector<SweepArm>& arms, const SweepFile& sweep) {
 
 /// One job of a Slurm array for every arm.
 int submit(const SweepFile& sweep, size_t arms) {
-  const std::string array = text("--array=0-", arms - 1, "%", sweep.at_once);
+  const std::string array = text("--array=0-", arms - 1, "%", sweep.at_once), tasks = text("--ntasks=", sweep.ranks);
   const char* const script = "slurm/sweep.sbatch";
-  std::cout << text("sbatch ", array, " ", script, " ", sweep.path, "\n") << std::flush;
-  execlp("sbatch", "sbatch", array.c_str(), script, sweep.path.c_str(), static_cast<char*>(nullptr));
+  std::cout << text("sbatch ", array, " ", tasks, " ", script, " ", sweep.path, "\n") << std::flush;
+  execlp("sbatch", "sbatch", array.c_str(), tasks.c_str(), script, sweep.path.c_str(), static_cast<char*>(nullptr));
   fail("--slurm: sbatch is not here; submit the line above where it is");
 }
 
