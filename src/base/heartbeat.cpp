@@ -70,7 +70,10 @@ std::vector<Heartbeat> read_heartbeats(const fs::path& folder) {
   if (!all.front().found) return {};
   for (int rank = 1; rank < all.front().ranks; ++rank) {
     Heartbeat beat = read_heartbeat(folder, rank);
-    if (beat.life != all.front().life) beat = {.rank = rank};
+    if (beat.life != all.front().life) {
+      beat = {};
+      beat.rank = rank;
+    }
     all.push_back(std::move(beat));
   }
   return all;

@@ -1,6 +1,7 @@
 #include "checkpoint/durable.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -59,6 +60,17 @@ void make_durable(const fs::path& path) {
   if (!file) fail_with_errno("opening", path);
   // Some file systems refuse fsync on directories; they have no later moment to offer either.
   if (::fsync(file.get()) != 0 && errno != EINVAL) fail_with_errno("storing", path);
+}
+
+void make_directories(const fs::path& path) {
+  if (path.empty() || fs::is_directory(path)) return;
+  const fs::path parent = path.has_filename() ? path.parent_path() : path.parent_path().parent_path();
+  make_directories(parent);
+  if (::mkdir(path.c_str(), 0777) != 0 && !(errno == EEXIST && fs::is_directory(path))) {
+    if (errno == EEXIST) errno = fs::exists(path) ? ENOTDIR : ENOENT;   // a file, or a link to nothing
+    fail_with_errno("creating", path);
+  }
+  make_durable(parent.empty() ? fs::path(".") : parent);
 }
 
 void rename_durably(const fs::path& from, const fs::path& to) {

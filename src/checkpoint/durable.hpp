@@ -25,6 +25,8 @@ void write_at(const FileDescriptor&, std::span<const std::byte> bytes, uint64_t 
               const std::filesystem::path& path);
 /// Fills `bytes` from `offset`, as far as the file goes; returns how many. Throws UserError naming `path`.
 size_t read_at(const FileDescriptor&, std::span<std::byte> bytes, uint64_t offset, const std::filesystem::path& path);
+/// Makes a directory and its missing parents, each durable in the one that it is in. Throws UserError naming the one that can't be made.
+void make_directories(const std::filesystem::path& path);
 /// fsync of a file or a directory. Throws UserError naming it.
 void make_durable(const std::filesystem::path& path);
 /// Renames and makes the new name durable. Throws UserError naming both.

@@ -28,7 +28,12 @@ bool leads_out(const std::string& name) {
 /// Says why `checkpoint` is not valid; "" when it is.
 std::string refusal(const fs::path& checkpoint) {
   try {
-    check_complete(checkpoint, read_manifest(checkpoint));
+    const Manifest manifest = read_manifest(checkpoint);
+    const std::string name = checkpoint.filename().string();
+    if (const auto step = step_of(name); step && *step != manifest.step) {
+      fail(checkpoint.string(), ": its manifest is of step ", manifest.step, ": it was renamed, or copied over another one");
+    }
+    check_complete(checkpoint, manifest);
     return "";
   } catch (const UserError& error) {
     return error.what();

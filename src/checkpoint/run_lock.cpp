@@ -126,8 +126,7 @@ FileDescriptor open_lock(const fs::path& path) {
 
 RunLock::RunLock(const fs::path& run_directory, Seconds proof) {
   const fs::path path = run_directory / "lock";
-  std::error_code ignored;
-  fs::create_directories(run_directory, ignored);
+  make_directories(run_directory);
   const json me = myself();
   bool taken_over = false;
   for (;;) {

@@ -61,8 +61,7 @@ CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, W
     if (s.continued) return;
     std::error_code error;
     fs::remove_all(s.partial, error);  // of a writer that was killed
-    fs::create_directories(s.partial, error);
-    if (error) fail("creating ", s.partial.string(), ": ", error.message());
+    make_directories(s.partial);
     if (!s.options.continues.empty()) write_text_durably(words, s.options.continues);
   });
   s.continued = world.all_reduce(int64_t{s.continued}, Reduce::max) > 0;

@@ -37,7 +37,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr double kPatience = 40;   // seconds for a call that a broken node may never come back from
+constexpr double kPatience = 60;   // seconds for what a broken node may never come back from
 
 std::string gigabytes(uint64_t bytes) { return text(std::fixed, std::setprecision(1), static_cast<double>(bytes) / 1e9, " GB"); }
 
@@ -87,11 +87,13 @@ class Check {
   const NodeCheck& here() const { return report_.nodes[node_]; }
   bool speaks() const { return here().ranks.front() == world_.rank(); }
 
-  /// **Collective.** What `action` complains of, once where all ranks say the same, else by node.
+  /// **Collective.** What `action` complains of, once where all ranks say the same, else by node. `action` calls nothing collective, and
+  /// where it does not come back (a file system that hangs) this rank says so and ends all.
   template <class Action>
-  bool by_node(const Action& action) {
+  bool by_node(const std::string& what, const Action& action) {
     std::string mistake;
     try {
+      const Deadline deadline(kPatience, text("node ", here().host, ", rank ", world_.rank(), ": ", what, " takes more than ", kPatience, " s"), kExitMistake);
       action();
     } catch (const UserError& error) {
       mistake = error.what();
@@ -101,19 +103,15 @@ class Check {
     for (size_t rank = 0; rank < told.size(); ++rank) {
       if (!told[rank].empty()) who[told[rank]].push_back(static_cast<int>(rank));
     }
-    for (const auto& [what, ranks] : who) {
-      if (static_cast<int>(ranks.size()) == world_.size() && report_.nodes.size() == 1) {
-        report_.problems.push_back(what);
-        continue;
-      }
+    for (const auto& [complaint, ranks] : who) {
       if (static_cast<int>(ranks.size()) == world_.size()) {
-        report_.problems.push_back(text("all nodes: ", what));
+        report_.problems.push_back(text(report_.nodes.size() > 1 ? "all nodes: " : "", complaint));
         continue;
       }
       for (const NodeCheck& node : report_.nodes) {
         std::vector<int> those;
         std::set_intersection(node.ranks.begin(), node.ranks.end(), ranks.begin(), ranks.end(), std::back_inserter(those));
-        if (!those.empty()) report_.problems.push_back(text("node ", node.host, those == node.ranks ? "" : text(", rank ", ranges(those)), ": ", what));
+        if (!those.empty()) report_.problems.push_back(text("node ", node.host, those == node.ranks ? "" : text(", rank ", ranges(those)), ": ", complaint));
       }
     }
     return who.empty();
@@ -143,7 +141,7 @@ class Check {
 
   void read_run_file() {
     RunConfig read;
-    if (!by_node([&] { read = read_run(arguments_.positional.at(0), arguments_.set); })) return;
+    if (!by_node("reading the run file", [&] { read = read_run(arguments_.positional.at(0), arguments_.set); })) return;
     config_.emplace(std::move(read));
     try {
       read_agreed_run(world_, arguments_.positional.at(0), arguments_.set);
@@ -153,7 +151,7 @@ class Check {
   }
 
   void open_inputs() {
-    if (by_node([&] { setup_.emplace(check_inputs(*config_, world_.size(), false)); })) {
+    if (by_node("reading what the run file names", [&] { setup_.emplace(check_inputs(*config_, world_.size(), false)); })) {
       report_.layout = describe(Grid(config_->parallel, world_.size()));
     } else {
       setup_.reset();
@@ -166,7 +164,7 @@ class Check {
     const fs::path probe = existing_part(config_->run.directory) / world_.broadcast(text(".upcycle-check-", host_name(), "-", ::getpid()), 0);
     if (world_.rank() == 0) std::ofstream(probe) << '\n';
     world_.barrier();
-    by_node([&] {
+    by_node("looking into the run directory", [&] {
       const auto latest = std::chrono::steady_clock::now() + std::chrono::seconds(5);
       while (speaks() && !fs::exists(probe)) {
         if (std::chrono::steady_clock::now() > latest) {
@@ -182,7 +180,7 @@ class Check {
 
   void find_devices() {
     std::optional<at::Device> device;
-    const bool all = by_node([&] {
+    const bool all = by_node("waking the GPU", [&] {
       device = device::choose(config_->run.device, host_rank());
       check_transport(*device, config_->run.transport);
     });
@@ -213,7 +211,7 @@ class Check {
     const Layout layout = make_layout(architecture, Grid(config_->parallel, world_.size()), config_->parallel);
     const RankMemory mine = rank_memory(architecture, *config_, layout, world_.rank());
     if (device_->is_cuda()) {
-      by_node([&] {
+      by_node("asking the GPU for its memory", [&] {
         const int64_t total = device::memory(*device_).total;
         if (mine.total() > total) fail("its part of the model needs ", gigabytes(static_cast<uint64_t>(mine.total())), ", and its GPU has ", gigabytes(static_cast<uint64_t>(total)), ": see upcycle plan");
       });
@@ -234,7 +232,7 @@ class Check {
     const std::string what = text(plan.checkpoints, plan.checkpoints == 1 ? " checkpoint" : " checkpoints");
     report_.room = text("checkpoints: ", plan.checkpoints, " at once at most, ", gigabytes(plan.bytes), "; ", gigabytes(there), " are there; ",
                         gigabytes(fs::space(existing_part(checkpoints), none).available), " are free");
-    by_node([&] {
+    by_node("asking for free space", [&] {
       if (speaks()) check_free_space(checkpoints, plan.bytes - std::min(there, plan.bytes), text("the rest of ", what, " (checkpoint.keep and keep_every, and one being written)"));
     });
   }
@@ -242,10 +240,8 @@ class Check {
   void measure_disks() {
     std::string told;
     world_.barrier();
-    by_node([&] {
-      if (!speaks()) return;
-      const Deadline deadline(kPatience, text("node ", here().host, " has not written 256 MB into ", existing_part(config_->run.directory).string(), " within ", kPatience, " s"), kExitMistake);
-      told = text(disk_speed(config_->run.directory));
+    by_node("writing 256 MB into the run directory", [&] {
+      if (speaks()) told = text(disk_speed(config_->run.directory));
     });
     const std::vector<std::string> all = world_.all_gather(told);
     for (NodeCheck& node : report_.nodes) {

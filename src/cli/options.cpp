@@ -54,7 +54,8 @@ const std::vector<Usage>& usages() {
        "those of that\n"
        "checkpoint, or accepted as changed. On run.signal (USR2) or TERM it saves and leaves with exit code 75: run the "
        "same command\n"
-       "again.",
+       "again. Files in run.directory: make `save` for a checkpoint after the step at hand (the run removes it when that is there), `stop` to\n"
+       "save and leave (and not to start again while it is there); the run writes `finished` when all steps are done.",
        "mpirun -n 4 upcycle train configs/quickstart.toml --set train.steps=200"},
       {"check",
        {"RUN.toml"},

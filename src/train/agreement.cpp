@@ -129,11 +129,10 @@ void check_world_size(int world) {
     const char* value = std::getenv(name);
     if (!value) continue;
     const int started = std::atoi(value);
-    if (started > 1 && world == 1) {
-      fail("the launcher started ", started, " ranks (", name, " = ", value, "), but MPI sees 1: they would be ", started,
-           " jobs of one rank each. Start them by this MPI's own mpirun, or by srun --mpi=pmix (srun --mpi=list shows what there is)");
-    }
-    return;
+    if (started <= 1 || world == started) return;
+    fail("the launcher started ", started, " ranks (", name, " = ", value, "), but MPI sees ", world, ": they would be ",
+         world == 1 ? text(started, " jobs of one rank each") : "several jobs", ". Start them by this MPI's own mpirun, or by srun --mpi=pmix ",
+         "(srun --mpi=list shows what there is)");
   }
 }
 

@@ -31,7 +31,7 @@ std::vector<Process> gather_processes(const Communicator& world);
 /// Names and contents of a model directory's, a checkpoint's, or a data prefix's files. Pure but for the files it reads.
 Facts facts_of_directory(const std::string& key, const std::filesystem::path& directory);
 
-/// "N ranks were started, but MPI sees 1" as a UserError, from the environment that launchers give their processes.
+/// "N ranks were started, but MPI sees `world`" as a UserError, from the environment that launchers give their processes.
 void check_world_size(int world);
 
 }  // namespace upcycle

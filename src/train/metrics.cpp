@@ -111,7 +111,6 @@ void Metrics::step(const StepReport& report, double seconds) {
   if (slowest) {
     line["slowest_rank"] = {{"rank", slowest->rank}, {"host", slowest->host}, {"seconds", slowest->seconds}, {"over_median", slowest->over_median}};
     line["seconds_of_rank"] = slowest->seconds_of_rank;
-    scalars.push_back({"speed/slowest_rank_over_median", slowest->over_median});
   }
   write(line);
   if (events_) events_->add(report.step, scalars);

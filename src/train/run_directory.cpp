@@ -29,7 +29,7 @@ void check_run_directory(const std::filesystem::path& directory) {
 }
 
 void claim_run_directory(const std::filesystem::path& directory, const RunConfig& config) {
-  std::filesystem::create_directories(directory / "checkpoints");
+  make_directories(directory / "checkpoints");
   write_text_durably(directory / kRunFile, to_toml(config));
 }
 

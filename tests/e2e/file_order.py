@@ -90,6 +90,7 @@ class Order(Case):
     def test_the_first_save_of_a_run(self):
         """The directory of checkpoints is there for good before the first of them is published in it."""
         path, run = self.run_file("run", steps=1)
+        run.rmdir()
         job = file_calls.start(tiny_run.UPCYCLE, "train", path, ranks=2, under=self.root, trace=self.trace)
         self.assertEqual(job.wait(300), 0, job.stdout.read())
         job.stdout.close()
@@ -97,6 +98,8 @@ class Order(Case):
         made = self.last(events, lambda e: e.kind == "create" and e.path == self.steps and e.succeeds)
         publish = min(i for i, e in enumerate(events) if e.begins and e.kind == "rename" and e.path == self.steps / "step-00000000.partial")
         self.assertLess(self.after(events, made, "fsync", run), publish)
+        made = self.last(events, lambda e: e.kind == "create" and e.path == run and e.succeeds)
+        self.assertLess(self.after(events, made, "fsync", run.parent), publish, "so is the run's own")
 
 
 class Faults(Case):

@@ -51,6 +51,19 @@ TEST(Manifest, ReadsBackWhatWasWritten) {
   EXPECT_EQ(contents(scratch.path() / "step-00000003" / "note.txt"), "four");
 }
 
+TEST(Manifest, ACheckpointUnderTheNameOfAnotherStepIsNone) {
+  const Scratch scratch;
+  const fs::path first = write_step(scratch.path(), 1);
+  fs::copy(first, scratch / step_directory(9), fs::copy_options::recursive);
+  std::vector<std::string> why;
+  EXPECT_EQ(newest_checkpoint(scratch.path(), &why), first);
+  ASSERT_EQ(why.size(), 1u);
+  EXPECT_THAT(why[0], HasSubstr("step-00000009: its manifest is of step 1"));
+  EXPECT_EQ(valid_checkpoints(scratch.path(), 100), std::vector<fs::path>{first});
+  fs::rename(scratch / step_directory(9), scratch / "best");
+  EXPECT_EQ(newest_checkpoint(scratch / "best"), scratch / "best") << "any other name is a name";
+}
+
 TEST(Manifest, RefusesWhatItCannotRead) {
   const Scratch scratch;
   const fs::path step = write_step(scratch.path(), 1);

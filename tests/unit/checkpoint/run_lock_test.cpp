@@ -46,7 +46,7 @@ TEST(RunLock, OneJobADirectory) {
     EXPECT_EQ(other_process(scratch / "else"), "");
   }
   EXPECT_EQ(other_process(scratch / "run"), "");
-  EXPECT_THAT(user_error([&] { RunLock{store(scratch / "file", "") / "below"}; }), HasSubstr("opening"));
+  EXPECT_THAT(user_error([&] { RunLock{store(scratch / "file", "") / "below"}; }), HasSubstr("creating"));
 }
 
 TEST(RunLock, DeathLetsGo) {

@@ -25,6 +25,12 @@ TEST(WorldSize, JobsOfOneRankAreRefused) {
       << message;
 }
 
+TEST(WorldSize, SmallerWorldsAreRefused) {
+  EXPECT_NE(refusal({{"SLURM_STEP_NUM_TASKS", "8"}}, 4).find("started 8 ranks (SLURM_STEP_NUM_TASKS = 8), but MPI sees 4: they would be several jobs"),
+            std::string::npos);
+  EXPECT_EQ(refusal({{"OMPI_COMM_WORLD_SIZE", "8"}, {"SLURM_STEP_NUM_TASKS", "2"}}, 8), "") << "mpirun's daemons are the tasks of its step";
+}
+
 TEST(FactsOfADirectory, ChangeWithEveryFileThatASampleCanSee) {
   const Scratch scratch;
   const auto facts = [&] { return facts_of_directory("source.model", scratch.path()); };
