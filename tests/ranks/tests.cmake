@@ -28,7 +28,10 @@ foreach(ranks 1 2 4)
   set_tests_properties(ranks.reshard.again.${ranks} PROPERTIES LABELS ranks TIMEOUT 300 PROCESSORS ${ranks} FIXTURES_REQUIRED reshard8
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_RESHARD_AGAIN=1")
 endforeach()
-set_tests_properties(ranks.reshard.1 PROPERTIES FIXTURES_SETUP reshard1)
+# What an earlier build has left may be another state than this one's.
+add_test(NAME ranks.reshard.clean COMMAND ${CMAKE_COMMAND} -E rm -rf ${CMAKE_BINARY_DIR}/reshard)
+set_tests_properties(ranks.reshard.clean PROPERTIES LABELS ranks FIXTURES_SETUP reshard0)
+set_tests_properties(ranks.reshard.1 PROPERTIES FIXTURES_SETUP reshard1 FIXTURES_REQUIRED reshard0)
 set_tests_properties(ranks.reshard.2 PROPERTIES FIXTURES_SETUP reshard2 FIXTURES_REQUIRED reshard1)
 set_tests_properties(ranks.reshard.4 PROPERTIES FIXTURES_SETUP reshard4 FIXTURES_REQUIRED reshard2)
 set_tests_properties(ranks.reshard.8 PROPERTIES FIXTURES_SETUP reshard8 FIXTURES_REQUIRED reshard4)
