@@ -61,7 +61,8 @@ CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, W
     if (s.continued) return;
     std::error_code error;
     fs::remove_all(s.partial, error);  // of a writer that was killed
-    make_directories(s.partial);
+    make_directories(s.partial.parent_path());
+    if (!fs::create_directory(s.partial, error) && error) fail("creating ", s.partial.string(), ": ", error.message());
     if (!s.options.continues.empty()) write_text_durably(words, s.options.continues);
   });
   s.continued = world.all_reduce(int64_t{s.continued}, Reduce::max) > 0;

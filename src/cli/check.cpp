@@ -55,10 +55,11 @@ void refuse_unwritable(const fs::path& directory) {
   if (::access(place.c_str(), W_OK | X_OK) != 0) fail_with_errno("writing into", place);
 }
 
-/// As train does before anything is written, and what it would meet later: all but its lock. Throws UserError.
-Setup check_inputs(const RunConfig& config, int ranks, bool reads_tokens) {
+/// As train does before anything is written, and what it would meet later: all but its lock, and every token id, which can be terabytes.
+/// Throws UserError.
+Setup check_inputs(const RunConfig& config, int ranks) {
   refuse_stop_file(config.run.directory);
-  Setup setup = prepare_run(config, ranks, reads_tokens);
+  Setup setup = prepare_run(config, ranks, false);
   refuse_unwritable(config.run.directory);
   return setup;
 }
@@ -151,7 +152,7 @@ class Check {
   }
 
   void open_inputs() {
-    if (by_node("reading what the run file names", [&] { setup_.emplace(check_inputs(*config_, world_.size(), false)); })) {
+    if (by_node("reading what the run file names", [&] { setup_.emplace(check_inputs(*config_, world_.size())); })) {
       report_.layout = describe(Grid(config_->parallel, world_.size()));
     } else {
       setup_.reset();
@@ -373,7 +374,7 @@ int run_check_here(const Arguments& arguments) {
   }
   const char* tasks = std::getenv("SLURM_NTASKS");
   const int64_t ranks = tasks && std::atoi(tasks) > 0 ? std::atoi(tasks) : smallest_world(config.parallel);
-  check_inputs(config, static_cast<int>(ranks), true);
+  check_inputs(config, static_cast<int>(ranks));
   return kExitDone;
 }
 

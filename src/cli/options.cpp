@@ -64,8 +64,8 @@ const std::vector<Usage>& usages() {
        "Started like train, on all ranks: where each rank runs, its CPUs and GPU, the nodes' memory and disk, the bandwidth between neighbouring\n"
        "nodes and of an all-reduce, space for the checkpoints, all inputs on every node; all within half a minute. Token ids are not read. What\n"
        "is wrong is told by the node's name; what may be meant so is a note. Exit code 2 when train should not be started.\n"
-       "--files-only and --print run without MPI, in a job's script before srun: --files-only checks run file, source, tokenizer, data (every\n"
-       "token id) and run directory from here, and says nothing when all is well.",
+       "--files-only and --print run without MPI, in a job's script before srun: --files-only checks run file, source, tokenizer, data and run\n"
+       "directory from here, and says nothing when all is well.",
        "srun --mpi=pmix upcycle check configs/qwen3-14b-64e.toml --bandwidth-floor 10"},
       {"watch",
        {"RUN_DIRECTORY"},

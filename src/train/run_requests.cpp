@@ -29,13 +29,14 @@ void refuse_stop_file(const fs::path& directory) {
 
 void mark_finished(const fs::path& directory, int64_t step) { write_text_durably(directory / "finished", text("step ", step, "\n")); }
 
-void unmark_finished(const fs::path& directory) {
+bool unmark_finished(const fs::path& directory) {
   std::error_code error;
   if (!fs::remove(directory / "finished", error)) {
     if (error) fail((directory / "finished").string(), ": can't be removed (", error.message(), "), though this run has more steps to do");
-    return;
+    return false;
   }
   make_durable(directory);
+  return true;
 }
 
 RunRequests::RunRequests(fs::path directory, bool looks) : directory_(std::move(directory)), looks_(looks) {}

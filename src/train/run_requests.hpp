@@ -18,8 +18,8 @@ void refuse_stop_file(const std::filesystem::path& directory);
 
 /// Writes `finished`, durably.
 void mark_finished(const std::filesystem::path& directory, int64_t step);
-/// Removes it, durably: more steps are to be done.
-void unmark_finished(const std::filesystem::path& directory);
+/// Removes it, durably: more steps are to be done. Whether it was there.
+bool unmark_finished(const std::filesystem::path& directory);
 
 /// What the files ask a run for, as one rank sees them.
 class RunRequests {

@@ -149,7 +149,7 @@ class RunFiles(Case):
 class CommandLines(Case):
     def test_mistakes(self):
         for arguments, message in (
-                ([], "a command is missing: plan, convert, train, sweep, export, inspect, verify, sample or evaluate"),
+                ([], "a command is missing: plan, convert, train, check, watch, sweep, export, inspect, verify, sample or evaluate"),
                 (["trian", "run.toml"], "unknown command 'trian'; did you mean 'train'?"),
                 (["plan"], "RUN.toml is missing: upcycle plan RUN.toml"),
                 (["export", "runs/x"], "DIRECTORY is missing: upcycle export CHECKPOINT DIRECTORY"),

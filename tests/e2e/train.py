@@ -17,7 +17,7 @@ ON_TWO = MOE + "[parallel]\nexpert = 2\n"
 
 def numbers_of(run):
     """What a step computed, not how long it took."""
-    timing = ("seconds", "tokens_per_second", "tflops")
+    timing = ("seconds", "tokens_per_second", "tflops", "slowest_rank", "seconds_of_rank")
     return [{key: value for key, value in line.items() if key not in timing} for line in steps_of(run)]
 
 

@@ -52,7 +52,8 @@ void read_and_write() {
         if (!manifest.files.contains(part.get<std::string>())) std::abort();
       }
     }
-    if (newest_checkpoint(checkpoint().parent_path()) != checkpoint()) std::abort();
+    const bool of_this_step = step_directory(manifest.step) == checkpoint().filename();
+    if (newest_checkpoint(checkpoint().parent_path()) != (of_this_step ? std::optional(checkpoint()) : std::nullopt)) std::abort();
   } catch (const UserError& error) {
     if (error.what()[0] == '\0') std::abort();
   }
