@@ -48,7 +48,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
   });
   if (!config.run.share_gpu) refuse_shared_gpus(world, device);
   set_up(setup, config, mesh, accept_changes);
-  bool was_finished = false;
+  std::optional<Unfinished> unfinished;
   world.together([&] {                                                   // 2. the run directory is ours
     if (world.rank() == 0) {
       lock.emplace(setup->directory);
@@ -56,7 +56,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
       if (newest.has_value() != setup->resume.has_value() || (newest && *newest != setup->resume->folder())) {
         fail("another job wrote ", newest->string(), " into ", setup->directory.string(), " just now: submit this one again");
       }
-      if (!setup->resume || setup->resume->manifest().step < config.train.steps) was_finished = unmark_finished(setup->directory);
+      if (!setup->resume || setup->resume->manifest().step < config.train.steps) unfinished.emplace(setup->directory);
       claim_run_directory(setup->directory, config);
     }
   });
@@ -72,6 +72,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
       watchdog.beat(0, doing);
       if (lock) lock->touch();
     }).string());
+    if (unfinished) unfinished->begun();
     if (world.rank() == 0) mark_finished(setup->directory, 0);
     return kDone;
   }
@@ -92,13 +93,13 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
     try {
       steps.emplace(run);
     } catch (const DamagedCheckpoint& error) {
-      if (!setup->resume || !fall_back(setup->resume->folder(), error.what(), world)) {
-        if (was_finished) mark_finished(setup->directory, setup->resume->manifest().step);   // as it was: nothing has been done
-        throw;
-      }
+      if (!setup->resume || !fall_back(setup->resume->folder(), error.what(), world)) throw;
       damage = error.what();
     }
-    if (damage.empty()) return steps->to_the_end();                      // 6. train
+    if (damage.empty()) {
+      if (unfinished) unfinished->begun();
+      return steps->to_the_end();                                        // 6. train
+    }
     set_up(setup, config, mesh, accept_changes);   // what is left has to pass all the checks, too
   }
 }

@@ -4,6 +4,7 @@
 
 #include "base/error.hpp"
 #include "base/log.hpp"
+#include "base/text_file.hpp"
 #include "checkpoint/durable.hpp"
 
 namespace upcycle {
@@ -29,14 +30,21 @@ void refuse_stop_file(const fs::path& directory) {
 
 void mark_finished(const fs::path& directory, int64_t step) { write_text_durably(directory / "finished", text("step ", step, "\n")); }
 
-bool unmark_finished(const fs::path& directory) {
+Unfinished::Unfinished(const fs::path& directory) : file_(directory / "finished"), was_there_(fs::exists(file_)) {
+  if (!was_there_) return;
+  content_ = text_of(file_);
   std::error_code error;
-  if (!fs::remove(directory / "finished", error)) {
-    if (error) fail((directory / "finished").string(), ": can't be removed (", error.message(), "), though this run has more steps to do");
-    return false;
-  }
+  if (!fs::remove(file_, error)) fail(file_.string(), ": can't be removed (", error.message(), "), though this run has more steps to do");
   make_durable(directory);
-  return true;
+}
+
+Unfinished::~Unfinished() {
+  if (!was_there_) return;
+  try {
+    write_text_durably(file_, content_);
+  } catch (const std::exception& error) {
+    log::warning(text(file_.string(), " could not be put back: ", error.what()));
+  }
 }
 
 RunRequests::RunRequests(fs::path directory, bool looks) : directory_(std::move(directory)), looks_(looks) {}

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <string>
 
 namespace upcycle {
 
@@ -18,8 +19,20 @@ void refuse_stop_file(const std::filesystem::path& directory);
 
 /// Writes `finished`, durably.
 void mark_finished(const std::filesystem::path& directory, int64_t step);
-/// Removes it, durably: more steps are to be done. Whether it was there.
-bool unmark_finished(const std::filesystem::path& directory);
+/// Removes it, durably: more steps are to be done. Puts it back as it was, unless some have begun: a start that fails changes nothing.
+class Unfinished {
+ public:
+  explicit Unfinished(const std::filesystem::path& directory);
+  ~Unfinished();
+  Unfinished(const Unfinished&) = delete;
+  Unfinished& operator=(const Unfinished&) = delete;
+  void begun() noexcept { was_there_ = false; }
+
+ private:
+  const std::filesystem::path file_;
+  bool was_there_;
+  std::string content_;
+};
 
 /// What the files ask a run for, as one rank sees them.
 class RunRequests {

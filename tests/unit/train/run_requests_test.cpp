@@ -64,10 +64,18 @@ TEST(RunRequests, StopStopsAndKeepsFromStarting) {
 
 TEST(RunRequests, Finished) {
   const Scratch scratch;
-  unmark_finished(scratch.path());
+  { const Unfinished none(scratch.path()); }
+  EXPECT_FALSE(fs::exists(scratch / "finished"));
   mark_finished(scratch.path(), 12);
+  {
+    const Unfinished start_that_fails(scratch.path());
+    EXPECT_FALSE(fs::exists(scratch / "finished"));
+  }
   EXPECT_EQ(contents(scratch / "finished"), "step 12\n");
-  unmark_finished(scratch.path());
+  {
+    Unfinished start(scratch.path());
+    start.begun();
+  }
   EXPECT_FALSE(fs::exists(scratch / "finished"));
 }
 
