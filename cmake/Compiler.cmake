@@ -19,5 +19,7 @@ endif()
 include(CheckLinkerFlag)
 check_linker_flag(CXX -fuse-ld=mold UPCYCLE_MOLD)
 if(UPCYCLE_MOLD)
-  add_link_options(-fuse-ld=mold)
+  # Without RELRO: mold 1.10 (Debian 12) lets its segment begin at the thread-local data in front of it, and where the next section begins a
+  # page (one program of some hundred) the loader refuses: "cannot apply additional memory protection after relocation".
+  add_link_options(-fuse-ld=mold LINKER:-z,norelro)
 endif()
