@@ -41,14 +41,6 @@ constexpr double kPatience = 60;   // seconds for what a broken node may never c
 
 std::string gigabytes(uint64_t bytes) { return text(std::fixed, std::setprecision(1), static_cast<double>(bytes) / 1e9, " GB"); }
 
-std::string describe(const Grid& grid) {
-  std::string out;
-  for (const Axis axis : {Axis::tensor, Axis::context, Axis::pipeline, Axis::data, Axis::expert, Axis::expert_tensor}) {
-    if (grid.size(axis) > 1) out += text(out.empty() ? "" : ", ", name(axis), " ", grid.size(axis));
-  }
-  return out.empty() ? "one rank" : out;
-}
-
 /// What can't be written there, train would meet after it has read the source.
 void refuse_unwritable(const fs::path& directory) {
   const fs::path place = existing_part(directory);

@@ -56,4 +56,12 @@ void refuse_what_does_not_divide(const RunConfig& run, const Architecture& archi
   fail("the run does not divide on ", world, " ranks:", lines);
 }
 
+std::string describe(const Grid& grid) {
+  std::string out;
+  for (const Axis axis : {Axis::tensor, Axis::context, Axis::pipeline, Axis::data, Axis::expert, Axis::expert_tensor}) {
+    if (grid.size(axis) > 1) out += text(out.empty() ? "" : ", ", name(axis), " ", grid.size(axis));
+  }
+  return out.empty() ? "one rank" : out;
+}
+
 }  // namespace upcycle

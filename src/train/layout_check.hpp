@@ -23,4 +23,7 @@ LayoutCheck check_layout(const RunConfig&, const Architecture&, int world);
 /// Throws UserError with all of these problems.
 void refuse_what_does_not_divide(const RunConfig&, const Architecture&, int world);
 
+/// "tensor 2, data 4, expert 8": the axes of more than one rank, or "one rank".
+std::string describe(const Grid&);
+
 }  // namespace upcycle

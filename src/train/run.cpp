@@ -5,6 +5,7 @@
 #include "device/device.hpp"
 #include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
+#include "train/layout_check.hpp"
 #include "train/restore.hpp"
 #include "train/run_directory.hpp"
 #include "train/run_requests.hpp"
@@ -15,15 +16,6 @@
 
 namespace upcycle {
 namespace {
-
-// "tensor 2, data 4, expert 8": the axes of more than one rank.
-std::string describe(const Grid& grid) {
-  std::string out;
-  for (const Axis axis : {Axis::tensor, Axis::context, Axis::pipeline, Axis::data, Axis::expert, Axis::expert_tensor}) {
-    if (grid.size(axis) > 1) out += text(out.empty() ? "" : ", ", name(axis), " ", grid.size(axis));
-  }
-  return out.empty() ? "one rank" : out;
-}
 
 // **Collective.** All that is read and checked before anything is allocated or written, alike on all ranks.
 void set_up(std::optional<Setup>& setup, const RunConfig& config, const Mesh& mesh, bool accept_changes) {
