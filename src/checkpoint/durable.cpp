@@ -92,9 +92,14 @@ void write_text_durably(const fs::path& path, const std::string& content) {
   }
 }
 
-void check_free_space(const fs::path& path, uint64_t bytes_needed, const std::string& what) {
+fs::path existing_part(const fs::path& path) {
   fs::path place = fs::absolute(path);
   while (!fs::exists(place) && place.has_relative_path()) place = place.parent_path();
+  return place;
+}
+
+void check_free_space(const fs::path& path, uint64_t bytes_needed, const std::string& what) {
+  const fs::path place = existing_part(path);
   struct statvfs space {};
   if (::statvfs(place.c_str(), &space) != 0) fail_with_errno("asking for the free space of", place);
   const uint64_t free = static_cast<uint64_t>(space.f_bavail) * space.f_frsize;

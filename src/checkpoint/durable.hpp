@@ -34,6 +34,9 @@ void rename_durably(const std::filesystem::path& from, const std::filesystem::pa
 /// The whole of a small file, whole or absent: <path>.partial, fsync, rename, fsync.
 void write_text_durably(const std::filesystem::path& path, const std::string& content);
 
+/// The path itself, or the nearest one above it that is there; absolute.
+std::filesystem::path existing_part(const std::filesystem::path& path);
+
 /// Throws UserError with both numbers when the file system of `path` (or of its nearest existing parent) has less than
 /// `bytes_needed` free for `what` ("step 0 and one checkpoint").
 void check_free_space(const std::filesystem::path& path, uint64_t bytes_needed, const std::string& what);

@@ -49,7 +49,4 @@ nlohmann::ordered_json to_json(const CheckReport&);
 /// free, and 3 s; with the time until it is on the disk. Throws UserError naming the directory when that fails.
 double disk_speed(const std::filesystem::path& directory);
 
-/// The directory itself, or the nearest one above it that is there.
-std::filesystem::path existing_part(std::filesystem::path directory);
-
 }  // namespace upcycle

@@ -33,12 +33,6 @@ FileDescriptor nameless_file(const std::filesystem::path& directory, int flags) 
 
 }  // namespace
 
-std::filesystem::path existing_part(std::filesystem::path directory) {
-  directory = std::filesystem::absolute(directory);
-  while (!std::filesystem::exists(directory) && directory.has_relative_path()) directory = directory.parent_path();
-  return directory;
-}
-
 double disk_speed(const std::filesystem::path& run_directory) {
   const std::filesystem::path directory = existing_part(run_directory);
   FileDescriptor file = nameless_file(directory, O_DIRECT);
