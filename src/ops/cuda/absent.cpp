@@ -4,6 +4,8 @@
 #include "ops/cuda/adamw.hpp"
 #include "ops/cuda/cross_entropy.hpp"
 #include "ops/cuda/embedding.hpp"
+#include "ops/cuda/qk_norm_rope.hpp"
+#include "ops/cuda/rms_norm.hpp"
 #include "ops/cuda/sum_of_squares.hpp"
 
 namespace upcycle::cuda {
@@ -21,5 +23,9 @@ void add_embedding_gradient(const EmbeddingGradient&, CUstream_st*) { absent(); 
 int square_sum_blocks(int64_t) { absent(); }
 void sum_squares(const SquareSums&, CUstream_st*) { absent(); }
 void sum_partials(const Partials&, CUstream_st*) { absent(); }
+void rms_norm(const RmsNorm&, CUstream_st*) { absent(); }
+void rms_norm_backward(const RmsNormBackward&, CUstream_st*) { absent(); }
+void qk_norm_rope(const QkNormRope&, CUstream_st*) { absent(); }
+void qk_norm_rope_backward(const QkNormRopeBackward&, CUstream_st*) { absent(); }
 
 }  // namespace upcycle::cuda
