@@ -10,13 +10,17 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "base/trace_range.hpp"
+
 namespace upcycle {
 namespace {
 
 struct RecordedOp final : torch::autograd::Node {
   Backward backward;
+  std::string recorded_in;   ///< the ranges around the forward, where a profiler listens
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
     const Unrecorded guard;
+    const TraceRange range(recorded_in);
     if (!backward) throw std::logic_error("backward ran twice through one graph");
     const Backward once = std::move(backward);
     backward = nullptr;
@@ -60,6 +64,7 @@ std::vector<Tensor> record(std::vector<Tensor> outputs, const std::vector<Tensor
   if (!recording()) return outputs;
   const auto node = std::make_shared<RecordedOp>();
   node->backward = std::move(backward);
+  node->recorded_in = TraceRange::here();
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   for (Tensor& output : outputs) {
     output = output.detach();  // another tensor on the same storage: what `backward` keeps does not hold this node

@@ -41,6 +41,7 @@ struct Arguments {
   std::vector<std::string> set = {};     ///< --set key=value
   bool json = false;
   bool accept_changes = false;           ///< train --accept-changes
+  std::string profile = {};              ///< train --profile
   bool tensors = false;                  ///< inspect --tensors
   std::optional<int> ranks = {};         ///< plan --ranks
   std::optional<std::string> gpu_memory = {};      ///< plan --gpu-memory

@@ -143,6 +143,8 @@ po::options_description options_of(const Usage* usage) {
   if (usage && usage->command == "train") {
     add("accept-changes", po::bool_switch(),
         "go on from the newest checkpoint although keys that change what is computed are others now; they are listed");
+    add("profile", po::value<std::string>()->value_name("FILE"),
+        "trace 3 steps, after 5 others, into FILE (.json), which ui.perfetto.dev opens; with several ranks one FILE-rankN each");
   }
   if (usage && usage->command == "plan") {
     add("ranks", po::value<std::string>()->value_name("N"),
@@ -325,7 +327,11 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   const size_t most = usage->arguments.size() + usage->further.has_value();
   if (arguments.positional.size() > most) fail("'", arguments.positional[most], "' is one argument too many: ", takes(*usage));
   if (values.count("set")) arguments.set = values["set"].as<std::vector<std::string>>();
-  if (usage->command == "train") arguments.accept_changes = values["accept-changes"].as<bool>();
+  if (usage->command == "train") {
+    arguments.accept_changes = values["accept-changes"].as<bool>();
+    if (values.count("profile")) arguments.profile = values["profile"].as<std::string>();
+    if (values.count("profile") && arguments.profile.empty()) fail("--profile: name the file of the trace");
+  }
   if (usage->command == "sweep") {
     arguments.dry_run = values["dry-run"].as<bool>();
     arguments.run_file = values["run-file"].as<bool>();

@@ -67,7 +67,7 @@ void Metrics::write(const Json& line) {
   size_ += static_cast<int64_t>(written.size());
 }
 
-void Metrics::step(const StepReport& report, double seconds) {
+void Metrics::step(const StepReport& report, double seconds, int64_t gpu_memory) {
   recent_seconds_ = recent_seconds_ < 0 ? seconds : 0.9 * recent_seconds_ + 0.1 * seconds;
   if (!speaks_) return;
   const double rate = static_cast<double>(config_.train.global_batch * config_.train.sequence) / seconds;
@@ -81,6 +81,7 @@ void Metrics::step(const StepReport& report, double seconds) {
             {"tflops", rate * scale_.flops_per_token / 1e12},
             {"seconds", seconds},
             {"skipped", report.skipped}};
+  if (gpu_memory > 0) line["peak_bytes"] = gpu_memory;
   if (report.spike) line["spike"] = true;
   if (report.learned) line["learned_tokens"] = *report.learned;
   std::vector<Scalar> scalars{{"train/loss", report.loss},

@@ -22,8 +22,10 @@ class Metrics {
   /// Appends to <directory>/metrics.jsonl and marks the (re)start. `hosts`: of every rank.
   Metrics(const RunConfig&, const std::filesystem::path& directory, int rank, std::vector<std::string> hosts, Scale scale, const TrainingState&);
 
-  /// `seconds`: what the step took.
-  void step(const StepReport&, double seconds);
+  /// `seconds`: what the step took. `gpu_memory`: the most bytes that were in tensors of this rank's GPU so far; 0: not told.
+  void step(const StepReport&, double seconds, int64_t gpu_memory = 0);
+  /// This step has a line on the console.
+  bool is_told(int64_t step) const;
   void validation(int64_t step, int64_t position, double loss);
   /// With what the experts did since the last such look.
   void experts(int64_t step, int64_t position, const std::vector<LayerHealth>&);
@@ -35,9 +37,6 @@ class Metrics {
  private:
   void write(const nlohmann::ordered_json& line);
   void print(const StepReport&, double tokens_per_second, const std::optional<Stragglers::Slowest>&);
-  /// This step has a line on the console.
-  bool is_told(int64_t step) const;
-
   const RunConfig& config_;
   Scale scale_;
   bool speaks_;

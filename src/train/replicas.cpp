@@ -9,6 +9,7 @@
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "base/trace_range.hpp"
 
 namespace upcycle {
 namespace {
@@ -90,6 +91,7 @@ void Replicas::launch_next() {
 }
 
 void Replicas::sum_gradients() {
+  const TraceRange range("reduce");
   while (next_ < additions_.size()) launch_next();
   beside_.join();
   if (expected_.empty()) expected_ = additions_;

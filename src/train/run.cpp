@@ -12,6 +12,7 @@
 #include "train/run_steps.hpp"
 #include "train/setup.hpp"
 #include "train/start.hpp"
+#include "train/step_trace.hpp"
 #include "train/step_zero.hpp"
 
 namespace upcycle {
@@ -26,7 +27,7 @@ void set_up(std::optional<Setup>& setup, const RunConfig& config, const Mesh& me
 
 }  // namespace
 
-int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool accept_changes) {
+int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool accept_changes, const std::filesystem::path& profile) {
   const Communicator& world = mesh.world();
   shutdown::listen(config.run.signal);
   std::optional<Setup> setup;
@@ -34,8 +35,10 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
   at::Device device = at::kCPU;
   world.together([&] {                                                   // 1. read and check everything
     refuse_stop_file(config.run.directory);
+    if (!profile.empty()) StepTrace::check(profile);
     device = device::choose(config.run.device, host_rank());
     check_transport(device, config.run.transport);
+    device::set_deterministic(config.train.deterministic);
     device::set_tf32(false);   // fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
   });
   if (!config.run.share_gpu) refuse_shared_gpus(world, device);
@@ -83,7 +86,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
     std::optional<Steps> steps;
     std::string damage;
     try {
-      steps.emplace(run);
+      steps.emplace(run, profile);
     } catch (const DamagedCheckpoint& error) {
       if (!setup->resume || !fall_back(setup->resume->folder(), error.what(), world)) throw;
       damage = error.what();

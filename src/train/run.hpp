@@ -1,4 +1,6 @@
 #pragma once
+#include <filesystem>
+
 #include "base/watchdog.hpp"
 #include "config/run_config.hpp"
 #include "parallel/mesh.hpp"
@@ -12,7 +14,7 @@ inline constexpr int kRequeue = 75;   ///< stopped on request, state saved: run 
 /// **Collective** over the world. Does what the run file says, from its newest checkpoint or from step 0, to the end or to the
 /// request to stop. Throws UserError before anything is allocated or written when something about the run is wrong; `accept_changes`:
 /// not when what it computes was changed since that checkpoint. A checkpoint whose values turn out damaged while they are read is renamed,
-/// and the run goes on from the one before it; the only one stays where it is, and is a UserError.
-int run_training(const RunConfig&, Mesh&, Watchdog&, bool accept_changes = false);
+/// and the run goes on from the one before it; the only one stays where it is, and is a UserError. `profile`: the file of StepTrace.
+int run_training(const RunConfig&, Mesh&, Watchdog&, bool accept_changes = false, const std::filesystem::path& profile = {});
 
 }  // namespace upcycle

@@ -3,6 +3,7 @@
 #include "base/fault.hpp"
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
+#include "base/trace_range.hpp"
 #include "device/device.hpp"
 #include "model/flops.hpp"
 #include "train/agreement.hpp"
@@ -12,7 +13,7 @@
 
 namespace upcycle {
 
-Steps::Steps(Run& run)
+Steps::Steps(Run& run, const std::filesystem::path& profile)
     : run_(run),
       config_(run.config),
       optimizer_(run.stage.weights(), run.config.optimizer, run.config.router_lr_scale()),
@@ -39,6 +40,8 @@ Steps::Steps(Run& run)
                    Scale{flops_per_token(run_.setup.target.architecture, config_.train.sequence),
                          device.is_cuda() ? peak_flops(device::name(device)) * world.size() : 0.0},
                    state_);
+  if (profile.empty()) return;
+  world.together([&] { trace_ = StepTrace(profile, world.rank(), world.size(), device, state_.step, config_.train.steps); });
 }
 
 void Steps::put_back(TrainingState state) {
@@ -57,11 +60,18 @@ int Steps::to_the_end() {
     requests_.look();
     if (requests_.stop()) shutdown::request();
     word_.save = requests_.save();
-    const Stopwatch launch;
-    PendingReport launched = trainer_.step(word_);
-    launch_seconds_ = launch.seconds();
-    settle(std::move(launched));
+    if (trace_.begins(state_.step)) {
+      settle({});
+      trace_.begin();
+    }
+    if (!pending_) since_report_ = {};
+    settle(step());
     run_.alive(state_.step, "training");
+    if (trace_.ends(state_.step)) {
+      settle({});
+      trace_.end();
+      run_.alive(state_.step, "training");
+    }
     requests_.published(run_.saver.published());
     if (bad_.too_many()) {
       roll_back();
@@ -85,6 +95,7 @@ int Steps::to_the_end() {
     run_.alive(state_.step, "training");
   }
   settle({});
+  if (trace_.recording()) trace_.end();   // stopped before its last step
   if (bad_.too_many() && !may_roll_back()) give_up(bad_.words());   // asked to stop, it still says why it would have ended
   const PeakMemory memory = peak_memory();
   const bool stopped = state_.step < config_.train.steps;
@@ -97,13 +108,19 @@ int Steps::to_the_end() {
   return stopped ? kRequeue : kDone;
 }
 
-// Reports are read one step late, so that the host never waits for the step that it has just launched. A step's seconds are
-// those of its launch and those of the wait for its numbers: validation and checkpoints in between do not count.
+PendingReport Steps::step() {
+  const TraceRange range("step", state_.step + 1);
+  return trainer_.step(word_);
+}
+
+// Reports are read one step late, so that the host never waits for the step that it has just launched. A step's seconds are those from
+// the arrival of the numbers of the step before to that of its own, all that the host does between two steps included: the device's own
+// period where the host is ahead of it. Validation and checkpoints do not count, for nothing is pending there.
 void Steps::settle(std::optional<PendingReport> next) {
   if (pending_) {
-    const Stopwatch wait;
     const StepReport report = read(*pending_);
-    metrics_->step(report, pending_seconds_ + wait.seconds());
+    const double seconds = std::exchange(since_report_, {}).seconds();
+    metrics_->step(report, seconds, metrics_->is_told(report.step) ? gpu_memory() : 0);
     if (pending_->own_time) word_.own_seconds = pending_->own_time->seconds();
     stop_ = stop_ || report.stop_requested;
     save_ = save_ || report.save_requested;
@@ -112,7 +129,6 @@ void Steps::settle(std::optional<PendingReport> next) {
     run_.saver.step(report.saver_writes, report.saver_failed);
   }
   pending_ = std::move(next);
-  pending_seconds_ = launch_seconds_;
 }
 
 void Steps::look() {
@@ -193,6 +209,11 @@ void Steps::roll_back() {
   compared_ = std::min(compared_, state_.step);
   bad_ = BadSteps(config_.train);
   ++rolled_back_;
+}
+
+int64_t Steps::gpu_memory() const {
+  const at::Device device = run_.stage.weights().all().front().parameter.value.device();
+  return device.is_cuda() ? device::memory(device).peak : 0;
 }
 
 // The most that any rank took, and was planned to take.

@@ -6,6 +6,7 @@
 #include "train/metrics.hpp"
 #include "train/one_run.hpp"
 #include "train/run_requests.hpp"
+#include "train/step_trace.hpp"
 
 namespace upcycle {
 
@@ -14,13 +15,15 @@ class Steps {
  public:
   /// **Collective.** The optimizer comes about, and the state: from the checkpoint that the run goes on from, or as step 0 begins. Throws
   /// DamagedCheckpoint, on all ranks alike, when that one is damaged; nothing has been written then.
-  explicit Steps(Run&);
+  /// `profile`: the file of StepTrace; empty: none.
+  explicit Steps(Run&, const std::filesystem::path& profile = {});
 
   /// **Collective.** To the last step, or to the request to stop. The exit code: kDone or kRequeue. A CommonFault when steps are bad too
   /// often, or replicas differ.
   int to_the_end();
 
  private:
+  PendingReport step();
   /// Reads the report of the step before, and puts off that of the `next` one.
   void settle(std::optional<PendingReport> next);
   void look();
@@ -33,6 +36,7 @@ class Steps {
   [[noreturn]] void give_up(const std::string& why) const;
   void put_back(TrainingState);
   PeakMemory peak_memory();
+  int64_t gpu_memory() const;
 
   Run& run_;
   const RunConfig& config_;
@@ -45,7 +49,8 @@ class Steps {
   RunRequests requests_;
   Word word_;                   ///< for the next step
   std::optional<PendingReport> pending_;
-  double launch_seconds_ = 0.0, pending_seconds_ = 0.0;
+  Stopwatch since_report_;      ///< since the numbers of the step before arrived; where nothing was pending, since the step at hand began
+  StepTrace trace_;
   BadSteps bad_;
   int64_t saved_ = -1;          ///< the step of the newest checkpoint; -1: none of this start
   int64_t compared_ = -1;       ///< the step after which replicas last agreed; -1: not compared yet

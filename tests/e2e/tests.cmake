@@ -53,6 +53,11 @@ add_test(NAME e2e.seeing COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/see
 set_tests_properties(e2e.seeing PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2
   ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
 
+# Traces of steps.
+add_test(NAME e2e.tracing COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/tracing.py $<TARGET_FILE:upcycle>)
+set_tests_properties(e2e.tracing PROPERTIES LABELS e2e TIMEOUT 300 PROCESSORS 2
+  ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun};HF_HUB_OFFLINE=1")
+
 # Layouts through the executable: 8 ranks from the command line, and the 14B example's 32 ranks at a small width.
 add_test(NAME e2e.layouts COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/layouts.py $<TARGET_FILE:upcycle>)
 set_tests_properties(e2e.layouts PROPERTIES LABELS e2e TIMEOUT 900 PROCESSORS 2
