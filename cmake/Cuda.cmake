@@ -47,11 +47,18 @@ find_library(NCCL_LIBRARY NAMES libnccl.so.2 PATHS ${site_packages}/nvidia/nccl/
 find_library(NCCL_LIBRARY NAMES nccl)
 need(NCCL_LIBRARY "NCCL 2" "none (in torch's wheel, or NVIDIA's libnccl-dev)" "nccl")
 
+find_path(CUTLASS_INCLUDE_DIR cutlass/gemm/group_array_problem_shape.hpp PATHS ${site_packages}/cutlass_library/source/include NO_DEFAULT_PATH)
+find_path(CUTLASS_INCLUDE_DIR cutlass/gemm/group_array_problem_shape.hpp)
+need(CUTLASS_INCLUDE_DIR "CUTLASS 4 (headers)" "none (tools/setup or pip install --no-deps nvidia-cutlass==4.2.0.0)" "cutlass@4:")
+
 # torch_cuda registers its kernels when it is loaded, though nothing names a symbol of it: no linker may drop it.
 add_library(upcycle::torch_cuda INTERFACE IMPORTED)
 target_include_directories(upcycle::torch_cuda SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(upcycle::torch_cuda INTERFACE
   -Wl,--push-state,--no-as-needed,${torch_lib}/libtorch_cuda.so,${torch_lib}/libc10_cuda.so,--pop-state ${CUDART_LIBRARY})
+
+add_library(upcycle::cutlass INTERFACE IMPORTED)
+target_include_directories(upcycle::cutlass SYSTEM INTERFACE ${CUTLASS_INCLUDE_DIR})
 
 add_library(upcycle::nccl INTERFACE IMPORTED)
 target_include_directories(upcycle::nccl SYSTEM INTERFACE ${NCCL_INCLUDE_DIR})

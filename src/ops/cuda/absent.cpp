@@ -4,6 +4,7 @@
 #include "ops/cuda/adamw.hpp"
 #include "ops/cuda/cross_entropy.hpp"
 #include "ops/cuda/embedding.hpp"
+#include "ops/cuda/grouped_gemm.hpp"
 #include "ops/cuda/qk_norm_rope.hpp"
 #include "ops/cuda/rms_norm.hpp"
 #include "ops/cuda/sum_of_squares.hpp"
@@ -20,6 +21,9 @@ void sum_rows(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy_gradient(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy(const CrossEntropy&, CUstream_st*) { absent(); }
 void add_embedding_gradient(const EmbeddingGradient&, CUstream_st*) { absent(); }
+bool has_grouped_gemm() { return false; }
+int64_t grouped_gemm_workspace(int) { absent(); }
+void grouped_gemm(GroupedProduct, GroupedTile, const GroupedGemm&) { absent(); }
 int square_sum_blocks(int64_t) { absent(); }
 void sum_squares(const SquareSums&, CUstream_st*) { absent(); }
 void sum_partials(const Partials&, CUstream_st*) { absent(); }
