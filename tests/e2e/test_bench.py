@@ -2,6 +2,7 @@
 """tools/bench: both sides of a comparison do the same work, what it reports is what it measured, and a measurement that is none is refused.
 Usage: test_bench.py UPCYCLE SOURCE_DIR [unittest arguments]"""
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,79 @@ class Bench(unittest.TestCase):
         said = self.bench("cpu", "--only", "training", "--size", "tiny", "--precision", "fp32", "--steps", 1, "--repeats", 1, "--threads", 1,
                           "--upcycle", program, expect=1)
         self.assertIn("they do not do the same work", said)
+
+    STEP = ("step", "--device", "cpu", "--model", "tiny", "--micro-batch", 2, "--sequence", 32, "--warm-up", 2, "--steps", 3)
+
+    def test_step(self):
+        """Everyone trains the same model on the same tokens, and the table says what was measured."""
+        out = self.root / "out.json"
+        said = self.bench(*self.STEP, "--peers", "transformers,compiled,torchtitan", "--upcycle", UPCYCLE, "--scratch", self.root, "--json", out)
+        self.assertEqual(sorted(self.root.iterdir()), [out], "scratch files are left")
+        one, = json.loads(out.read_text())["models"]
+        # 6 per weight that a token meets: 2 layers of q, k, v, out (64 x 192), 2 experts of 3 x 64 x 32, and the head; causal attention.
+        self.assertEqual(one["flops_per_token"], 6 * (2 * (64 * (2 * 64 + 2 * 32) + 2 * 3 * 64 * 32) + 64 * 512) + 6 * 2 * 64 * 32)
+        results = {result["who"]: result for result in one["results"]}
+        self.assertEqual(set(results), {"ours", "transformers", "compiled", "torchtitan"})
+        for who, result in results.items():
+            if "failed" in result:
+                self.assertEqual(who, "torchtitan")
+                self.assertIn("not installed here", result["failed"])
+                self.assertIn("torchtitan, 2x32: not installed here", said)
+                continue
+            self.assertEqual((len(result["seconds"]), len(result["losses"])), (3, 5))
+            for loss in result["losses"]:   # ln 512 for labels that nobody can know, and matrices of 0.02
+                self.assertAlmostEqual(loss, 6.24, delta=0.15)
+            self.assertAlmostEqual(result["gradient_norm"], 2.0, delta=0.4)   # the same model for all: nothing vanishes
+            self.assertEqual(result["step_seconds"], statistics.median(result["seconds"]))
+            self.assertAlmostEqual(result["flops_per_second"], 2 * 32 / result["step_seconds"] * one["flops_per_token"])
+            self.assertRegex(said, rf'\n{who} .* {1e3 * result["step_seconds"]:.1f} ')
+        self.assertGreater(results["ours"]["start_seconds"], 0)
+        self.assertEqual(results["ours"]["states"], "float32")
+        self.assertEqual(results["compiled"]["parameters"], results["transformers"]["parameters"])
+
+    def test_step_of_another_size_is_refused(self):
+        """A program that trains shorter sequences stands for one that does less than is counted."""
+        program = self.root / "upcycle"
+        program.write_text(f'#!/bin/sh\ncase $1 in convert | train) exec "{UPCYCLE}" "$@" --set train.sequence=16 ;; esac\nexec "{UPCYCLE}" "$@"\n')
+        program.chmod(0o755)
+        said = self.bench(*self.STEP, "--peers", "none", "--upcycle", program, expect=1)
+        self.assertIn("FLOPs a token, this script", said)
+
+    def test_step_that_fails_is_told(self):
+        said = self.bench(*self.STEP, "--peers", "none", "--upcycle", UPCYCLE, "--set", "optimizer.clip=-1", expect=1)
+        self.assertIn("optimizer.clip", said)
+        self.assertIn("--peers: no megatron", self.bench("step", "--peers", "megatron", expect=2))
+        self.assertIn("no GPU here", self.bench("step", "--upcycle", UPCYCLE, "--peers", "none", expect=1))
+
+    def test_tables_of_operations(self):
+        """What gpu_bench prints becomes shares of the nearer bound."""
+        program = self.root / "gpu_bench"
+        lines = [{"device": "a GPU", "copy_bytes_per_second": 4e12, "product_flops_per_second": 8e14, "side": 8192},
+                 {"shape": "1.7B E4", "op": "swiglu, forward", "seconds": 2e-4, "spread": 0.01, "bytes": 6e8, "flops": 0, "bound_seconds": 1.5e-4,
+                  "share_of_bound": 0.75, "plain_seconds": 8e-4},
+                 {"shape": "1.7B E4", "op": "attention, forward", "seconds": 1e-3, "spread": 0.02, "bytes": 1e8, "flops": 4e11, "bound_seconds": 5e-4,
+                  "share_of_bound": 0.5}]
+        program.write_text("#!/bin/sh\n" + "".join(f"echo '{json.dumps(line)}'\n" for line in lines))
+        program.chmod(0o755)
+        said = self.bench("ops", "--program", program, "--json", self.root / "ops.json")
+        self.assertRegex(said, r"swiglu, forward +0\.200 +1 % +0\.150 +75 % +3\.00 TB/s +0\.800 +4\.00")
+        self.assertRegex(said, r"attention, forward +1\.000 +2 % +0\.500 +50 % +400 TFLOP/s +- +-")
+        self.assertEqual([line["op"] for line in json.loads((self.root / "ops.json").read_text())["operations"]], ["swiglu, forward", "attention, forward"])
+        self.assertIn("no program /nowhere", self.bench("moe-layer", "--program", "/nowhere", expect=1))
+
+    def test_gpu_stops_at_a_test_that_fails(self):
+        """From a bundle: tools/ beside the programs."""
+        bundle = self.root / "bundle"
+        shutil.copytree(SOURCE / "tools", bundle / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+        for name, code in (("gpu_ops", 0), ("gpu_step", 3)):
+            (bundle / name).write_text(f"#!/bin/sh\necho {name} was here\nexit {code}\n")
+            (bundle / name).chmod(0o755)
+        result = subprocess.run([sys.executable, bundle / "tools/bench", "gpu", "--tests", "gpu_ops", "gpu_step", "--out", self.root / "out"], capture_output=True,
+                                text=True, timeout=60)
+        self.assertEqual(result.returncode, 1, result.stdout + result.stderr)
+        self.assertIn("failed: gpu_step", result.stdout)
+        self.assertNotIn("tools/bench step", result.stdout)
+        self.assertIn("gpu_ops was here", (self.root / "out/log.txt").read_text())
 
     def test_memory(self):
         sys.path.insert(0, str(SOURCE / "tools"))
