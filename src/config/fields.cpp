@@ -54,6 +54,7 @@ std::vector<Field> describe(RunConfig& c) {
       choice<Precision>("train.precision", c.train.precision, {{"bf16", Precision::bf16}, {"fp32", Precision::fp32}}),
       choice<Recompute>("train.recompute", c.train.recompute,
                         {{"none", Recompute::none}, {"selective", Recompute::selective}, {"full", Recompute::full}}),
+      flag("train.deterministic", c.train.deterministic),
       choice<NanPolicy>("train.nan_policy", c.train.nan_policy, {{"skip", NanPolicy::skip}, {"stop", NanPolicy::stop}}),
       integer("train.nan_limit", c.train.nan_limit, 1),
       number("train.spike", c.train.spike, kNotNegative),

@@ -71,6 +71,7 @@ struct TrainSection {
   int64_t micro_batch = 1;             ///< sequences at a time on one rank
   Precision precision = Precision::bf16;
   Recompute recompute = Recompute::none;
+  bool deterministic = false;          ///< on a GPU, too, the same start makes the same bits; attention's backward is slower
   NanPolicy nan_policy = NanPolicy::skip;
   int64_t nan_limit = 10;              ///< skipped steps in a row after which the run rolls back, or stops
   double spike = 0.0;                  ///< a loss so many standard deviations above its recent mean is skipped, too; 0: none. See LossSpikes

@@ -11,6 +11,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include <stdlib.h>
 #include <unistd.h>
 
 #include <fstream>
@@ -65,6 +66,15 @@ void set_tf32(bool on) {
   at::globalContext().setAllowTF32CuDNN(on);
 }
 
+void set_deterministic(bool on) {
+  // One workspace a stream; ATen wants to read it here. Not overwritten, for ":16:8" would do, too.
+  if (on) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+  at::globalContext().setDeterministicAlgorithms(on, /*warn_only=*/false);
+  at::globalContext().setDeterministicFillUninitializedMemory(false);   // else at::empty writes all that it gives
+}
+
+bool deterministic() { return at::globalContext().deterministicAlgorithms(); }
+
 Tensor host_buffer(int64_t bytes) {
   return at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(count() > 0));
 }
@@ -111,6 +121,18 @@ int count() noexcept { return 0; }
 void synchronize(c10::Device) {}
 
 #endif
+
+int compute_capability([[maybe_unused]] c10::Device device) {
+#ifdef UPCYCLE_CUDA
+  if (device.is_cuda()) {
+    int major = 0, minor = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
+    return 10 * major + minor;
+  }
+#endif
+  return 0;
+}
 
 Memory memory(c10::Device device) {
   if (device.is_cpu()) {

@@ -32,6 +32,13 @@ void synchronize(c10::Device);
 /// bf16 stays bf16; this is about fp32: with `on`, CUDA's matrix products may round their factors to TF32.
 void set_tf32(bool on);
 
+/// With `on`, ATen's and cuBLAS's operations give the same bits each time, or throw where they can't; before anything is computed.
+void set_deterministic(bool on);
+bool deterministic();
+
+/// 90 for a GPU of compute capability 9.0; 0 for a CPU.
+int compute_capability(c10::Device);
+
 /// Uninitialised host memory [bytes], uint8; page-locked when there is a GPU, so that copies to and from it are asynchronous.
 Tensor host_buffer(int64_t bytes);
 

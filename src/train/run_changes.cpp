@@ -16,7 +16,8 @@ bool changes_nothing_computed(const Field& field) {
       "run.name", "run.directory", "run.timeout", "run.transport", "run.device", "run.share_gpu", "run.signal",
       "source.architecture", "source.tokenizer",   // what is in these files is compared
       "moe.dispatcher", "moe.max_parameters", "upcycle.certify", "upcycle.certify_tokens",
-      "train.micro_batch", "train.recompute", "train.nan_policy", "train.nan_limit", "train.rollbacks", "train.check_replicas",
+      "train.micro_batch", "train.recompute", "train.deterministic", "train.nan_policy", "train.nan_limit", "train.rollbacks",
+      "train.check_replicas",
       "balance.pad_to_capacity", "data.epochs"};
   return kSections.contains(field.section()) || kKeys.contains(field.key);
 }

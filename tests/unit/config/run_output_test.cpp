@@ -19,7 +19,7 @@ run = {name = "odd", directory = "a \"quoted\" \u007f directory", seed = 1, time
 source = {models = ["m", "n"], quotas = [5, 11], architecture = "a", tokenizer = "t"}
 moe = {experts = 32, top_k = 4, granularity = 2, pre_softmax = true, layers = [1, 3], dispatcher = "all-gather", max_parameters = 1e9}
 upcycle = {scaling = "none", router_logit_std = 0.1, noise = 1e-3, drop = 0.5, drop_indices = "per-matrix", certify = false, certify_tokens = 64, permutation = "random", optimizer = "scaled"}
-train = {steps = 77, sequence = 64, global_batch = 12, micro_batch = 3, precision = "fp32", recompute = "full", nan_policy = "stop", nan_limit = 3, spike = 6.5, rollbacks = 1, check_replicas = 50}
+train = {steps = 77, sequence = 64, global_batch = 12, micro_batch = 3, precision = "fp32", recompute = "full", deterministic = true, nan_policy = "stop", nan_limit = 3, spike = 6.5, rollbacks = 1, check_replicas = 50}
 balance = {aux = 0.01, scope = "global", z = 1e-3, bias_rate = 1e-3, jitter = 0.01, capacity_factor = 1.25, drop_policy = "position", pad_to_capacity = true}
 data = {train = [[0.3, "a"], [0.7, "b"]], validation = "mock", split = [9, 1, 0], documents = "packed", seed = 77, epochs = 2.5}
 parallel = {tensor = 2, context = 3, pipeline = 4, virtual_stages = 2, layout = "1|2|1|1|1|2|1|10", expert = 5, expert_tensor = 2, zero = 0}

@@ -41,7 +41,7 @@ TEST(RunChanges, LayoutIntervalsAndPlacesAreFree) {
   const RunConfig here = run_with({"run.name=other", "run.directory=elsewhere", "run.device=cpu", "run.timeout=1min", "run.transport=mpi", "run.signal=HUP",
                                    "parallel.tensor=4", "parallel.zero=0", "parallel.expert=8", "log.every=1", "checkpoint.every=7", "checkpoint.keep=9",
                                    "validate.every=7", "validate.batches=1", "train.micro_batch=2", "train.recompute=full", "moe.dispatcher=all-gather",
-                                   "train.nan_limit=2", "train.nan_policy=stop", "train.rollbacks=0", "train.check_replicas=5"});
+                                   "train.nan_limit=2", "train.nan_policy=stop", "train.rollbacks=0", "train.check_replicas=5", "train.deterministic=true"});
   EXPECT_THAT(lines(run_changes(run_with({}), here)), IsEmpty());
 }
 
