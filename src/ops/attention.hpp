@@ -10,10 +10,20 @@ struct Attended {
   Tensor log_sum_exp_BHS;  ///< fp32, natural logarithm; not differentiable; merges of partial attentions need it
 };
 
+/// What computes plain causal attention on a GPU.
+enum class AttentionKernel {
+  automatic,   ///< cudnn where it takes the shape, else flash
+  cudnn,       ///< cuDNN's fused kernel, on Hopper and newer: D a multiple of 8 up to 128. Its backward is not repeatable bit for bit
+  flash        ///< ATen's flash kernel: D a multiple of 8 up to 256
+};
+
 /// Causal grouped-query attention, softmax(q k^T / sqrt(D)) v, where each query sees the keys of its segment up to its own (without
 /// segments: all up to its own). q [B, S, H, D], k and v [B, P, G, D], one dtype. No mask of S x P lies in memory.
-/// CPU: ATen's flash kernel. CUDA: its flash kernel for bf16 and fp16 where D is a multiple of 8 up to 256; else written out.
-Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {});
+/// CPU: ATen's flash kernel. CUDA: cuDNN or ATen's flash kernel (with segments always this one) for bf16 and fp16 where D is a multiple of
+/// 8 up to 256; else written out. A shape that cuDNN refuses goes through flash from then on, which is logged once. Where
+/// device::deterministic(), backward is flash's repeatable one. `kernel` other than automatic is for tests and benchmarks; ignored
+/// but on a GPU without segments.
+Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {}, AttentionKernel kernel = {});
 
 /// The same, written out: every score of a segment in memory, in fp32. What `attention` is tested against.
 Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {});

@@ -1,6 +1,7 @@
 #include "ops/linear.hpp"
 
 #include <ATen/cpu/Utils.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 
@@ -31,10 +32,11 @@ void matrix_product_into(Tensor out_TO, const Tensor& x_TI, const Tensor& matrix
 }
 
 void add_weight_gradient(Tensor main_grad_OI, const Tensor& dy_TO, const Tensor& x_TI) {
+  if (x_TI.size(0) == 0) return;
   if (x_TI.scalar_type() == at::kFloat) {
     main_grad_OI.addmm_(dy_TO.t(), x_TI);
   } else if (x_TI.is_cuda()) {
-    main_grad_OI.add_(at::mm(dy_TO.t(), x_TI, at::kFloat));  // bf16 in, fp32 out: the sum is never rounded to bf16
+    at::addmm_out(main_grad_OI, main_grad_OI, dy_TO.t(), x_TI, at::kFloat);  // in cuBLAS's epilogue: bf16 in, fp32 out, beta = 1
   } else {
     main_grad_OI.addmm_(dy_TO.to(at::kFloat).t(), x_TI.to(at::kFloat));
   }

@@ -1,0 +1,171 @@
+// Attention by cuDNN and by the flash kernel against every score written out in fp32: outputs, log-sum-exp, gradients.
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Event.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+
+#include "device/device.hpp"
+#include "ops/attention.hpp"
+#include "support/numbers.hpp"
+
+// Shapes: B sequences, S positions, H query heads, G key/value heads, D head width.
+namespace upcycle {
+namespace {
+
+const at::Device kGpu(at::kCUDA, 0);
+using enum AttentionKernel;
+
+struct Form {
+  int64_t sequences, positions, heads, groups, width;
+};
+std::ostream& operator<<(std::ostream& out, const Form& f) {
+  return out << f.sequences << " x " << f.positions << " positions, " << f.heads << "/" << f.groups << " heads of " << f.width;
+}
+const std::vector<Form> kForms = {{2, 1, 4, 4, 16},     {2, 9, 4, 4, 16},     {1, 65, 8, 1, 64},    {2, 130, 16, 2, 128}, {3, 257, 4, 2, 128},
+                                  {2, 1000, 16, 8, 128}, {1, 2048, 16, 8, 128}, {2, 128, 6, 3, 40},  {2, 200, 4, 2, 256}};
+
+/// q, k and v as the model has them: rotated ones by themselves, v a slice of the projection's output.
+struct Inputs {
+  explicit Inputs(const Form& f, at::ScalarType dtype = at::kBFloat16) {
+    const auto draw = [&](int64_t heads, uint64_t seed) {
+      return normal({f.sequences, f.positions, heads, f.width}, seed).to(at::kBFloat16).to(dtype).to(kGpu);
+    };
+    projected = draw(f.heads + 2 * f.groups, 3).requires_grad_();
+    q = draw(f.heads, 1).requires_grad_(), k = draw(f.groups, 2).requires_grad_();
+    v = projected.narrow(2, f.heads + f.groups, f.groups);
+    d = draw(f.heads, 4);
+  }
+  std::vector<Tensor> gradients() const { return {q.grad(), k.grad(), projected.grad()}; }
+  Tensor projected, q, k, v, d;
+};
+
+void expect_near(const Attended& y, const Inputs& inputs, const Attended& y32, const Inputs& inputs32, const char* kernel) {
+  SCOPED_TRACE(kernel);
+  EXPECT_LE(distance(y.out_BSHD, y32.out_BSHD), 3 * 0x1p-8);
+  EXPECT_EQ(y.log_sum_exp_BHS.scalar_type(), at::kFloat);
+  // Of one score alone it may be near 0.
+  EXPECT_LE((y.log_sum_exp_BHS - y32.log_sum_exp_BHS).abs().max().item<float>(), 0x1p-7);
+  for (size_t i = 0; i < 3; ++i) EXPECT_LE(distance(inputs.gradients()[i], inputs32.gradients()[i]), 3 * 0x1p-8) << "gradient " << i;
+}
+
+Attended pass(const Inputs& x, AttentionKernel kernel) {
+  const Attended y = attention(x.q, x.k, x.v, {}, kernel);
+  run_backward(y.out_BSHD, x.d.to(y.out_BSHD.scalar_type()));
+  return y;
+}
+
+TEST(AttentionKernels, AreTheFormula) {
+  for (const Form& f : kForms) {
+    SCOPED_TRACE(testing::Message() << f);
+    const Inputs x32(f, at::kFloat);
+    const Attended y32 = attention_written_out(x32.q, x32.k, x32.v);
+    run_backward(y32.out_BSHD, x32.d);
+    for (const auto& [kernel, name] : {std::pair{automatic, "automatic"}, {flash, "flash"}}) {
+      const Inputs x(f);
+      expect_near(pass(x, kernel), x, y32, x32, name);
+    }
+    if (f.width > 128 || f.positions < 64 || device::compute_capability(kGpu) < 90) continue;   // what cuDNN must not refuse
+    const Inputs x(f);
+    expect_near(pass(x, cudnn), x, y32, x32, "cuDNN");
+  }
+}
+
+// A gradient with other strides each time: cuDNN's plan for the shape is one.
+TEST(AttentionKernels, TakeGradientsOfAnyStrides) {
+  const Form f{2, 192, 8, 4, 64};
+  const Inputs x32(f, at::kFloat);
+  run_backward(attention_written_out(x32.q, x32.k, x32.v).out_BSHD, x32.d);
+  const auto with = [&](const std::function<Tensor(const Tensor&)>& as_laid_out) {
+    const Inputs x(f);
+    run_backward(attention(x.q, x.k, x.v).out_BSHD, as_laid_out(x.d));
+    for (size_t i = 0; i < 3; ++i) EXPECT_LE(distance(x.gradients()[i], x32.gradients()[i]), 3 * 0x1p-8) << "gradient " << i;
+  };
+  with([](const Tensor& d) { return d; });
+  with([](const Tensor& d) { return d.transpose(1, 2).contiguous().transpose(1, 2); });
+  with([](const Tensor& d) { return d.transpose(2, 3).contiguous().transpose(2, 3); });
+}
+
+TEST(AttentionKernels, MakeTheHostWaitForNothing) {
+  const Form f{2, 512, 16, 8, 128};
+  for (const auto kernel : {automatic, flash}) {
+    pass(Inputs(f), kernel);   // plans are made once
+    const Inputs x(f);
+    device::synchronize(kGpu);
+    c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR);
+    EXPECT_NO_THROW(pass(x, kernel));
+    c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED);
+  }
+}
+
+// [train] deterministic: the same bits, of gradients above all, where many blocks add to the same ones. cuDNN's forward then meets flash's
+// backward, which is also the way out when cuDNN refuses backward alone.
+TEST(AttentionKernels, AreRepeatableWhenAsked) {
+  const Form f{2, 1536, 16, 8, 128};
+  const Inputs x32(f, at::kFloat);
+  const Attended y32 = attention_written_out(x32.q, x32.k, x32.v);
+  run_backward(y32.out_BSHD, x32.d);
+  device::set_deterministic(true);
+  ASSERT_TRUE(device::deterministic());
+  const Inputs first(f);
+  const Attended y = pass(first, automatic);
+  for (int time = 0; time < 5; ++time) {
+    const Inputs again(f);
+    const Attended same = pass(again, automatic);
+    EXPECT_TRUE(same.out_BSHD.equal(y.out_BSHD) && same.log_sum_exp_BHS.equal(y.log_sum_exp_BHS));
+    for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(again.gradients()[i].equal(first.gradients()[i])) << "gradient " << i;
+  }
+  device::set_deterministic(false);
+  expect_near(y, first, y32, x32, "deterministic");
+}
+
+// No test: milliseconds and TFLOP/s (causal). --gtest_also_run_disabled_tests --gtest_filter='*Times*'
+TEST(AttentionKernels, DISABLED_Times) {
+  std::printf("%-40s %-8s %16s %16s\n", "", "kernel", "forward", "backward");
+  for (const Form& f : {Form{4, 4096, 16, 8, 128}, {1, 32768, 16, 8, 128}, {4, 4096, 40, 8, 128}}) {
+    for (const auto& [kernel, name] : {std::pair{cudnn, "cuDNN"}, {flash, "flash"}}) {
+      std::vector<double> forward, backward;
+      for (int i = 0; i < 13; ++i) {
+        const Inputs x(f);
+        std::vector<c10::Event> events;
+        const auto mark = [&] {
+          events.emplace_back(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT);
+          events.back().record(c10::cuda::getCurrentCUDAStream(0));
+        };
+        device::synchronize(kGpu);
+        mark();
+        const Attended y = attention(x.q, x.k, x.v, {}, kernel);
+        mark();
+        run_backward(y.out_BSHD, x.d);
+        mark();
+        device::synchronize(kGpu);
+        if (i < 3) continue;
+        forward.push_back(events[0].elapsedTime(events[1]));
+        backward.push_back(events[1].elapsedTime(events[2]));
+      }
+      const auto median = [](std::vector<double> x) { return std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end()), x[x.size() / 2]; };
+      const double flop = 2.0 * f.sequences * f.heads * f.width * f.positions * f.positions;
+      const double there = median(forward), back = median(backward);
+      std::printf("%ld x %6ld positions, %2ld/%ld heads of %3ld %8s %-8s %7.2f ms (%3.0f) %7.2f ms (%3.0f)\n", f.sequences, f.positions, f.heads,
+                  f.groups, f.width, "", name, there, 1e-9 * flop / there, back, 2.5e-9 * flop / back);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace upcycle
+
+// Without a device the tests are skipped, and CTest says so.
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  if (!at::hasCUDA()) {
+    std::puts("no CUDA device here: skipped");
+    return 77;
+  }
+  return RUN_ALL_TESTS();
+}
