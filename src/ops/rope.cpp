@@ -38,7 +38,9 @@ Tensor rotate(const Tensor& x, const RotaryTable& table) {
     const Unrecorded guard;
     y = turn(x, table, 1.0);
   }
-  return record(y, {x}, [table](const std::vector<Tensor>& dy) -> Gradients { return {turn(dy[0], table, -1.0)}; });
+  return record(y, {x}, [table](const std::vector<Tensor>& dy) -> Gradients { return {rotate_back(dy[0], table)}; });
 }
+
+Tensor rotate_back(const Tensor& dy, const RotaryTable& table) { return turn(dy, table, -1.0); }
 
 }  // namespace upcycle

@@ -13,5 +13,7 @@ RotaryTable rotary_table(int64_t positions, int64_t head_dim, double theta, at::
 
 /// Rotates pairs (d, d + D/2) ("half-split", as Hugging Face's Qwen3). `x` [B, S, H, D], any dtype; computed in fp32.
 Tensor rotate(const Tensor& x_BSHD, const RotaryTable& table);
+/// Its backward, not recorded.
+Tensor rotate_back(const Tensor& dy_BSHD, const RotaryTable& table);
 
 }  // namespace upcycle
