@@ -5,9 +5,12 @@
 #include "ops/cuda/cross_entropy.hpp"
 #include "ops/cuda/embedding.hpp"
 #include "ops/cuda/grouped_gemm.hpp"
+#include "ops/cuda/permute.hpp"
 #include "ops/cuda/qk_norm_rope.hpp"
 #include "ops/cuda/rms_norm.hpp"
+#include "ops/cuda/sort.hpp"
 #include "ops/cuda/sum_of_squares.hpp"
+#include "ops/cuda/swiglu.hpp"
 
 namespace upcycle::cuda {
 namespace {
@@ -31,5 +34,11 @@ void rms_norm(const RmsNorm&, CUstream_st*) { absent(); }
 void rms_norm_backward(const RmsNormBackward&, CUstream_st*) { absent(); }
 void qk_norm_rope(const QkNormRope&, CUstream_st*) { absent(); }
 void qk_norm_rope_backward(const QkNormRopeBackward&, CUstream_st*) { absent(); }
+void swiglu(const Swiglu&, CUstream_st*) { absent(); }
+void swiglu_backward(const SwigluBackward&, CUstream_st*) { absent(); }
+void copy_rows(const RowCopies&, CUstream_st*) { absent(); }
+void sum_rows(const RowSums&, CUstream_st*) { absent(); }
+void sort_by_expert(const Sort&, CUstream_st*) { absent(); }
+void count_by_expert(const Count&, CUstream_st*) { absent(); }
 
 }  // namespace upcycle::cuda
