@@ -94,7 +94,8 @@ class Bench(unittest.TestCase):
         said = self.bench(*self.STEP, "--peers", "none", "--upcycle", UPCYCLE, "--set", "optimizer.clip=-1", expect=1)
         self.assertIn("optimizer.clip", said)
         self.assertIn("--peers: no megatron", self.bench("step", "--peers", "megatron", expect=2))
-        self.assertIn("no GPU here", self.bench("step", "--upcycle", UPCYCLE, "--peers", "none", expect=1))
+        if not shutil.which("nvidia-smi"):
+            self.assertIn("no GPU here", self.bench("step", "--upcycle", UPCYCLE, "--peers", "none", expect=1))
 
     def test_tables_of_operations(self):
         """What gpu_bench prints becomes shares of the nearer bound."""
