@@ -69,3 +69,12 @@ if(UPCYCLE_CUDA)
   set_tests_properties(gpu.layouts.1 PROPERTIES FIXTURES_SETUP gpu_layouts)
   set_tests_properties(gpu.layouts.2 gpu.layouts.4 PROPERTIES FIXTURES_REQUIRED gpu_layouts)
 endif()
+
+# tools/bench ops and moe-layer at sizes of no account: that they run.
+if(UPCYCLE_CUDA)
+  add_dependencies(gpu_tests gpu_bench)
+  foreach(part ops moe-layer)
+    add_test(NAME gpu.bench.${part} COMMAND gpu_bench ${part} --tiny)
+    set_tests_properties(gpu.bench.${part} PROPERTIES LABELS gpu TIMEOUT 120 RESOURCE_LOCK gpu ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endforeach()
+endif()
