@@ -90,7 +90,7 @@ class Bundle(unittest.TestCase):
         return self.scratch / name
 
     def test_what_is_packed(self):
-        for name in ("upcycle", "bin/upcycle", "gpu_something", "bin/gpu_something", "tools/plots", "configs/models/qwen3-14b.json",
+        for name in ("upcycle", "bin/upcycle", "gpu_something", "bin/gpu_something", "tools/plots", "tools/bench", "tools/peers/peer.py", "configs/models/qwen3-14b.json",
                      "slurm/train.sbatch"):
             self.assertTrue((self.here / name).exists(), name)
         self.assertEqual((self.here / "libexec/upcycle/tokens").exists(), (SOURCE / "tools/tokens").exists())

@@ -45,12 +45,21 @@ def machine(upcycle):
     version = subprocess.run([upcycle, "--version"], capture_output=True, text=True, env=environment(1))
     if version.returncode:
         raise Failed(f"{upcycle} --version: {version.stderr.strip()}")
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {"processor": model, "cores": cores(), "memory_bytes": memory * 1024,
             "vector_units": [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {unit} " in flags + " "],
-            "system": platform.platform(), "load_average": os.getloadavg(), "upcycle": str(upcycle), "commit": commit,
+            "system": platform.platform(), "load_average": os.getloadavg(), "upcycle": str(upcycle), "commit": commit(),
             "libraries": {name: version_of(name) for name in ("torch", "transformers", "mergekit")},
             "upcycle_version": version.stdout.split("\n")[0]}
+
+
+def commit():
+    """Of this clone, or of the one that this bundle was packed from; empty where neither is known."""
+    if (ROOT / "commit").is_file():
+        return (ROOT / "commit").read_text().strip()
+    try:
+        return subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def version_of(package):
