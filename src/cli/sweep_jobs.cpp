@@ -11,10 +11,13 @@
 #include <deque>
 #include <fstream>
 #include <map>
+#include <set>
+#include <string_view>
 #include <thread>
 
 #include "base/error.hpp"
 #include "base/shutdown.hpp"
+#include "cli/gpu_slots.hpp"
 
 namespace upcycle {
 namespace {
@@ -22,12 +25,31 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 struct Running {
-  size_t arm;
+  size_t arm, slot;
   Clock::time_point since;
 };
 
+/// This process's environment, with `gpus` as CUDA_VISIBLE_DEVICES unless empty.
+std::vector<std::string> environment_with(const std::string& gpus) {
+  constexpr const char* kName = "CUDA_VISIBLE_DEVICES=";
+  std::vector<std::string> lines;
+  for (char** line = environ; *line; ++line) {
+    if (gpus.empty() || !std::string_view(*line).starts_with(kName)) lines.emplace_back(*line);
+  }
+  if (!gpus.empty()) lines.push_back(kName + gpus);
+  return lines;
+}
+
+/// As exec wants them; the pointers are into `words`.
+std::vector<char*> pointers_to(std::vector<std::string>& words) {
+  std::vector<char*> pointers;
+  for (std::string& word : words) pointers.push_back(word.data());
+  pointers.push_back(nullptr);
+  return pointers;
+}
+
 /// The new process's id; 0 when it can't be started, which its log then says.
-pid_t start(const SweepJob& job) {
+pid_t start(const SweepJob& job, const std::string& gpus) {
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
@@ -37,12 +59,9 @@ pid_t start(const SweepJob& job) {
   posix_spawnattr_init(&attributes);
   posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
   posix_spawnattr_setpgroup(&attributes, 0);
-  std::vector<std::string> words = job.command;
-  std::vector<char*> arguments;
-  for (std::string& word : words) arguments.push_back(word.data());
-  arguments.push_back(nullptr);
+  std::vector<std::string> words = job.command, lines = environment_with(gpus);
   pid_t pid = 0;
-  const int error = posix_spawnp(&pid, arguments.front(), &actions, &attributes, arguments.data(), environ);
+  const int error = posix_spawnp(&pid, words.front().c_str(), &actions, &attributes, pointers_to(words).data(), pointers_to(lines).data());
   posix_spawnattr_destroy(&attributes);
   posix_spawn_file_actions_destroy(&actions);
   if (error == 0) return pid;
@@ -58,6 +77,9 @@ bool run_jobs(const std::vector<SweepJob>& jobs, size_t at_once, const std::func
               const std::function<void(const JobEnd&)>& ended) {
   std::deque<SweepJob> waiting(jobs.begin(), jobs.end());
   std::map<pid_t, Running> running;
+  std::set<size_t> free_slots;
+  for (size_t slot = 0; slot < at_once; ++slot) free_slots.insert(slot);
+  const std::vector<std::string> gpus = visible_gpus();
   bool asked = false;
   while (!running.empty() || (!waiting.empty() && !asked)) {
     if (!asked && shutdown::requested()) {
@@ -68,8 +90,8 @@ bool run_jobs(const std::vector<SweepJob>& jobs, size_t at_once, const std::func
       const SweepJob job = std::move(waiting.front());
       waiting.pop_front();
       started(job);
-      if (const pid_t pid = start(job)) {
-        running.emplace(pid, Running{job.arm, Clock::now()});
+      if (const pid_t pid = start(job, gpus_of_slot(gpus, at_once, *free_slots.begin()))) {
+        running.emplace(pid, Running{job.arm, free_slots.extract(free_slots.begin()).value(), Clock::now()});
       } else {
         ended({job.arm, 127, 0, false});
       }
@@ -78,6 +100,7 @@ bool run_jobs(const std::vector<SweepJob>& jobs, size_t at_once, const std::func
     const pid_t pid = waitpid(-1, &status, WNOHANG);
     if (const auto job = running.find(pid); pid > 0 && job != running.end()) {
       const JobEnd end{job->second.arm, code_of(status), std::chrono::duration<double>(Clock::now() - job->second.since).count(), asked};
+      free_slots.insert(job->second.slot);
       running.erase(job);
       ended(end);
     } else {

@@ -21,7 +21,7 @@ struct JobEnd {
   bool wished = false;    ///< it ended after this process was asked to stop
 };
 
-/// Runs `jobs` in order, `at_once` at a time, and tells `ended` of each end as it comes, `started` of each start. When this process is
+/// Runs `jobs` in order, `at_once` at a time, each with its share of the GPUs (gpu_slots.hpp), and tells `ended` of each end as it comes, `started` of each start. When this process is
 /// asked to stop (base/shutdown.hpp), running jobs get USR2, as Slurm would send it, and no further ones are started; returns whether it
 /// was. A job that can't be started ends with code 127 and a line in its log. The jobs' process groups are their own: a terminal's ^C
 /// reaches this process alone, which is to be listened for.

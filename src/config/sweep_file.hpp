@@ -23,7 +23,7 @@ struct SweepFile {
   std::vector<int64_t> seeds;            ///< every arm once per seed (run.seed); empty: the base's
   bool same_batches = true;              ///< all arms and seeds see the same batches, step by step (data.seed)
   int64_t ranks = 1;                     ///< MPI ranks of an arm
-  int64_t at_once = 1;                   ///< arms that run at a time on this machine
+  int64_t at_once = 1;                   ///< arms that run at a time on this machine, which share its GPUs out
   std::vector<std::string> launcher;     ///< started with `-n ranks` where an arm has several
   std::string prepare;                   ///< shell command that makes source.model, run first where that is missing
   int64_t calibration_steps = 12;        ///< match = "time": steps that measure an arm's speed

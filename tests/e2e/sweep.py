@@ -2,11 +2,13 @@
 """upcycle sweep through the executable: plans, runs, is stopped and goes on, says what failed. Usage: sweep.py UPCYCLE [unittest arguments]"""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import unittest
+import unittest.mock
 
 import tiny_run
 from tiny_run import MPIRUN, TrainCase, checkpoint, steps_of
@@ -83,6 +85,18 @@ class Sweep(TrainCase):
         self.assertRegex(said, r"failed with code 2, after step 0:\n    upcycle: .*nowhere")
         self.assertIn("2 of 4 arms are done (0 were before); 1 can't run; failed: ", said)
         self.assert_same_files(checkpoint(runs / "experts-2_noise-0", 6), checkpoint(runs / "experts-2_noise-0.0", 6))
+
+    def test_arms_that_run_at_a_time_share_the_gpus_out(self):
+        telling = self.root / "telling.sh"
+        telling.write_text('#!/bin/sh\necho "sees GPUs $CUDA_VISIBLE_DEVICES"\nexec "$@"\n')
+        telling.chmod(0o755)
+        path, runs = self.sweep_file("[[arms]]\nmoe.experts = [2, 4, 8]\n", head="at_once = 2", steps=2)
+        path.write_text(path.read_text().replace('launcher = "', f'launcher = "{telling} '))
+        self.enterContext(unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="3,5,GPU-c6,7"))
+        self.assertIn("4 of 4 arms are done", self.upcycle("sweep", path))
+        seen = [re.search("sees GPUs (.*)", log.read_text())[1] for log in sorted((runs / "logs").iterdir())]
+        self.assertEqual(set(seen), {"3,5", "GPU-c6,7"})
+        self.assertEqual(sorted(seen[:2]), ["3,5", "GPU-c6,7"], "the two that start together")
 
     def test_a_source_that_vanishes(self):
         path, runs = self.sweep_file("[[arms]]\nmoe.experts = [2, 4]\n")

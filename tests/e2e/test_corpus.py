@@ -152,6 +152,16 @@ class Corpus(unittest.TestCase):
         self.assertIn("made with other options", other.stderr)
         self.assertEqual(before, contents(self.folder))
 
+    def test_all_installed_packages(self):
+        """Those that no list pins, too: and what the text was made of is written down."""
+        folder = Path(self.temporary.name) / "all"
+        made = run(folder, *SMALL, "--packages", "all")
+        self.assertEqual(made.returncode, 0, made.stderr)
+        told = json.loads((folder / "corpus.json").read_text())
+        self.assertGreater(set(told["packages"]), set(json.loads((self.folder / "corpus.json").read_text())["packages"]))
+        self.assertEqual(told["packages"]["numpy"], importlib.metadata.version("numpy"))
+        self.assertNotEqual((folder / "files.txt").read_bytes(), (self.folder / "files.txt").read_bytes())
+
     def test_one_of_an_older_version_is_named(self):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "corpus.json").write_bytes((self.folder / "corpus.json").read_bytes())
