@@ -8,11 +8,13 @@
 #include <c10/cuda/CUDAStream.h>
 #include <nccl.h>
 
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <mutex>
 #include <numeric>
 #include <set>
+#include <thread>
 #endif
 
 #include "base/error.hpp"
@@ -40,6 +42,8 @@ bool take(ncclComm_t comm) {
 
 void check(ncclResult_t code, const char* call, ncclComm_t comm = nullptr) {
   if (code == ncclSuccess) return;
+  // The other end is gone. The watchdogs of its host can say whose process that was, and end the job: they are given the time to.
+  if (code == ncclRemoteError) std::this_thread::sleep_for(std::chrono::seconds(3));
   throw std::runtime_error(text(call, ": ", ncclGetErrorString(code), " (", ncclGetLastError(comm), ")"));
 }
 
