@@ -130,9 +130,10 @@ Attended cudnn(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 Attended plain_cuda(const Tensor& q, const Tensor& k, const Tensor& v, AttentionKernel kernel) {
   if (kernel == AttentionKernel::cudnn) return cudnn(q, k, v);
-  // On older GPUs the two are alike, and flash is the one that all tests have seen there.
-  const bool able = q.numel() > 0 && q.size(-1) <= 128 && device::compute_capability(q.device()) >= 90;
-  if (kernel == AttentionKernel::flash || !able || refused.knows(q, k)) return flash_cuda(q, k, v);
+  // Each shape costs a plan, some tenths of a second; before Hopper the two kernels are alike.
+  constexpr int64_t kWorthAPlan = 512;
+  const bool better = q.numel() > 0 && q.size(1) >= kWorthAPlan && q.size(-1) <= 128 && device::compute_capability(q.device()) >= 90;
+  if (kernel == AttentionKernel::flash || !better || refused.knows(q, k)) return flash_cuda(q, k, v);
   try {
     return cudnn(q, k, v);
   } catch (const c10::OutOfMemoryError&) {

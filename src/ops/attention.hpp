@@ -12,8 +12,8 @@ struct Attended {
 
 /// What computes plain causal attention on a GPU.
 enum class AttentionKernel {
-  automatic,   ///< cudnn where it takes the shape, else flash
-  cudnn,       ///< cuDNN's fused kernel, on Hopper and newer: D a multiple of 8 up to 128. Its backward is not repeatable bit for bit
+  automatic,   ///< cudnn on Hopper and newer for 512 positions and more where it takes the shape, else flash
+  cudnn,       ///< cuDNN's fused kernel: D a multiple of 8 up to 128. Its backward is not repeatable bit for bit
   flash        ///< ATen's flash kernel: D a multiple of 8 up to 256
 };
 

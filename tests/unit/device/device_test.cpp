@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+
 #include "base/error.hpp"
 
 namespace upcycle {
@@ -31,6 +33,17 @@ TEST(Device, AutomaticTakesTheGpusInTurn) {
     EXPECT_EQ(chosen.is_cuda(), gpus > 0);
     if (gpus > 0) EXPECT_EQ(chosen.index(), rank % gpus);
   }
+}
+
+TEST(Device, DeterministicIsAsAsked) {
+  EXPECT_FALSE(device::deterministic());
+  device::set_deterministic(true);
+  EXPECT_TRUE(device::deterministic() && !at::globalContext().deterministicAlgorithmsWarnOnly());
+  EXPECT_FALSE(at::globalContext().deterministicFillUninitializedMemory());
+  EXPECT_NE(std::getenv("CUBLAS_WORKSPACE_CONFIG"), nullptr);
+  device::set_deterministic(false);
+  EXPECT_FALSE(device::deterministic());
+  EXPECT_EQ(device::compute_capability(c10::Device(c10::kCPU)), 0);
 }
 
 TEST(Device, RefusesWhatIsNotThere) {

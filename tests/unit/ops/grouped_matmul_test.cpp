@@ -4,6 +4,8 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
 
+#include <stdexcept>
+
 #include "unit/ops/reference.hpp"
 
 // Shapes: R rows sorted by expert, E experts, I inputs, O outputs.
@@ -47,6 +49,19 @@ TEST(GroupedMatmul, ExpertsWithoutRowsGetNoGradient) {
   run_backward(grouped_matmul(x, weight, at::tensor({2, 2, 6}, at::kInt)), normal({6, 4}, 3));
   EXPECT_EQ(weight.main_grad.select(0, 1).abs().max().item<float>(), 0.0F);
   EXPECT_GT(weight.main_grad.select(0, 2).abs().min().item<float>(), 0.0F);
+}
+
+// Asked for by name, a kernel does what it is asked or says that it can't.
+TEST(GroupedMatmul, OnACpuExpertsGoOneByOne) {
+  Parameter weight = trained(normal({3, 16, 8}, 1, at::kBFloat16));
+  const Tensor x = normal({6, 8}, 2, at::kBFloat16), dy = normal({6, 16}, 3, at::kBFloat16), end = at::tensor({2, 2, 6}, at::kInt);
+  EXPECT_TRUE(grouped_product(x, weight.value, end, GroupedKernel::one_by_one).equal(grouped_product(x, weight.value, end)));
+  for (const GroupedKernel kernel : {GroupedKernel::aten, GroupedKernel::wide, GroupedKernel::square}) {
+    EXPECT_THROW(grouped_product(x, weight.value, end, kernel), std::logic_error);
+    EXPECT_THROW(grouped_input_gradient(dy, weight.value, end, kernel), std::logic_error);
+    EXPECT_THROW(add_grouped_weight_gradient(weight.main_grad, dy, x, end, kernel), std::logic_error);
+  }
+  EXPECT_EQ(weight.main_grad.abs().max().item<float>(), 0.0F);
 }
 
 }  // namespace
