@@ -1,5 +1,6 @@
 // Every op on the GPU against the CPU: values, gradients, main_grad. The CPU's side is held against fp64 in tests/unit/ops.
 #include <ATen/Context.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/randint.h>
@@ -17,6 +18,7 @@
 #include "ops/grouped_matmul.hpp"
 #include "ops/linear.hpp"
 #include "ops/permute.hpp"
+#include "ops/qk_norm_rope.hpp"
 #include "ops/rms_norm.hpp"
 #include "ops/rope.hpp"
 #include "ops/swiglu.hpp"
@@ -82,6 +84,29 @@ TEST(OpsOnGpu, RmsNorm) {
     expect_same([&](const Place& p) {
       return with_gradients(p, [](const auto& x, auto& w) { return rms_norm(x[0], w[0], 1e-6); }, {shape}, {{shape.back()}});
     }, 2);
+  }
+}
+
+TEST(OpsOnGpu, RmsNormBehindASum) {
+  for (const Shape& shape : {Shape{5, 33}, Shape{2, 9, 128}, Shape{0, 7}}) {
+    expect_same([&](const Place& p) {
+      return with_gradients(p, [](const auto& x, auto& w) {
+        const auto [sum, norm] = add_rms_norm(x[0], x[1], w[0], 1e-6);
+        return sum * norm;
+      }, {shape, shape}, {{shape.back()}});
+    }, 5);
+  }
+}
+
+TEST(OpsOnGpu, QkNormRope) {
+  for (const auto& [positions, heads, groups, width] : {std::tuple{33, 4, 2, 16}, {129, 3, 1, 128}, {9, 2, 2, 10}}) {
+    expect_same([&](const Place& p) {
+      const HeadColumns columns = {2, heads, groups, 1e-6, rotary_table(positions, width, 1e6, p.device)};
+      return with_gradients(p, [&](const auto& x, auto& w) {
+        const auto [q, k, v] = qk_norm_rope(x[0], w[0], w[1], columns);
+        return at::cat({q, k, v}, 2);
+      }, {{2 * positions, (heads + 2 * groups) * width}}, {{width}, {width}});
+    }, 3);
   }
 }
 

@@ -48,6 +48,28 @@ if(UPCYCLE_CUDA)
   endforeach()
 endif()
 
+# Norms and rotated heads.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_norms SOURCES gpu/norms_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
+  add_dependencies(gpu_tests gpu_norms)
+  add_test(NAME gpu.norms COMMAND gpu_norms)
+  set_tests_properties(gpu.norms PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+endif()
+
+# Matrix products and attention by each of their kernels; steps that repeat bit for bit.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_matmul SOURCES gpu/matmul_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
+  upcycle_gtest(gpu_attention SOURCES gpu/attention_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
+  upcycle_gtest(gpu_deterministic SOURCES gpu/deterministic_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
+  foreach(name matmul attention deterministic)
+    add_dependencies(gpu_tests gpu_${name})
+    add_test(NAME gpu.${name} COMMAND gpu_${name})
+    set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endforeach()
+endif()
+
 # A rank's failure while the other's GPU waits in NCCL.
 if(UPCYCLE_CUDA)
   add_test(NAME gpu.rank_failure COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/rank_failure_on_gpu.py $<TARGET_FILE:upcycle>
