@@ -46,6 +46,30 @@ Measures measure(const Communicator& sharing, const BalanceLoss& loss, const Ten
   return measures;
 }
 
+RoutingLosses add_measures(const Communicator& sharing, const BalanceLoss& loss, const RoutingPass& pass, const Tensor& last_E,
+                           Tensor& seen_E, Tensor& measures_3) {
+  const Unrecorded guard;
+  const int64_t experts = pass.count_E.size(0), rows = pass.weight_TK.size(0) * sharing.size(), top_k = pass.weight_TK.size(1);
+  const bool by_sequence = loss.scope == BalanceScope::sequence;
+  const double tokens = static_cast<double>(rows);
+  Tensor count_PE = last_E;
+  double choices = 0.0;
+  if (loss.scope != BalanceScope::global) {
+    const bool shared = !by_sequence && sharing.size() > 1;   // with count_E, which stays this rank's
+    count_PE = shared ? pass.count_PE.clone() : pass.count_PE;
+    sharing.all_reduce(count_PE);
+    choices = static_cast<double>(rows * top_k) / (by_sequence ? static_cast<double>(loss.sequences) : 1.0);
+  }
+  const Tensor share_PE = routing_shares(pass, count_PE, choices, tokens, seen_E, measures_3);
+  RoutingLosses losses;
+  losses.z = loss.z * 2 / tokens;
+  if (loss.aux == 0) return losses;
+  losses.share_PE = share_PE;
+  losses.aux = loss.aux * static_cast<double>(experts) / tokens;
+  if (by_sequence) losses.part_T = loss.sequence_T;
+  return losses;
+}
+
 Tensor moved_bias(const Tensor& bias_E, const Tensor& count_E, double rate, const Tensor& applied) {
   const Unrecorded guard;
   const Tensor direction_E = (count_E.sum() - count_E * count_E.size(0)).sign();   // in whole numbers: no rounding decides

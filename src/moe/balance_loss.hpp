@@ -1,5 +1,6 @@
 #pragma once
 #include "config/run_config.hpp"
+#include "ops/routing.hpp"
 #include "parallel/communicator.hpp"
 
 // Shapes: T tokens of this rank, K choices of each, E experts, B sequences of the micro-batch.
@@ -32,6 +33,11 @@ struct Measures {
 /// before, over all ranks, for scope global (undefined: balanced).
 Measures measure(const Communicator& sharing, const BalanceLoss& loss, const Tensor& logits_TE, const Tensor& probability_TE,
                  const Tensor& expert_TK, const Tensor& count_E, const Tensor& last_E);
+
+/// The same of what one pass over the logits has summed: adds count_E and the measures into a router's statistics, and returns what of the
+/// losses comes to the logits. The pass's parts are the sequences for scope sequence, else one. **Collective** like measure().
+RoutingLosses add_measures(const Communicator& sharing, const BalanceLoss& loss, const RoutingPass& pass, const Tensor& last_E,
+                           Tensor& seen_E, Tensor& measures_3);
 
 /// `bias_E` after a step whose global batch made `count_E` choices: bias + rate * sign(mean count - count) (Wang et al., 2408.15664),
 /// unchanged where `applied` (bool scalar) is false.

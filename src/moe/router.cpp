@@ -10,8 +10,10 @@
 
 #include "base/autograd.hpp"
 #include "base/rng.hpp"
-#include "ops/linear.hpp"
+#include "base/trace_range.hpp"
 #include "ops/permute.hpp"
+#include "ops/router_product.hpp"
+#include "ops/routing.hpp"
 #include "ops/uniform.hpp"
 
 namespace upcycle {
@@ -57,10 +59,40 @@ void Router::count(const Tensor& count_E, const Measures& measures) {
   }
 }
 
-Tensor Router::logits(const Tensor& x_TD) { return linear(x_TD, weight_ED_); }
+Tensor Router::logits(const Tensor& x_TD) { return router_product(x_TD, weight_ED_); }
 
 Routing Router::forward(const Tensor& x_TD, const RouterContext& context) {
-  const Tensor logits_TE = logits(shaken(x_TD, context.jitter, context.token_T, settings_.layer));
+  const TraceRange range("router");
+  return route(logits(shaken(x_TD, context.jitter, context.token_T, settings_.layer)), context);
+}
+
+Routing Router::route(const Tensor& logits_TE, const RouterContext& context) {
+  if (!routes_in_one_pass(logits_TE)) return route_written_out(logits_TE, context);
+  const bool records = recording(), by_sequence = context.balance.scope == BalanceScope::sequence;
+  RoutingPass pass;
+  RoutingLosses losses;
+  {
+    const Unrecorded guard;
+    pass = routing_pass(logits_TE, {.top_k = settings_.top_k,
+                                    .renormalise = settings_.renormalise,
+                                    .bias_E = state_.bias_E,
+                                    .expert_TK = context.expert_TK,
+                                    .parts = !records ? 0 : by_sequence ? context.balance.sequences : 1,
+                                    .part_T = records && by_sequence ? context.balance.sequence_T : Tensor()});
+    if (records) {
+      losses = add_measures(*sharing_, context.balance, pass, state_.count_E, statistics_.count_E, statistics_.measures_3);
+      if (!statistics_.dropped.defined()) statistics_.dropped = at::zeros({}, pass.count_E.options());
+    }
+  }
+  // The losses' gradients come whatever that of the weights is, as with attach_loss.
+  auto backward = [logits_TE = logits_TE.detach(), log_sum_T = pass.log_sum_T, expert_TK = pass.expert_TK, weight_TK = pass.weight_TK,
+                   renormalise = settings_.renormalise, losses](const std::vector<Tensor>& d) -> Gradients {
+    return {routing_gradient(logits_TE, log_sum_T, expert_TK, weight_TK, d[0], renormalise, losses)};
+  };
+  return {pass.expert_TK, record(pass.weight_TK, {logits_TE}, std::move(backward)), pass.count_E};
+}
+
+Routing Router::route_written_out(const Tensor& logits_TE, const RouterContext& context) {
   const Tensor expert_TK = context.expert_TK.defined() ? context.expert_TK : choose_experts(biased(logits_TE), settings_.top_k);
   const Tensor probability_TE = at::softmax(logits_TE, -1);
   Tensor weight_TK = settings_.renormalise ? at::softmax(logits_TE.gather(1, expert_TK), -1)

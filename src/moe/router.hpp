@@ -61,6 +61,10 @@ class Router {
   /// **Collective** over the sharing ranks while recording. `x` [T, D]; logits, softmax and weights in fp32 whatever x's dtype. While
   /// recording, the balance losses are attached to the weights: backward adds their gradients; nothing else is handed on.
   Routing forward(const Tensor& x_TD, const RouterContext& context);
+  /// The same from the logits on: two kernels where routes_in_one_pass(), and one in backward; else written out.
+  Routing route(const Tensor& logits_TE, const RouterContext& context);
+  /// The same in tensors, on any device.
+  Routing route_written_out(const Tensor& logits_TE, const RouterContext& context);
   /// fp32 [T, E]; without bias or noise.
   Tensor logits(const Tensor& x_TD);
 

@@ -55,13 +55,12 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
     saved.push_back({"their product", all * n.f * w, none});                                    // linear down
     return saved;
   }
-  const bool keeps_probabilities = run.balance.aux != 0 || !a.renormalise, keeps_logits = run.balance.z != 0;
-  const bool keeps_shares = run.balance.aux != 0 && run.balance.scope == BalanceScope::sequence, shaken = run.balance.jitter != 0;
+  const bool shaken = run.balance.jitter != 0;
   const bool at_home = grid.size(Axis::expert) * grid.size(Axis::expert_tensor) == 1;
   const int64_t choices = own * a.top_k;
   saved.push_back({"its norm", shaken ? 0 : own * n.h * w, none});                              // linear to the router's logits
   saved.push_back({"shaken in fp32", shaken ? 2 * own * n.h * kFp32 : 0, selective});           // the same with jitter; its factors
-  saved.push_back({"probabilities", own * a.experts * kFp32 * (keeps_probabilities + keeps_logits + keeps_shares), selective});
+  saved.push_back({"router's logits", own * (a.experts + 1) * kFp32, selective});               // the routing, log-sum-exp; a CPU: up to three
   saved.push_back({"routing", choices * (3 * kIndex + 2 * kFp32) + (at_home ? 0 : rows.routed * 2 * kIndex), full});
   saved.push_back({"experts' rows", rows.routed * n.h * w, at_home ? none : selective});                              // grouped_matmul to gate and up
   saved.push_back({"experts' gate and up", rows.routed * 2 * n.fe * w, selective});             // swiglu

@@ -70,6 +70,15 @@ if(UPCYCLE_CUDA)
   endforeach()
 endif()
 
+# The router: its product, choices, weights and balance losses.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_routing SOURCES gpu/routing_test.cpp LINK upcycle_moe upcycle::torch_cuda GTest::gtest)
+  add_dependencies(gpu_tests gpu_routing)
+  add_test(NAME gpu.routing COMMAND gpu_routing)
+  set_tests_properties(gpu.routing PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+endif()
+
 # A rank's failure while the other's GPU waits in NCCL.
 if(UPCYCLE_CUDA)
   add_test(NAME gpu.rank_failure COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/rank_failure_on_gpu.py $<TARGET_FILE:upcycle>

@@ -8,6 +8,8 @@
 #include "ops/cuda/permute.hpp"
 #include "ops/cuda/qk_norm_rope.hpp"
 #include "ops/cuda/rms_norm.hpp"
+#include "ops/cuda/router_product.hpp"
+#include "ops/cuda/routing.hpp"
 #include "ops/cuda/sort.hpp"
 #include "ops/cuda/sum_of_squares.hpp"
 #include "ops/cuda/swiglu.hpp"
@@ -34,6 +36,16 @@ void rms_norm(const RmsNorm&, CUstream_st*) { absent(); }
 void rms_norm_backward(const RmsNormBackward&, CUstream_st*) { absent(); }
 void qk_norm_rope(const QkNormRope&, CUstream_st*) { absent(); }
 void qk_norm_rope_backward(const QkNormRopeBackward&, CUstream_st*) { absent(); }
+int64_t routing_blocks(int64_t, int) { absent(); }
+void routing_forward(const RoutingForward&, CUstream_st*) { absent(); }
+void routing_measures(const RoutingMeasures&, CUstream_st*) { absent(); }
+void routing_backward(const RoutingBackward&, CUstream_st*) { absent(); }
+void split_into_terms(const Terms&, CUstream_st*) { absent(); }
+int64_t padded_outputs(int64_t) { absent(); }
+void router_product(const RouterProduct&, CUstream_st*) { absent(); }
+void router_weight_gradient(const RouterProduct&, CUstream_st*) { absent(); }
+int64_t row_splits(int64_t, int64_t, int64_t) { absent(); }
+void add_partial_sums(float*, const float*, int64_t, int64_t, CUstream_st*) { absent(); }
 void swiglu(const Swiglu&, CUstream_st*) { absent(); }
 void swiglu_backward(const SwigluBackward&, CUstream_st*) { absent(); }
 void copy_rows(const RowCopies&, CUstream_st*) { absent(); }
