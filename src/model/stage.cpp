@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "base/trace_range.hpp"
 #include "model/vocabulary.hpp"
 #include "ops/linear.hpp"
 #include "ops/rms_norm.hpp"
@@ -54,7 +55,10 @@ Positions Stage::positions_after(KeyValues& before, int64_t sequences, int64_t h
   return {sequences, mine, segments_of(sequences, end, {{begin, end}}, {}, device), &before};
 }
 
-Tensor Stage::embed(const Tensor& tokens_BS) { return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_); }
+Tensor Stage::embed(const Tensor& tokens_BS) {
+  const TraceRange range("embedding");
+  return embed_tokens(tensor_, tokens_BS, *embedding_, first_token_);
+}
 
 Tensor Stage::blocks(const Tensor& x_TW, const Positions& positions, const RouterContext& context, int chunk) {
   Tensor x = x_TW;
@@ -69,16 +73,18 @@ Tensor Stage::room(int64_t positions) const {
   return at::empty({positions / tensor_.size(), architecture().hidden}, weights_.all().front().parameter.value.options());
 }
 
-Tensor Stage::own_logits(const Tensor& x_TW) {
-  const Tensor normed_TW = rms_norm(x_TW, *final_norm_, architecture().rms_eps);
-  return linear(gather_along(tensor_, normed_TW, 0), *head_);
+Tensor Stage::before_head(const Tensor& x_TW) {
+  return gather_along(tensor_, rms_norm(x_TW, *final_norm_, architecture().rms_eps), 0);
 }
 
-Tensor Stage::token_losses(const Tensor& x_TW, const Tensor& labels_BS) {
-  return vocabulary_cross_entropy(tensor_, own_logits(x_TW), labels_BS.reshape({-1}), first_token_);
+Tensor Stage::loss(const Tensor& x_TW, const Tensor& labels_BS, const Tensor& weight_BS) {
+  const TraceRange range("loss");
+  return vocabulary_loss(tensor_, before_head(x_TW), *head_, labels_BS.reshape({-1}), weight_BS.reshape({-1}), first_token_, architecture().vocab);
 }
 
-Tensor Stage::logits(const Tensor& x_TW) { return whole_logits(tensor_, own_logits(x_TW), first_token_, architecture().vocab); }
+Tensor Stage::logits(const Tensor& x_TW) {
+  return whole_logits(tensor_, linear(before_head(x_TW), *head_), first_token_, architecture().vocab);
+}
 
 std::vector<Router*> Stage::routers() {
   std::vector<Router*> routers;

@@ -23,8 +23,9 @@ class Stage {
   Tensor embed(const Tensor& tokens_BS);
   /// Through the layers of `chunk` (see Layout), which is one of this stage's.
   Tensor blocks(const Tensor& x_TW, const Positions& positions, const RouterContext& context, int chunk = 0);
-  /// Cross entropy of every token, fp32 [N], the same on all tensor ranks.
-  Tensor token_losses(const Tensor& x_TW, const Tensor& labels_BS);
+  /// The final norm, the head and the loss: the sum over the tokens of weight (fp32 [B, S]) times cross entropy, fp64 scalar, the same on all
+  /// tensor ranks. Backward starts from it, with the gradient 1 (see vocabulary_loss).
+  Tensor loss(const Tensor& x_TW, const Tensor& labels_BS, const Tensor& weight_BS);
   /// The final norm and the head, in the compute dtype: [N, V], whole on every rank. For looking at, not for training.
   Tensor logits(const Tensor& x_TW);
 
@@ -39,7 +40,7 @@ class Stage {
   std::vector<Router*> routers();
 
  private:
-  Tensor own_logits(const Tensor& x_TW);   ///< [N, V of this rank]
+  Tensor before_head(const Tensor& x_TW);   ///< [N, W]
   Parameter* vocabulary(const std::string& name);
 
   const Communicator& tensor_;

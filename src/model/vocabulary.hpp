@@ -12,9 +12,22 @@ namespace upcycle {
 /// **Collective** over `tensor`. int64 ids [B, S], the same on all its ranks -> this rank's slice of their embeddings [T, W].
 Tensor embed_tokens(const Communicator& tensor, const Tensor& ids_BS, Parameter& embedding_VW, int64_t first);
 
-/// **Collective** over `tensor`. -log softmax(logits)[label] of every token, fp32 [N], the same on all ranks; computed in fp32 from
-/// this rank's logits [N, V]; labels int64 [N].
-Tensor vocabulary_cross_entropy(const Communicator& tensor, const Tensor& logits_NV, const Tensor& labels_N, int64_t first);
+/// Bytes of a rank's logits that exist at a time, about. Fewer make the sums into the head's gradient, which is read and written once for
+/// each chunk, cost more than the products. Lowered by tests.
+inline int64_t logits_bytes_on_gpu = int64_t{512} << 20;
+inline int64_t logits_bytes_on_cpu = int64_t{128} << 20;
+/// Token rows of one chunk, at least one: `rows` in equal chunks, of logits of `vocab` numbers of `width` bytes on each rank.
+int64_t rows_at_a_time(int64_t rows, int64_t vocab, int64_t width, bool gpu);
+
+/// **Collective** over `tensor`. The head and the loss: sum of weight * -log softmax(x head^T)[label] over the tokens, fp64 scalar, the same
+/// on all ranks. x [N, W] in any dtype, labels int64 [N], weights fp32 [N]: 0 for labels that are not learned; `vocab` ids in all. No more
+/// logits than one chunk's exist at any time, each computed once: in the head's dtype, loss and gradient in fp32.
+/// Recording, **forward computes the gradients**, since the weights say all that they depend on: main_grad of the head is added to at once,
+/// the gradient of x is kept. So the loss must be what backward starts from, with the gradient 1, once: any other throws std::logic_error
+/// on a CPU; on a GPU, where the host does not look, it makes the gradient of x, and with it the norm of the step, not a number.
+/// Parameter::ready is called in backward, as every op does.
+Tensor vocabulary_loss(const Communicator& tensor, const Tensor& x_NW, Parameter& head_VW, const Tensor& labels_N, const Tensor& weight_N,
+                       int64_t first, int64_t vocab);
 
 /// **Collective** over `tensor`. The logits of the whole vocabulary [N, vocab]; for looking at them, nothing is recorded.
 Tensor whole_logits(const Communicator& tensor, const Tensor& logits_NV, int64_t first, int64_t vocab);

@@ -38,7 +38,7 @@ ChunkMemory memory_of_chunk(const Architecture& a, const RunConfig& run, const L
   if (chunk == layout.chunks() - 1) {
     const int64_t head = saved_bytes(saved_by_head(a, run, grid), run.train.recompute);
     memory.kept += head;
-    memory.on_top = std::max(memory.on_top - head, passing_in_head(a, run, grid));   // the head's backward is over before the layers'
+    memory.on_top = std::max(memory.on_top - head, passing_in_head(a, run, grid));   // all of the head's work is in forward, but for its norm
   }
   // The embedding's backward comes when nothing else of this micro-batch is left.
   if (chunk == 0) memory.on_top = std::max(memory.on_top, passing_in_embedding(a, run, grid) - memory.kept);

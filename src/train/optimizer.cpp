@@ -1,55 +1,51 @@
 #include "train/optimizer.hpp"
 
-#include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <algorithm>
+#include <utility>
 
 #include "base/autograd.hpp"
-#include "ops/adamw.hpp"
+#include "base/trace_range.hpp"
+#include "ops/sum_of_squares.hpp"
 
 namespace upcycle {
 
 Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double router_lr_scale)
     : weights_(weights), settings_(settings) {
   weights.start_training();
-  std::vector<double> shares;
+  const bool flat = weights.buckets().front().gradients.is_cuda();   // a CPU sums weight by weight: in fp32, and so fewer at a time
   for (const Bucket& bucket : weights.buckets()) {
     exp_avg_.push_back(at::zeros_like(bucket.masters));
     exp_avg_sq_.push_back(at::zeros_like(bucket.masters));
+    const auto own_of = [&](const Tensor& whole) { return whole.narrow(0, bucket.own.begin, bucket.own.size()); };
+    std::vector<AdamWRun> runs;
     for (size_t i = 0; i < bucket.weights.size(); ++i) {
-      const Range run = bucket.owned(i);
-      if (run.size() == 0) continue;
+      const auto owned = bucket.owned(i);
+      if (owned.size() == 0) continue;
       const ParameterSpec& spec = weights.all()[bucket.weights[i]].spec();
-      const bool decays = spec.decays();
-      const double lr_scale = spec.role == Role::router ? router_lr_scale : 1.0;
-      const auto same = [&](const Group& group) { return group.decays == decays && group.lr_scale == lr_scale; };
-      auto group = std::find_if(groups_.begin(), groups_.end(), same);
-      if (group == groups_.end()) group = groups_.insert(groups_.end(), {decays, lr_scale, {}, {}, {}, {}});
-      const auto owned = [&](const Tensor& flat) { return flat.narrow(0, run.begin - bucket.own.begin, run.size()); };
-      group->masters.push_back(owned(bucket.masters));
-      group->gradients.push_back(bucket.gradients.narrow(0, run.begin, run.size()));
-      group->exp_avg.push_back(owned(exp_avg_.back()));
-      group->exp_avg_sq.push_back(owned(exp_avg_sq_.back()));
-      gradients_.push_back(group->gradients.back());
-      shares.push_back(bucket.divided() ? 1.0 : 1.0 / static_cast<double>(bucket.place.holders));
+      runs.push_back({owned.begin - bucket.own.begin, owned.end - bucket.own.begin, spec.role == Role::router ? router_lr_scale : 1.0, spec.decays()});
+    }
+    buffers_.emplace_back(bucket.masters, own_of(bucket.gradients), exp_avg_.back(), exp_avg_sq_.back(),
+                          bucket.dtype == at::kFloat ? Tensor() : own_of(bucket.values), runs);
+    const double share = bucket.divided() ? 1.0 : 1.0 / static_cast<double>(bucket.place.holders);
+    const auto sum = [&](const Tensor& gradients) { squared_.push_back(gradients), shares_.push_back(share); };
+    if (flat) {
+      sum(buffers_.back().gradients());   // what is between runs is zero
+    } else {
+      for (const AdamWRun& run : runs) sum(buffers_.back().gradients().narrow(0, run.begin, run.end - run.begin));
     }
   }
-  const at::TensorOptions options = weights.buckets().front().gradients.options();
-  share_ = at::tensor(shares, at::kDouble).to(options.device());
-  updates_ = at::zeros({}, options);
+  updates_ = at::zeros({}, weights.buckets().front().gradients.options());
 }
 
 Tensor Optimizer::squared_norm_share() const {
-  const Unrecorded guard;
-  if (gradients_.empty()) return at::zeros({}, share_.options());
-  return at::stack(at::_foreach_norm(gradients_)).to(at::kDouble).square().mul(share_).sum();
+  if (squared_.empty()) return at::zeros({}, updates_.options().dtype(at::kDouble));
+  return sum_of_squares(squared_, shares_);
 }
 
 void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted) {
+  const TraceRange range("optimizer");
   const Unrecorded guard;
   const Tensor norm = squared_norm.sqrt();
   Tensor bad = norm.isfinite().logical_not();
@@ -59,15 +55,10 @@ void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted
   const Tensor divisor = settings_.clip > 0 ? norm.add(1e-6).div(settings_.clip).clamp_min(1.0).to(at::kFloat)
                                             : skip.new_ones({});
   updates_.add_(1.0 - skip);
-  for (const Group& group : groups_) {
-    const AdamW settings{.lr = lr * group.lr_scale,
-                         .beta1 = settings_.betas[0],
-                         .beta2 = settings_.betas[1],
-                         .eps = settings_.eps,
-                         .weight_decay = group.decays ? settings_.weight_decay : 0.0};
-    adamw_step(settings, group.masters, group.gradients, group.exp_avg, group.exp_avg_sq, updates_, divisor, skip);
-  }
-  weights_.publish();
+  const AdamW settings{.lr = lr, .beta1 = settings_.betas[0], .beta2 = settings_.betas[1], .eps = settings_.eps,
+                       .weight_decay = settings_.weight_decay};
+  for (const AdamWBuffer& buffer : buffers_) buffer.step(settings, updates_, divisor, skip);
+  stepped_ = true;
 }
 
 void Optimizer::forget() {
@@ -77,7 +68,17 @@ void Optimizer::forget() {
 }
 
 void Optimizer::zero_gradients() {
-  for (Bucket& bucket : weights_.buckets()) bucket.gradients.zero_();
+  const Unrecorded guard;
+  const bool own_are_zero = std::exchange(stepped_, false);   // where the step does so; of others' parts of a bucket nobody knows
+  for (size_t index = 0; index < buffers_.size(); ++index) {
+    const Bucket& bucket = weights_.buckets()[index];
+    if (!own_are_zero || !buffers_[index].zeroes_gradients()) {
+      bucket.gradients.zero_();
+    } else if (bucket.divided()) {
+      bucket.gradients.narrow(0, 0, bucket.own.begin).zero_();
+      bucket.gradients.narrow(0, bucket.own.end, bucket.size - bucket.own.end).zero_();
+    }
+  }
 }
 
 }  // namespace upcycle

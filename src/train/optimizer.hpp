@@ -3,6 +3,7 @@
 
 #include "config/run_config.hpp"
 #include "model/weights.hpp"
+#include "ops/adamw.hpp"
 
 namespace upcycle {
 
@@ -20,8 +21,10 @@ class Optimizer {
 
   /// One update with the (reduced) gradients: clipped to the configured norm, at learning rate `lr`; skipped, with nothing
   /// changed, where `squared_norm` (fp64 scalar, of the whole model) is not finite, or `wanted` (bool scalar; undefined: yes) is false.
-  /// Publishes masters into values.
+  /// Values become the masters, rounded. What the gradients are afterwards is undefined.
   void step(double lr, const Tensor& squared_norm, const Tensor& wanted = {});
+  /// Before the first addition of a step, each time. Costs nothing where the step before has left them zero (on a GPU, with the numbers in
+  /// hand), whether or not it was skipped; a pass over them where there was none, or additions since that no step has used.
   void zero_gradients();
   /// Moments and the number of updates as they were before the first one.
   void forget();
@@ -33,19 +36,14 @@ class Optimizer {
   Tensor& exp_avg_sq(size_t index) { return exp_avg_sq_[index]; }
 
  private:
-  /// What is updated in one call: views, one for each weight of which this rank owns something.
-  struct Group {
-    bool decays;
-    double lr_scale;
-    std::vector<Tensor> masters, gradients, exp_avg, exp_avg_sq;
-  };
   Weights& weights_;
   OptimizerSection settings_;
-  std::vector<Group> groups_;
   std::vector<Tensor> exp_avg_, exp_avg_sq_;   ///< by bucket
-  std::vector<Tensor> gradients_;              ///< of all groups
-  Tensor share_;                               ///< fp64 [gradients_]: 1 / the ranks that own the same elements
+  std::vector<AdamWBuffer> buffers_;           ///< by bucket: what this rank owns of it
+  std::vector<Tensor> squared_;                ///< gradients whose squares are summed: all that this rank owns
+  std::vector<double> shares_;                 ///< of each: 1 / the ranks that own the same elements
   Tensor updates_;
+  bool stepped_ = false;                       ///< since gradients were zeroed, and nothing was added since
 };
 
 }  // namespace upcycle

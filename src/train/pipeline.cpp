@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "base/trace_range.hpp"
+
 namespace upcycle {
 namespace {
 
@@ -55,6 +57,7 @@ Tensor Pipeline::run(PlanOf plan_of, int64_t micro_batches, const Forward& forwa
 // The tensor that another stage needs; undefined where nobody does.
 Tensor Pipeline::compute(const Action& action, const Forward& forward) {
   const bool first = action.chunk == 0, last = action.chunk == chunks_ - 1;
+  const TraceRange range(action.pass == Pass::forward ? "forward of micro-batch" : "backward of micro-batch", action.micro_batch);
   if (action.pass == Pass::forward) {
     Tensor input;
     if (!first) input = take(inputs_, action).requires_grad_(recording());
@@ -68,7 +71,7 @@ Tensor Pipeline::compute(const Action& action, const Forward& forward) {
   }
   InFlight chunk = std::move(in_flight_.extract({action.micro_batch, action.chunk}).mapped());
   // A loss is a scalar: its gradient is one.
-  chunk.end.backward(last ? at::ones({}, loss_.options().dtype(at::kFloat)) : take(inputs_, action));
+  chunk.end.backward(last ? at::ones({}, loss_.options()) : take(inputs_, action));
   return first ? Tensor() : chunk.input.grad().contiguous();
 }
 

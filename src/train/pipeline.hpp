@@ -14,7 +14,7 @@ namespace upcycle {
 class Pipeline {
  public:
   /// One chunk's forward of one micro-batch. `x` is the output of the chunk before (undefined for chunk 0), the result this chunk's;
-  /// that of the last chunk is a loss, a scalar.
+  /// that of the last chunk is a loss, an fp64 scalar.
   using Forward = std::function<Tensor(int64_t micro_batch, int chunk, const Tensor& x)>;
 
   /// `stages`: the group along Axis::pipeline; it must outlive this. `room` makes a tensor for what another stage sends: the same

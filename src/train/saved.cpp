@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "model/vocabulary.hpp"
+
 namespace upcycle {
 namespace {
 
@@ -74,8 +76,7 @@ std::vector<Saved> saved_by_head(const Architecture& a, const RunConfig& run, co
   const MicroBatch rows(a, run, grid);
   using enum Recompute;
   return {{"head input", rows.own * (n.h * rows.width + kFp32), full},                          // rms_norm
-          {"its norm", rows.gathered * n.h * rows.width, full},                                 // linear to logits
-          {"logits", rows.gathered * (n.V * rows.width + kFp32), full}};                        // cross_entropy
+          {"its norm's gradient", rows.gathered * n.h * rows.width, full}};                     // vocabulary_loss: known in forward
 }
 
 int64_t saved_bytes(const std::vector<Saved>& all, Recompute recompute) {
@@ -104,14 +105,15 @@ int64_t passing_in_layer(const Architecture& a, const RunConfig& run, const Grid
 int64_t passing_in_head(const Architecture& a, const RunConfig& run, const Grid& grid) {
   const Widths n(a, grid);
   const MicroBatch rows(a, run, grid);
-  const int64_t copies = rows.width < kFp32 ? 2 : 1;   // cross_entropy: logits in fp32, and their exponentials
-  const int64_t weight_gradient = rows.width < kFp32 ? n.V * n.h * kFp32 : 0;
-  return std::max(rows.gathered * n.V * kFp32 * copies, rows.gathered * n.V * rows.width + weight_gradient);
+  const int64_t norm = rows.gathered * n.h * rows.width, own_norm = grid.size(Axis::tensor) > 1 ? rows.own * n.h * rows.width : 0;
+  const int64_t logits = rows_at_a_time(rows.gathered, n.V, rows.width, /*gpu=*/true) * n.V * rows.width;
+  return norm + own_norm + logits;
 }
 
 int64_t passing_in_embedding(const Architecture& a, const RunConfig& run, const Grid& grid) {
   const Widths n(a, grid);
-  return (n.V + MicroBatch(a, run, grid).gathered) * n.h * kFp32;   // embedding_dense_backward makes a whole table, then it is added
+  const MicroBatch rows(a, run, grid);
+  return rows.gathered * (n.h * rows.width + 4 * kIndex);   // the rows' gradients; on a GPU: ids and positions, sorted (a CPU makes a whole table)
 }
 
 }  // namespace upcycle

@@ -85,13 +85,13 @@ std::vector<std::string> Trainer::differing_replicas() {
 Tensor Trainer::accumulate_gradients(int64_t learned) {
   loaded_.clear();   // a pass before this one may have thrown
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
+  // Divided by the step's learned tokens once, here; from now on every reduction is a plain sum.
+  const double weight = 1.0 / static_cast<double>(std::max<int64_t>(1, learned));
   const Tensor loss = pipeline_.train(micro_batches_, [&](int64_t number, int chunk, const Tensor& x) {
     // Micro-batch j of the step is the same sequences on any number of ranks; rank r takes every size-th of them.
     const int64_t j = number * data_size + data_rank;
     const int64_t first = state_.position + j * config_.train.micro_batch;
-    const Tensor y = forward(sampler_, first, chunk, x, balance_.context(first));
-    // Divided by the step's learned tokens once, here; from now on every reduction is a plain sum.
-    return is_last(chunk) ? y.sum() / static_cast<double>(std::max<int64_t>(1, learned)) : y;
+    return forward(sampler_, first, chunk, x, balance_.context(first), weight);
   });
   return mesh_.here()[Axis::tensor] == 0 ? loss : at::zeros_like(loss);   // all tensor ranks know it; it counts once
 }
@@ -101,21 +101,21 @@ double ForwardPass::validate(const Sampler& sampler, int64_t batches) {
   const int64_t data_rank = mesh_.here()[Axis::data], data_size = mesh_.grid().size(Axis::data);
   const int64_t sequences = batches * config_.train.global_batch;
   Tensor loss = pipeline_.evaluate(batches * micro_batches_, [&](int64_t number, int chunk, const Tensor& x) {
-    const Tensor y = forward(sampler, (number * data_size + data_rank) * config_.train.micro_batch, chunk, x, {});
-    return is_last(chunk) ? y.sum(at::kDouble) : y;
+    return forward(sampler, (number * data_size + data_rank) * config_.train.micro_batch, chunk, x, {}, /*weight=*/1.0);
   });
   if (mesh_.here()[Axis::tensor] != 0) loss.zero_();
   mesh_.world().all_reduce(loss);   // stages before the last have zeros
   return loss.item<double>() / static_cast<double>(sampler.learned(0, sequences));   // 0 / 0 is not a number: there is no mean
 }
 
-Tensor ForwardPass::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context) {
+Tensor ForwardPass::forward(const Sampler& sampler, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext& context,
+                            double weight) {
   const MicroBatch here = micro_batch(sampler, first_sample);
   const Batch& batch = here.batch;
   const Tensor y_TW = stage_.blocks(chunk == 0 ? stage_.embed(batch.tokens_BS) : x_TW, here.positions, context, chunk);
   if (!is_last(chunk)) return y_TW;
-  const Tensor loss_N = stage_.token_losses(y_TW, batch.labels_BS);
-  return batch.learn_BS.defined() ? loss_N.masked_fill(batch.learn_BS.reshape({-1}).logical_not(), 0.0) : loss_N;
+  const Tensor weight_BS = at::full(batch.labels_BS.sizes(), weight, batch.labels_BS.options().dtype(at::kFloat));
+  return stage_.loss(y_TW, batch.labels_BS, batch.learn_BS.defined() ? weight_BS.mul(batch.learn_BS) : weight_BS);
 }
 
 bool ForwardPass::is_last(int chunk) const { return chunk == stage_.weights().layout().chunks() - 1; }

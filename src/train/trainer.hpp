@@ -85,9 +85,9 @@ class ForwardPass {
     int64_t chunks_left;   ///< of this stage's, that have not computed it
   };
 
-  /// The micro-batch that begins with `first_sample` through one chunk of the model: token rows, or, after the last chunk, the losses of
-  /// the tokens, 0 where a label is not learned.
-  Tensor forward(const Sampler&, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext&);
+  /// The micro-batch that begins with `first_sample` through one chunk of the model: token rows, or, after the last chunk, `weight` times
+  /// the sum of the learned tokens' losses (see Stage::loss).
+  Tensor forward(const Sampler&, int64_t first_sample, int chunk, const Tensor& x_TW, const RouterContext&, double weight);
   bool is_last(int chunk) const;
   /// Read once, for all chunks of this stage.
   MicroBatch micro_batch(const Sampler&, int64_t first_sample);

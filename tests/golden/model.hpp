@@ -1,4 +1,6 @@
 #pragma once
+#include <ATen/ops/full.h>
+
 #include "base/autograd.hpp"
 #include "model/stage.hpp"
 #include "support/numbers.hpp"
@@ -24,7 +26,8 @@ class Model {
   /// Mean cross entropy of ids [B, S+1], each predicting the next.
   Tensor loss(const Tensor& ids) {
     const int64_t length = ids.size(1) - 1;
-    return stage_.token_losses(hidden(ids.narrow(1, 0, length)), ids.narrow(1, 1, length)).sum() / static_cast<double>(ids.size(0) * length);
+    const Tensor weight = at::full({ids.size(0), length}, 1.0 / static_cast<double>(ids.size(0) * length), at::TensorOptions(at::kFloat));
+    return stage_.loss(hidden(ids.narrow(1, 0, length)), ids.narrow(1, 1, length), weight);
   }
 
   Weights& weights() { return stage_.weights(); }

@@ -79,6 +79,18 @@ if(UPCYCLE_CUDA)
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
 
+# The loss with its gradient, and the optimizer.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_loss SOURCES gpu/loss_test.cpp LINK upcycle_model upcycle::torch_cuda GTest::gtest)
+  upcycle_gtest(gpu_optimizer SOURCES gpu/optimizer_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
+  foreach(name loss optimizer)
+    add_dependencies(gpu_tests gpu_${name})
+    add_test(NAME gpu.${name} COMMAND gpu_${name})
+    set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endforeach()
+endif()
+
 # A rank's failure while the other's GPU waits in NCCL.
 if(UPCYCLE_CUDA)
   add_test(NAME gpu.rank_failure COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/rank_failure_on_gpu.py $<TARGET_FILE:upcycle>

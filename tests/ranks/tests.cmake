@@ -41,6 +41,7 @@ target_compile_definitions(ranks_checkpoint PRIVATE UPCYCLE_PYTHON="${UPCYCLE_PY
 ranks_test(shared_safetensors RANKS 1 2 4 LINK checkpoint)
 ranks_test(dispatcher RANKS 1 2 4 LINK moe)
 ranks_test(recompute RANKS 2 4 LINK model)
+ranks_test(vocabulary RANKS 1 2 4 LINK model)
 ranks_test(balance RANKS 1 2 4 LINK train)
 ranks_test(grow_memory RANKS 4 LINK train)
 ranks_test(stream_memory RANKS 2 LINK train)

@@ -22,7 +22,7 @@ namespace {
 }  // namespace
 
 void adamw(const AdamW&, CUstream_st*) { absent(); }
-void sum_rows(const CrossEntropy&, CUstream_st*) { absent(); }
+void softmax_sums(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy_gradient(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy(const CrossEntropy&, CUstream_st*) { absent(); }
 void add_embedding_gradient(const EmbeddingGradient&, CUstream_st*) { absent(); }

@@ -160,7 +160,7 @@ void launch(const CrossEntropy& p, CUstream_st* stream) {
 
 }  // namespace
 
-void sum_rows(const CrossEntropy& p, CUstream_st* stream) { launch<Pass::sums>(p, stream); }
+void softmax_sums(const CrossEntropy& p, CUstream_st* stream) { launch<Pass::sums>(p, stream); }
 void cross_entropy_gradient(const CrossEntropy& p, CUstream_st* stream) { launch<Pass::gradient>(p, stream); }
 void cross_entropy(const CrossEntropy& p, CUstream_st* stream) { launch<Pass::both>(p, stream); }
 

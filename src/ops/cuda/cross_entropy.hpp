@@ -12,13 +12,13 @@ struct CrossEntropy {
   int64_t rows, columns, stride;
   const int64_t* labels;   ///< [rows]
   int64_t first;
-  const float* weights;    ///< [rows]; not for sum_rows
+  const float* weights;    ///< [rows]; not for softmax_sums
   float *largest, *sums, *label_logits;   ///< [rows]; not for cross_entropy
   float* losses;           ///< [rows]; for cross_entropy only
 };
 
 /// Writes largest, sums and label_logits; reads the logits once.
-void sum_rows(const CrossEntropy&, CUstream_st*);
+void softmax_sums(const CrossEntropy&, CUstream_st*);
 /// The logits become their gradient; reads largest and sums.
 void cross_entropy_gradient(const CrossEntropy&, CUstream_st*);
 /// Both at once for columns that are the whole vocabulary: writes the losses, and the gradient over the logits. Memory sees the logits

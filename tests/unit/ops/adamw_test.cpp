@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "ops/sum_of_squares.hpp"
 #include "unit/ops/reference.hpp"
 
 namespace upcycle {
@@ -95,6 +96,53 @@ TEST(AdamW, WritesThroughViewsAndTakesNothing) {
   EXPECT_TRUE(flat.narrow(0, 6, 4).equal(before.narrow(0, 6, 4)));
   EXPECT_FALSE(flat.narrow(0, 2, 4).equal(before.narrow(0, 2, 4)));
   adamw_step(kSettings, {}, {}, {}, {}, scalar(1), scalar(1), scalar(0));
+}
+
+// Weights end to end, with gaps of zeros: every run as adamw_step would move it alone with its own settings, bit for bit.
+TEST(AdamWBuffer, MovesEachRunByItsOwnSettings) {
+  const std::vector<AdamWRun> runs = {{0, 37, 1.0, true}, {64, 100, 1.0, false}, {128, 128, 3.0, false}, {128, 131, 0.1, false}, {192, 256, 1.0, true}};
+  Tensor inside = at::zeros({256});
+  for (const AdamWRun& run : runs) inside.narrow(0, run.begin, run.end - run.begin).fill_(1.0);
+  Tensor master = normal({256}, 1) * inside, gradient = normal({256}, 2) * inside, m = normal({256}, 3) * inside, v = normal({256}, 4).abs() * inside;
+  Tensor values = at::zeros({256}, at::kBFloat16);
+  const std::vector<Tensor> before = {master.clone(), gradient.clone(), m.clone(), v.clone()};
+  const AdamWBuffer buffer(master, gradient, m, v, values, runs);
+  buffer.step(kSettings, scalar(3), scalar(2), scalar(1));
+  EXPECT_TRUE(master.equal(before[0]) && m.equal(before[2]) && v.equal(before[3])) << "skipped";
+  buffer.step(kSettings, scalar(3), scalar(2), scalar(0));
+  for (const AdamWRun& run : runs) {
+    const auto of = [&](const Tensor& flat) { return flat.narrow(0, run.begin, run.end - run.begin); };
+    std::vector<Tensor> alone;
+    for (const Tensor& x : before) alone.push_back(of(x).clone());
+    AdamW settings = kSettings;
+    settings.lr *= run.lr_scale;
+    if (!run.decays) settings.weight_decay = 0.0;
+    adamw_step(settings, {alone[0]}, {alone[1]}, {alone[2]}, {alone[3]}, scalar(3), scalar(2), scalar(0));
+    EXPECT_TRUE(of(master).equal(alone[0]) && of(m).equal(alone[2]) && of(v).equal(alone[3])) << run.begin;
+  }
+  EXPECT_TRUE(values.equal(master.to(at::kBFloat16)));
+  EXPECT_EQ((master * (1 - inside)).abs().sum().item<float>(), 0.0F);
+  EXPECT_FALSE(buffer.zeroes_gradients());
+}
+
+TEST(AdamWBuffer, RefusesWhatDoesNotFit) {
+  const auto flat = [](int64_t size) { return at::zeros({size}); };
+  EXPECT_THROW(AdamWBuffer(flat(8), flat(8), flat(8), flat(7), {}, {}), std::logic_error);
+  EXPECT_THROW(AdamWBuffer(flat(8), flat(8), flat(8), flat(8), {}, {{2, 8, 1.0, true}}), std::logic_error);
+  EXPECT_THROW(AdamWBuffer(flat(8), flat(8), flat(8), flat(8), {}, {{4, 9, 1.0, true}}), std::logic_error);
+  EXPECT_THROW(AdamWBuffer(flat(8), flat(8).to(at::kDouble), flat(8), flat(8), {}, {}), std::logic_error);
+}
+
+TEST(SumOfSquares, CountsSharesOnce) {
+  const std::vector<Tensor> all = {normal({1000}, 1), normal({3}, 2), at::zeros({0}), normal({64}, 4)};
+  const std::vector<double> shares = {1.0, 0.5, 1.0, 0.25};
+  double expected = 0.0;
+  for (size_t i = 0; i < all.size(); ++i) expected += shares[i] * all[i].to(at::kDouble).square().sum().item<double>();
+  const Tensor sum = sum_of_squares(all, shares);
+  EXPECT_EQ(sum.scalar_type(), at::kDouble);
+  EXPECT_EQ(sum.dim(), 0);
+  EXPECT_NEAR(sum.item<double>(), expected, 1e-6 * expected);
+  EXPECT_TRUE(std::isnan(sum_of_squares({at::full({5}, NAN)}, {1.0}).item<double>()));
 }
 
 }  // namespace

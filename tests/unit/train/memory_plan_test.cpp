@@ -185,6 +185,23 @@ TEST(MemoryPlan, WhatBackwardKeepsOfALayer) {
   EXPECT_EQ(saved_bytes(saved_by_layer(a, run, Grid({}, 1), 1), Recompute::full), tokens * (2 * 64 + 4 + 2 * (3 * 8 + 2 * 4)));
 }
 
+// The head keeps no logits: its input, 1 / rms and the gradient that forward found. On the way a chunk of logits, and the norm.
+TEST(MemoryPlan, TheHeadsLogitsAreAChunk) {
+  const Architecture a = small(8);
+  RunConfig run = run_with({});
+  const int64_t tokens = run.train.sequence;
+  EXPECT_EQ(saved_bytes(saved_by_head(a, run, Grid({}, 1)), Recompute::full), tokens * (2 * 64 + 4 + 2 * 64));
+  EXPECT_EQ(passing_in_head(a, run, Grid({}, 1)), tokens * (2 * 64 + 2 * 500));
+  Architecture large = a;
+  large.vocab = 151936;
+  for (const int64_t sequence : {4096, 65536}) {
+    run.train.sequence = sequence;
+    const int64_t logits = passing_in_head(large, run, Grid({}, 1)) - sequence * 2 * 64;
+    EXPECT_LE(logits, int64_t{512} << 20);
+    EXPECT_GE(logits, int64_t{256} << 20);
+  }
+}
+
 TEST(TrafficPlan, BytesByHand) {
   const Architecture a = small(8);   // 5 layers, the first dense; hidden 64
   RunConfig run = run_with({.tensor = 2, .pipeline = 5, .expert = 4});
