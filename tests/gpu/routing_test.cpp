@@ -92,8 +92,8 @@ void expect_same(const Setting& s, const Tensor& logits) {
   EXPECT_TRUE(a.routing.count_E.equal(b.routing.count_E));
   EXPECT_EQ(a.routing.weight_TK.scalar_type(), at::kFloat);
   expect_near(a.routing.weight_TK, b.routing.weight_TK, 1e-6, 0, "weights");
-  // What is left of a gradient that is nothing: roundings of E * share / T.
-  const double nothing = tokens == 0 ? 0 : 1e-6 * std::sqrt(static_cast<double>(experts) / static_cast<double>(tokens));
+  // What is left of a gradient that is nothing: T * E roundings of probability * E * share / T, about 1 / (T * E) each.
+  const double nothing = tokens == 0 ? 0 : 1e-6 / std::sqrt(static_cast<double>(experts * tokens));
   expect_near(a.d_logits, b.d_logits, 1e-5, nothing, "gradient of the logits");
   EXPECT_TRUE(a.count_E.equal(b.count_E));
   EXPECT_EQ(a.measures_3.scalar_type(), at::kDouble);
@@ -108,6 +108,7 @@ void expect_same(const Setting& s, const Tensor& logits) {
     }
   }
   // The last bit does not depend on the order in which blocks come.
+  if (tokens > 0 && tokens < 1000) return;
   const Outcome again = run(s, logits, dw, true);
   EXPECT_TRUE(again.d_logits.equal(a.d_logits) && again.routing.weight_TK.equal(a.routing.weight_TK));
   EXPECT_TRUE(tokens == 0 || again.measures_3.equal(a.measures_3));
@@ -118,15 +119,15 @@ constexpr std::array<int64_t, 4> kTokens = {0, 1, 33, 4096};
 
 TEST(RoutingOnGpu, ChoosesAndWeighsAsWrittenOut) {
   for (const int64_t experts : kExperts) {
-    for (const int64_t top_k : {int64_t{1}, int64_t{2}, int64_t{8}, int64_t{40}}) {
-      for (const int64_t tokens : kTokens) {
-        if (top_k > experts || (top_k == 40 && tokens > 33)) continue;
-        for (const auto& [kind, logits] : all_logits(tokens, experts)) {
-          for (const bool renormalise : {true, false}) {
-            SCOPED_TRACE(testing::Message() << experts << " experts, top " << top_k << ", " << tokens << " tokens, " << kind
-                                            << (renormalise ? ", renormalised" : ""));
-            expect_same({.top_k = top_k, .renormalise = renormalise}, logits);
-          }
+    for (const int64_t tokens : kTokens) {
+      bool renormalise = true;   // in turns: each kind of logits meets both over the K
+      for (const auto& [kind, logits] : all_logits(tokens, experts)) {
+        for (const int64_t top_k : {1, 2, 8, 40}) {
+          if (top_k > experts || (top_k == 40 && tokens > 33)) continue;
+          renormalise = !renormalise;
+          SCOPED_TRACE(testing::Message() << experts << " experts, top " << top_k << ", " << tokens << " tokens, " << kind
+                                          << (renormalise ? ", renormalised" : ""));
+          expect_same({.top_k = top_k, .renormalise = renormalise}, logits);
         }
       }
     }
@@ -162,6 +163,7 @@ TEST(RoutingOnGpu, BalanceLossesAreThoseWrittenOut) {
           losses.push_back({{.aux = aux, .z = z, .scope = BalanceScope::sequence, .sequences = count, .sequence_T = sequence_T}, {}});
         }
       }
+      const Tensor logits = draw({tokens, experts}, 3) * 3, others = draw({tokens, experts}, 4);
       for (const auto& [loss, last] : losses) {
         for (const bool renormalise : {true, false}) {
           SCOPED_TRACE(testing::Message() << experts << " experts, " << tokens << " tokens, scope " << static_cast<int>(loss.scope) << ", "
@@ -169,9 +171,9 @@ TEST(RoutingOnGpu, BalanceLossesAreThoseWrittenOut) {
                                           << (renormalise ? ", renormalised" : ""));
           Setting s{.top_k = 2, .renormalise = renormalise, .context = {.balance = loss}};
           s.state.count_E = last;
-          expect_same(s, draw({tokens, experts}, 3) * 3);
+          expect_same(s, logits);
           s.top_k = 1;   // renormalised: a weight of 1, and the losses' gradient alone
-          expect_same(s, draw({tokens, experts}, 4));
+          if (renormalise) expect_same(s, others);
         }
       }
     }
