@@ -1,6 +1,5 @@
 #include "moe/dispatcher.hpp"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "base/autograd.hpp"
+#include "base/trace_range.hpp"
 
 namespace upcycle {
 namespace {
@@ -64,6 +64,7 @@ int64_t Dispatcher::slots(const Routing& routing) const {
 }
 
 Route Dispatcher::plan(const Routing& routing) const {
+  const TraceRange range("plan");
   const Unrecorded guard;
   return how_ == Dispatch::all_gather ? plan_all_gather(routing) : plan_all_to_all(routing);
 }
@@ -73,8 +74,8 @@ Route Dispatcher::plan_all_to_all(const Routing& routing) const {
   const at::Device device = routing.expert_TK.device();
   Route route;
   if (ranks * peers == 1 && routing.capacity == 0) {
-    route.order = sort_by_expert(routing.expert_TK);
-    route.end_L = at::cumsum(routing.count_E, 0, at::kInt);
+    route.order = sort_by_expert(routing.expert_TK, num_experts_);
+    route.end_L = route.order.end_E;
     return route;
   }
   // count_SE: how many rows each rank has for each expert. The one place where the host must know: split sizes.
@@ -91,7 +92,7 @@ Route Dispatcher::plan_all_to_all(const Routing& routing) const {
   } else if (routing.capacity > 0) {
     route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_S.sum().item<int64_t>());
   } else {
-    route.order = sort_by_expert(routing.expert_TK);
+    route.order = sort_by_expert(routing.expert_TK, num_experts_);
   }
   if (ranks * peers > 1) {
     route.by_expert_R = by_expert(numbers(count_PSL), peers * ranks, num_local_, device);
@@ -111,12 +112,10 @@ Route Dispatcher::plan_all_gather(const Routing& routing) const {
   const Tensor expert_TK = of_all(routing.expert_TK, route);
   if (slots > 0) {
     route.order = slots_by_expert(expert_TK, first, num_local_, slots);
-    route.end_L = (at::arange(1, num_local_ + 1, expert_TK.options()) * slots).to(at::kInt);
   } else {
-    const Tensor end_L = count_choices(expert_TK, num_local_, first).cumsum(0);
-    route.order = sort_by_expert(expert_TK, first, num_local_, end_L[-1].item<int64_t>());
-    route.end_L = end_L.to(at::kInt);
+    route.order = sort_by_expert(expert_TK, first, num_local_, count_choices(expert_TK, num_local_, first).sum().item<int64_t>());
   }
+  route.end_L = route.order.end_E;
   return route;
 }
 
@@ -124,16 +123,29 @@ Tensor Dispatcher::of_all(const Tensor& x_TD, const Route& route) const {
   return gather_rows(expert_tensor_, gather_rows(experts_, x_TD, route.tokens_S), route.rows_P);
 }
 
-Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route) const {
-  if (how_ == Dispatch::all_gather) return spread_rows(of_all(x_TD, route), route.order);
-  const Tensor x_ND = spread_rows(x_TD, route.order);
+Tensor Dispatcher::travel(const Tensor& x_ND, const Route& route) const {
   if (!route.by_expert_R.defined()) return x_ND;
   return permute_rows(gather_rows(expert_tensor_, exchange(experts_, x_ND, route.splits), route.rows_P), route.by_expert_R);
 }
 
-Tensor Dispatcher::combine(const Tensor& y_RD, const Tensor& weight_TK, const Route& route) const {
+Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route) const {
+  const TraceRange range("dispatch");
+  if (how_ == Dispatch::all_gather) return spread_rows(of_all(x_TD, route), route.order);
+  return travel(spread_rows(x_TD, route.order), route);
+}
+
+// Each choice's weight is a row of one number.
+Tensor Dispatcher::weights(const Tensor& weight_TK, const Route& route) const {
+  const TraceRange range("weights");
+  const Tensor all_TK = how_ == Dispatch::all_gather ? of_all(weight_TK, route) : weight_TK;
+  const Tensor weight_N1 = spread_rows(all_TK.reshape({-1, 1}), by_choice(route.order));
+  return how_ == Dispatch::all_gather ? weight_N1 : travel(weight_N1, route);
+}
+
+Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route) const {
+  const TraceRange range("combine");
   if (how_ == Dispatch::all_gather) {
-    const Tensor partial = weigh_and_sum(y_RD, of_all(weight_TK, route), route.order, at::kFloat);
+    const Tensor partial = sum_rows(y_RD, route.order, at::kFloat);
     const Tensor y_TD = reduce_scatter_rows(experts_, reduce_scatter_rows(expert_tensor_, partial, route.rows_P), route.tokens_S);
     return y_TD.to(y_RD.scalar_type());
   }
@@ -142,7 +154,7 @@ Tensor Dispatcher::combine(const Tensor& y_RD, const Tensor& weight_TK, const Ro
     const Splits home{route.splits.receive, route.splits.send};
     y_ND = exchange(experts_, reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P), home);
   }
-  return weigh_and_sum(y_ND, weight_TK, route.order);
+  return sum_rows(y_ND, route.order);
 }
 
 }  // namespace upcycle

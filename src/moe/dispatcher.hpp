@@ -30,10 +30,10 @@ struct DispatcherSettings {
 /// `peers` that share an expert's width.
 Dispatch chosen_dispatch(Dispatch wish, int64_t top_k, int64_t ranks, int64_t peers);
 
-/// Brings each token's row to its experts' ranks and the results back, weighed and summed. The expert group's ranks hold equal
+/// Brings each token's row and weights to its experts' ranks, and the sums of the results back. The expert group's ranks hold equal
 /// consecutive shares of the experts, the expert_tensor group's ranks equal parts of each one's width.
 /// all-to-all: K rows of a token travel to the ranks of its experts. all-gather: every rank gets all tokens' rows once, computes those of
-/// its own experts, and the weighed parts are summed where the tokens live. Both give the same numbers but for rounding.
+/// its own experts, and the parts are summed where the tokens live. Both give the same numbers but for rounding.
 /// Ranks without rows take part in every exchange, forward and backward.
 class Dispatcher {
  public:
@@ -44,9 +44,12 @@ class Dispatcher {
   Route plan(const Routing& routing) const;
   /// **Collective** over both groups. [T, D] -> [R, D] sorted by local expert.
   Tensor dispatch(const Tensor& x_TD, const Route& route) const;
-  /// **Collective** over both groups. y_TD = sum_k weight * y; `y_RD` in the order of dispatch's rows; each expert_tensor rank's are
-  /// its part of a sum.
-  Tensor combine(const Tensor& y_RD, const Tensor& weight_TK, const Route& route) const;
+  /// **Collective** over both groups. fp32 [T, K] -> [R, 1]: the weight of each of dispatch's rows, 0 where no choice is. Backward brings
+  /// each choice its gradient, summed over the ranks that share its expert's width.
+  Tensor weights(const Tensor& weight_TK, const Route& route) const;
+  /// **Collective** over both groups. y_TD = sum_k y; `y_RD` in the order of dispatch's rows, weighed; each expert_tensor rank's are its
+  /// part of a sum.
+  Tensor combine(const Tensor& y_RD, const Route& route) const;
 
   /// The one in use; Dispatch::automatic was decided when it was made.
   Dispatch how() const noexcept { return how_; }
@@ -58,6 +61,7 @@ class Dispatcher {
   Route plan_all_gather(const Routing& routing) const;
   int64_t slots(const Routing& routing) const;
   Tensor of_all(const Tensor& x_TD, const Route& route) const;
+  Tensor travel(const Tensor& x_ND, const Route& route) const;
 
   const Communicator& experts_;
   const Communicator& expert_tensor_;

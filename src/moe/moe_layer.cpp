@@ -12,8 +12,8 @@ Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Route
   if (dispatcher_.at_home()) {
     remade.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
   }
-  const Tensor y_RD = experts_.forward(x_RD, routed.route.end_L, remade);
-  return dispatcher_.combine(y_RD, routing.weight_TK, routed.route);
+  const Tensor weight_R1 = dispatcher_.weights(routing.weight_TK, routed.route);
+  return dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route);
 }
 
 Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context) {

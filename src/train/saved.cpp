@@ -66,8 +66,8 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
   saved.push_back({"routing", choices * (3 * kIndex + 2 * kFp32) + (at_home ? 0 : rows.routed * 2 * kIndex), full});
   saved.push_back({"experts' rows", rows.routed * n.h * w, at_home ? none : selective});                              // grouped_matmul to gate and up
   saved.push_back({"experts' gate and up", rows.routed * 2 * n.fe * w, selective});             // swiglu
+  saved.push_back({"rows' weights", rows.routed * kFp32, selective});                           // swiglu
   saved.push_back({"their product", rows.routed * n.fe * w, none});                             // grouped_matmul down
-  saved.push_back({"experts' answers", choices * n.h * w, selective});                          // weigh_and_sum
   return saved;
 }
 
@@ -92,14 +92,13 @@ int64_t passing_in_layer(const Architecture& a, const RunConfig& run, const Grid
   // What stands before backward of this layer begins is still there; less what it has freed on the way.
   if (!a.is_moe_layer(layer)) {
     const int64_t weight_gradient = w < kFp32 ? 2 * n.f * n.h * kFp32 : 0;                      // linear's, fp32 before it is added
-    return rows.own * n.h * w + std::max(rows.gathered * 5 * n.f * w,                           // swiglu: d, three terms, their pair
-                                         rows.gathered * 2 * n.f * w + weight_gradient);
+    return rows.own * n.h * w + rows.gathered * 2 * n.f * w + weight_gradient;                  // swiglu: d and the pair, less the product
   }
-  const int64_t answers = rows.own * a.top_k * n.h * w;
+  const int64_t answers = rows.routed * n.h * w, product = rows.routed * n.fe * w;
   const int64_t weight_gradient = w < kFp32 ? n.local_experts * n.fe * n.h * w : 0;             // grouped_matmul's, bf16
-  return std::max({rows.own * n.h * (w + 3 * kFp32) + answers,                                  // weigh_and_sum, choice by choice
-                   rows.routed * n.fe * w + weight_gradient,                                    // grouped_matmul down
-                   rows.routed * 5 * n.fe * w - answers});                                      // swiglu
+  return rows.own * n.h * w + std::max({answers + product + weight_gradient,                    // grouped_matmul down: d, the product's
+                                        3 * product,                                            // swiglu: d, the pair, a CPU's term; less the product
+                                        answers + 2 * weight_gradient - product});              // to gate and up: the pair, the rows'; less those
 }
 
 int64_t passing_in_head(const Architecture& a, const RunConfig& run, const Grid& grid) {

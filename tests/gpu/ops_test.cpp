@@ -113,6 +113,11 @@ TEST(OpsOnGpu, Swiglu) {
   for (const Shape& shape : {Shape{5, 34}, Shape{2, 9, 256}, Shape{0, 8}}) {
     expect_same([&](const Place& p) { return with_gradients(p, [](const auto& x, auto&) { return swiglu(x[0]); }, {shape}, {}); }, 2);
   }
+  for (const auto& [rows, width] : {std::pair{5, 34}, {19, 256}, {0, 8}}) {
+    expect_same([&](const Place& p) {
+      return with_gradients(p, [](const auto& x, auto&) { return swiglu(x[0], x[1].to(at::kFloat)); }, {{rows, width}, {rows, 1}}, {});
+    }, 2);
+  }
 }
 
 TEST(OpsOnGpu, Rope) {
@@ -157,12 +162,12 @@ TEST(OpsOnGpu, Permute) {
     const Tensor expert_TK = choose_experts(normal({tokens, 9}, 1), choices);
     const int64_t rows = int64_t{tokens} * choices;
     expect_same([&](const Place& p) {
-      const RowOrder order = sort_by_expert(expert_TK.to(p.device));
+      const RowOrder order = sort_by_expert(expert_TK.to(p.device), 9);
       Results out = {order.choice_R, order.row_TK};
       const auto add = [&](Results more) { out.insert(out.end(), more.begin(), more.end()); };
       add(with_gradients(p, [&](const auto& x, auto&) { return spread_rows(x[0], order); }, {{tokens, width}}, {}));
-      add(with_gradients(p, [&](const auto& x, auto&) { return weigh_and_sum(x[0], x[1].to(at::kFloat), order); },
-                         {{rows, width}, {tokens, choices}}, {}));
+      add(with_gradients(p, [&](const auto& x, auto&) { return sum_rows(x[0], order); }, {{rows, width}}, {}));
+      add(with_gradients(p, [&](const auto& x, auto&) { return spread_rows(x[0], by_choice(order)); }, {{rows, 1}}, {}));
       add(with_gradients(p, [&](const auto& x, auto&) { return permute_rows(x[0], order.choice_R); }, {{rows, width}}, {}));
       return out;
     }, 1);

@@ -91,6 +91,15 @@ if(UPCYCLE_CUDA)
   endforeach()
 endif()
 
+# The rows of the mixture: their order, copies and sums, and what is computed of each.
+if(UPCYCLE_CUDA)
+  upcycle_gtest(gpu_rows SOURCES gpu/rows_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
+  add_dependencies(gpu_tests gpu_rows)
+  add_test(NAME gpu.rows COMMAND gpu_rows)
+  set_tests_properties(gpu.rows PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+endif()
+
 # A rank's failure while the other's GPU waits in NCCL.
 if(UPCYCLE_CUDA)
   add_test(NAME gpu.rank_failure COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/rank_failure_on_gpu.py $<TARGET_FILE:upcycle>

@@ -104,8 +104,8 @@ Outcome run(const Groups& groups, DispatcherSettings settings, const Tensor& x_T
   const Dispatcher dispatcher(groups.experts, groups.expert_tensor, settings);
   const Route route = dispatcher.plan(routing);
   Remade nothing(false);
-  const Tensor y_RD = Experts(gate_up, down).forward(dispatcher.dispatch(x, route), route.end_L, nothing);
-  const Tensor y = dispatcher.combine(y_RD, weight, route);
+  const Tensor x_RD = dispatcher.dispatch(x, route), weight_R1 = dispatcher.weights(weight, route);
+  const Tensor y = dispatcher.combine(Experts(gate_up, down).forward(x_RD, weight_R1, route.end_L, nothing), route);
   run_backward(y, dy_TD);
   EXPECT_EQ(gate_up.additions, 1);
   return {y.detach(), x.grad(), weight.grad(), gate_up.main_grad, down.main_grad};
@@ -203,7 +203,7 @@ TEST(DispatcherOnRanks, CombineOfDispatchIsX) {
       const Tensor weight = at::softmax(normal({mine, kChoices}, 7), -1);
       const Route route = dispatcher.plan(routing_of(scene.choose(mine), weight));
       const double part = 1.0 / groups.expert_tensor.size();   // what each part of a width adds to the sum
-      const Tensor y = dispatcher.combine(dispatcher.dispatch(x, route) * part, weight, route);
+      const Tensor y = dispatcher.combine(dispatcher.dispatch(x, route) * dispatcher.weights(weight, route) * part, route);
       run_backward(y, dy);
       EXPECT_LE(distance(y, x), 1e-6);
       EXPECT_LE(distance(x.grad(), dy), 1e-6);

@@ -25,7 +25,7 @@ TEST(Dispatcher, CombineOfDispatchIsX) {
     const Tensor x_RD = dispatcher.dispatch(x, route);
     EXPECT_EQ(x_RD.sizes(), (Shape{3 * tokens, 6}));
     EXPECT_TRUE(route.end_L.equal(routing.count_E.cumsum(0).to(at::kInt)));
-    const Tensor y = dispatcher.combine(x_RD, routing.weight_TK, route);
+    const Tensor y = dispatcher.combine(x_RD * dispatcher.weights(routing.weight_TK, route), route);
     EXPECT_LE(distance(y, x), 1e-6);
     run_backward(y, dy);
     EXPECT_LE(distance(x.grad(), dy), 1e-6);
