@@ -6,7 +6,7 @@
 
 #include "ops/attention.hpp"
 #include "ops/linear.hpp"
-#include "ops/rms_norm.hpp"
+#include "ops/qk_norm_rope.hpp"
 #include "parallel/regions.hpp"
 
 namespace upcycle {
@@ -38,7 +38,6 @@ Attention::Attention(Weights& weights, const Mesh& mesh, int64_t layer, const st
     : tensor_(mesh.along(Axis::tensor)),
       context_(mesh.along(Axis::context)),
       layer_(layer),
-      head_dim_(weights.architecture().head_dim),
       eps_(weights.architecture().rms_eps),
       qkv_(weights.add(shares_heads(weights, mesh) ? names(prefix, {"q"}) : names(prefix, {"q", "k", "v"}))),
       kv_(shares_heads(weights, mesh) ? &weights.add(names(prefix, {"k", "v"})) : nullptr),
@@ -47,32 +46,22 @@ Attention::Attention(Weights& weights, const Mesh& mesh, int64_t layer, const st
       out_(weights.add({prefix + "o_proj.weight"})) {
   const Architecture& a = weights.architecture();
   const int64_t ranks = mesh.grid().size(Axis::tensor);
-  q_width_ = a.heads / ranks * head_dim_;
-  kv_width_ = std::max<int64_t>(a.kv_heads / ranks, 1) * head_dim_;
+  heads_ = a.heads / ranks;
+  kv_heads_ = std::max<int64_t>(a.kv_heads / ranks, 1);
 }
 
 Tensor Attention::forward(const Tensor& x_TW, const Positions& positions, Remade& remade) {
   const Tensor rows = gather_along(tensor_, x_TW, 0);   // all rows, this rank's heads
   remade.add(rows, [this, x = x_TW.detach()] { return gather_along(tensor_, x, 0); });
   const Tensor qkv = kv_ ? at::cat({linear(rows, qkv_), linear(rows, *kv_)}, -1) : linear(rows, qkv_);
-  const int64_t batch = positions.sequences, length = qkv.size(0) / batch;
-  const auto heads = [batch, length, head_dim = head_dim_](const Tensor& qkv, int64_t begin, int64_t width) {
-    return qkv.narrow(-1, begin, width).view({batch, length, width / head_dim, head_dim});
-  };
-  const auto rotated = [&](int64_t begin, int64_t width, Parameter& norm) {
-    const auto of = [heads, begin, width, &norm, eps = eps_, table = positions.rotary](const Tensor& qkv) {
-      return rotate(rms_norm(heads(qkv, begin, width), norm, eps), table);
-    };
-    const Tensor x = of(qkv);
-    remade.add(x, [of, qkv = qkv.detach()] { return of(qkv); });
-    return x;
-  };
-  const Tensor q_BSHD = rotated(0, q_width_, q_norm_), k_BSGD = rotated(q_width_, kv_width_, k_norm_);
-  const Tensor v_BSGD = heads(qkv, q_width_ + kv_width_, kv_width_);
+  const HeadColumns columns = {positions.sequences, heads_, kv_heads_, eps_, positions.rotary};
+  const auto [q_BSHD, k_BSGD, v_BSGD] = qk_norm_rope(qkv, q_norm_, k_norm_, columns);
+  remade.add(q_BSHD, [this, columns, qkv = qkv.detach()] { return normed_q(qkv, q_norm_, columns); });
+  remade.add(k_BSGD, [this, columns, qkv = qkv.detach()] { return normed_k(qkv, k_norm_, columns); });
   const auto [k_BPGD, v_BPGD] = positions.before ? positions.before->with(layer_, k_BSGD, v_BSGD)
                                                  : whole_sequence(context_, k_BSGD, v_BSGD, remade);
   const Tensor out_BSHD = attention(q_BSHD, k_BPGD, v_BPGD, positions.segments).out_BSHD;
-  const auto flat = [shape = Shape{batch * length, q_width_}](const Tensor& out) { return out.reshape(shape); };
+  const auto flat = [shape = Shape{qkv.size(0), heads_ * q_BSHD.size(3)}](const Tensor& out) { return out.reshape(shape); };
   const Tensor out_NH = flat(out_BSHD);
   if (!out_NH.is_alias_of(out_BSHD)) remade.add(out_NH, [flat, out = out_BSHD.detach()] { return flat(out); });
   return reduce_scatter_along(tensor_, linear(out_NH, out_), 0);

@@ -21,14 +21,13 @@ class Attention {
   const Communicator& tensor_;
   const Communicator& context_;
   int64_t layer_;
-  int64_t head_dim_;
   double eps_;
   Parameter& qkv_;              ///< q alone where there is a kv_
   Parameter* kv_ = nullptr;     ///< where tensor ranks share key/value heads: other ranks hold them than hold q
   Parameter& q_norm_;
   Parameter& k_norm_;
   Parameter& out_;
-  int64_t q_width_, kv_width_;   ///< columns of q and of k (or v) on this rank
+  int64_t heads_, kv_heads_;    ///< on this rank
 };
 
 }  // namespace upcycle

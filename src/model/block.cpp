@@ -1,7 +1,7 @@
 #include "model/block.hpp"
 
+#include "base/trace_range.hpp"
 #include "ops/linear.hpp"
-#include "ops/rms_norm.hpp"
 #include "ops/swiglu.hpp"
 #include "parallel/regions.hpp"
 
@@ -33,6 +33,7 @@ FeedForward::FeedForward(Weights& weights, const Mesh& mesh, const std::string& 
       down_(weights.add({prefix + "down_proj.weight"})) {}
 
 Tensor FeedForward::forward(const Tensor& x_TW, Remade& remade) {
+  const TraceRange range("feed-forward");
   const Tensor rows = gather_along(tensor_, x_TW, 0);
   remade.add(rows, [this, x = x_TW.detach()] { return gather_along(tensor_, x, 0); });
   const Tensor gate_up = linear(rows, gate_up_), product = swiglu(gate_up);
@@ -70,23 +71,24 @@ Tensor Block::forward(const Tensor& x_TW, const Positions& positions, const Rout
 }
 
 Tensor Block::compute(const Tensor& x_TW, const Positions& positions, const RouterContext& context, Routed& routed) {
+  const TraceRange range("layer", layer_);
   const bool selective = recompute_ == Recompute::selective;
   Remade in_attention(selective), in_feed_forward(selective);
-  const Tensor attended = attend(x_TW, positions, in_attention), h_TW = feed_forward_input(attended);
-  in_feed_forward.add(h_TW, [this, x = attended.detach()] { return feed_forward_input(x); });
-  return attended + in_feed_forward.before(feed_forward(h_TW, context, routed, in_feed_forward));
+  const auto [attended_TW, h_TW] = attend(x_TW, positions, in_attention);
+  in_feed_forward.add(h_TW, [this, x = attended_TW.detach()] { return feed_forward_input(x); });
+  return attended_TW + in_feed_forward.before(feed_forward(h_TW, context, routed, in_feed_forward));
 }
 
-Tensor Block::attend(const Tensor& x_TW, const Positions& positions, Remade& remade) {
-  const auto normed = [this](const Tensor& x) { return rms_norm(x, attention_norm_, eps_); };
-  const Tensor h_TW = normed(x_TW);
-  remade.add(h_TW, [normed, x = x_TW.detach()] { return normed(x); });
-  return x_TW + remade.before(attention_.forward(h_TW, positions, remade));
+Normed Block::attend(const Tensor& x_TW, const Positions& positions, Remade& remade) {
+  const TraceRange range("attention");
+  const auto [same_TW, h_TW] = rms_norm_beside(x_TW, attention_norm_, eps_);
+  remade.add(h_TW, [this, x = x_TW.detach()] { return rms_norm(x, attention_norm_, eps_); });
+  return add_rms_norm(same_TW, remade.before(attention_.forward(h_TW, positions, remade)), feed_forward_norm_, eps_);
 }
 
 Tensor Block::attend(const Tensor& x_TW, const Positions& positions) {
   Remade nothing(false);
-  return attend(x_TW, positions, nothing);
+  return attend(x_TW, positions, nothing).x_D;
 }
 
 Tensor Block::feed_forward_input(const Tensor& x_TW) { return rms_norm(x_TW, feed_forward_norm_, eps_); }

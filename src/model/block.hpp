@@ -3,6 +3,7 @@
 
 #include "model/attention.hpp"
 #include "moe/moe_layer.hpp"
+#include "ops/rms_norm.hpp"
 
 // Shapes: T token rows of this rank, W width of the model.
 namespace upcycle {
@@ -50,7 +51,8 @@ class Block {
   MoeLayer* moe() noexcept { return moe_ ? &*moe_ : nullptr; }
 
  private:
-  Tensor attend(const Tensor& x_TW, const Positions& positions, Remade& remade);
+  /// x + attention(norm(x)) beside its own norm, which feed_forward_input gives, too.
+  Normed attend(const Tensor& x_TW, const Positions& positions, Remade& remade);
   Tensor feed_forward(const Tensor& h_TW, const RouterContext& context, Routed& routed, Remade& remade);
   Tensor compute(const Tensor& x_TW, const Positions& positions, const RouterContext& context, Routed& routed);
 

@@ -44,12 +44,12 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
       // what, its bytes (rows x bytes of a row), until which recompute; behind it whose backward needs it
       {"layer input", own * (n.h * w + kFp32), full},                                           // rms_norm: x and 1 / rms
       {"its norm", all * n.h * w, none},                                                        // linear to q, k, v
-      {"q, k, v", all * ((n.q + 2 * n.kv) * w + (n.heads + n.kv_heads) * kFp32), selective},    // rms_norm of q and k; v: attention
+      {"q, k, v", all * (n.q + 2 * n.kv) * w, selective},                                       // qk_norm_rope; v: attention
       {"rotated q and k", all * (n.q + (gathers_keys ? 0 : n.kv)) * w, none},                   // attention
       {"gathered k and v", gathers_keys ? rows.keys * 2 * n.kv * w : 0, none},                  // attention
       {"their segments' rows", gathers_keys ? rows.keys * 2 * n.kv * w : 0, selective},         // attention on a GPU: what queries see
       {"attention output", all * (n.q * w + n.heads * kFp32), selective},                       // attention, log-sum-exp; linear o
-      {"attended", own * (n.h * w + kFp32), selective},                                         // rms_norm
+      {"attended", own * (n.h * w + kFp32), selective},                                         // add_rms_norm
   };
   if (!a.is_moe_layer(layer)) {
     saved.push_back({"its norm", all * n.h * w, none});                                         // linear to gate and up

@@ -178,7 +178,7 @@ TEST(MemoryPlan, WhatBackwardKeepsOfALayer) {
   const Architecture a = small(8);
   RunConfig run = run_with({});
   const int64_t tokens = run.train.sequence;
-  const int64_t attention = 2 * (64 + 64 + 192 + 160 + 128 + 64) + 4 * (1 + 10 + 8 + 1);
+  const int64_t attention = 2 * (64 + 64 + 192 + 160 + 128 + 64) + 4 * (1 + 8 + 1);
   EXPECT_EQ(saved_bytes(saved_by_layer(a, run, Grid({}, 1), 0), Recompute::none), tokens * (attention + 2 * (64 + 3 * 96)));
   const int64_t moe = 2 * 64 + 4 * (8 + 1) + 2 * (3 * 8 + 2 * 4) + 2 * 2 * (64 + 3 * 48) + 2 * 4;
   EXPECT_EQ(saved_bytes(saved_by_layer(a, run, Grid({}, 1), 1), Recompute::none), tokens * (attention + moe));
