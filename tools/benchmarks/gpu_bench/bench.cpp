@@ -78,7 +78,7 @@ void Bench::tell(const std::string& shape, const std::string& op, Work work, Tim
 
 void Bench::measure(const std::string& shape, const std::string& op, Work work, const Way& ours, const std::optional<Way>& plain) {
   const Time time_of_ours = time(ours);
-  tell(shape, op, work, time_of_ours, plain ? std::optional(time(*plain, 20)) : std::nullopt);
+  tell(shape, op, work, time_of_ours, plain ? std::optional(time(*plain)) : std::nullopt);
 }
 
 void Bench::measure(const std::string& shape, const std::string& op, Work forward, Work backward, const Differentiable& ours,

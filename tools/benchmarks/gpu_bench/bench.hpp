@@ -51,7 +51,7 @@ class Bench {
     double seconds, spread;   ///< median; half the distance from the 10th to the 90th percentile, as a share of it
   };
   /// `hidden_launches`: how many launches the host may need time for.
-  Time time(const Way& way, int hidden_launches = 1);
+  Time time(const Way& way, int hidden_launches = 30);
   double bound(Work work) const { return std::max(work.bytes / copy_, work.flops / product_); }
 
   Tensor draw(const std::vector<int64_t>& shape, at::ScalarType dtype = at::kBFloat16) const;   ///< N(0, 1)
