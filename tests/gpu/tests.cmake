@@ -57,19 +57,6 @@ if(UPCYCLE_CUDA)
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
 
-# Matrix products and attention by each of their kernels; steps that repeat bit for bit.
-if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_matmul SOURCES gpu/matmul_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
-  upcycle_gtest(gpu_attention SOURCES gpu/attention_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
-  upcycle_gtest(gpu_deterministic SOURCES gpu/deterministic_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
-  foreach(name matmul attention deterministic)
-    add_dependencies(gpu_tests gpu_${name})
-    add_test(NAME gpu.${name} COMMAND gpu_${name})
-    set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
-  endforeach()
-endif()
-
 # The router: its product, choices, weights and balance losses.
 if(UPCYCLE_CUDA)
   upcycle_gtest(gpu_routing SOURCES gpu/routing_test.cpp LINK upcycle_moe upcycle::torch_cuda GTest::gtest)
