@@ -1,4 +1,4 @@
-"""tools/bench gpu: all that a GPU machine is asked, from a bundle or a clone, in one go: tests first, then step, ops and moe-layer; their
+"""tools/bench gpu: all that a GPU machine is asked, from a bundle or a clone, in one go: tests first, then ops, moe-layer and step; their
 tables at the end once more. What follows a test that fails is not measured. --out DIR gets the JSON of every part, and all output as log.txt.
 
   tools/bundle bundle build/cuda/upcycle --with build/cuda/gpu_bench build/cuda/tests/gpu_ops build/cuda/tests/gpu_step
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from benchmarks import accelerator, common
 
-PARTS = ("step", "ops", "moe-layer")
+PARTS = ("ops", "moe-layer", "step", "without")
 
 
 def options(words):
     parser = argparse.ArgumentParser(prog="tools/bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
     parser.add_argument("--tests", nargs="*", default=[], metavar="PROGRAM", help="googletest programs of the bundle or of build/cuda/tests")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--step", default="", metavar="WORDS", help="further words for tools/bench step, such as '--model 0.6b-e8 --peers torchtitan'")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS[:3]), metavar="PART", help=f"of {', '.join(PARTS)} (default: the first three)")
+    parser.add_argument("--step", default="", metavar="WORDS", help="further words for tools/bench step, as in --step='--model 0.6b-e8 --peers torchtitan'")
     return parser.parse_args(words)
 
 

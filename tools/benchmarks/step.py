@@ -134,9 +134,10 @@ def train(command, environment, folder, wanted):
     return rows[:wanted], first
 
 
-def ours(chosen, of, folder, upcycle, run_file, flops):
+def ours(chosen, of, folder, upcycle, run_file, flops, environment=None):
     with accelerator.Watch() as watch:
-        rows, start = train([upcycle, "train", run_file, *set_words(chosen)], common.environment(common.cores()), folder, chosen.warm_up + chosen.steps)
+        rows, start = train([upcycle, "train", run_file, *set_words(chosen)], common.environment(common.cores()) | (environment or {}), folder,
+                            chosen.warm_up + chosen.steps)
     if any(row["skipped"] or not math.isfinite(row["loss"] or math.nan) or not row["grad_norm"] > 0 for row in rows):
         raise common.Failed("our steps are none: skipped, or without a gradient")
     counted = rows[-1]["tflops"] * 1e12 / rows[-1]["tokens_per_second"]
@@ -248,7 +249,7 @@ def print_table(one):
                      f"{reference['tokens_per_second'] / entry['tokens_per_second']:.3f}" if reference else "-",
                      f"{entry['losses'][0]:.3f} -> {entry['losses'][-1]:.3f}"])
     print(f"\nTraining step, {one['model']}: {one['shape']['experts']} experts, top-{one['shape']['top_k']}, {one['flops_per_token'] / 1e9:.2f} GFLOP a token\n")
-    print(common.table(["", "micro-batch", "states", "clips", "ms", "+-", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "SM MHz / W", "ours/it", "loss"], rows))
+    print(common.table(["who", "micro-batch", "states", "clips", "ms", "+-", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "SM MHz / W", "ours/it", "loss"], rows))
     print("".join(f"\n{failure}" for failure in failures), end="\n" if failures else "")
     seconds, tokens = ceilings["products_seconds"], one["results"][0]["micro_batch"] * tokens_of
     print(f"\nCeilings here: copy {ceilings['copy_bytes_per_second'] / tera:.2f} TB/s, product of {ceilings['gemm_side']}^3 {ceilings['gemm_flops_per_second'] / tera:.0f} TFLOP/s; "
