@@ -116,4 +116,10 @@ if(UPCYCLE_CUDA)
     add_test(NAME gpu.bench.${part} COMMAND gpu_bench ${part} --tiny)
     set_tests_properties(gpu.bench.${part} PROPERTIES LABELS gpu TIMEOUT 120 RESOURCE_LOCK gpu ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
   endforeach()
+  # Every op that tools/bench without can replace is asked for in a step, and replaced. On the CPU, with which that is seen as well.
+  add_dependencies(gpu_tests upcycle_without)
+  add_test(NAME gpu.bench.without COMMAND ${UPCYCLE_PYTHON} ${PROJECT_SOURCE_DIR}/tools/bench without --device cpu --model tiny --micro-batch 2
+    --sequence 32 --steps 1 --warm-up 1 --program $<TARGET_FILE:upcycle_without>)
+  set_tests_properties(gpu.bench.without PROPERTIES LABELS gpu TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}"
+    FAIL_REGULAR_EXPRESSION "never asks for")
 endif()
