@@ -1,6 +1,7 @@
 // N experts, C copies, G shards, f dense width, fe = f/G expert width, h hidden
 #include "upcycle/grow.hpp"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
 #include <gtest/gtest.h>
@@ -53,6 +54,23 @@ std::vector<std::pair<std::string, Recipe>> recipes() {
     add(name + ", whole", config);
   }
   return out;
+}
+
+TEST(Grow, AnyNumberOfThreadsDrawsTheSameNumbers) {
+  const ParameterSpec spec{.name = "model.embed_tokens.weight", .shape = {700, 96}, .cuts = {}, .role = Role::embedding};
+  const Box box{{3, 2}, {650, 90}};
+  const int before = at::get_num_threads();
+  std::vector<Tensor> drawn;
+  for (const int threads : {1, 3}) {
+    at::set_num_threads(threads);
+    const Tensor room = at::full({90, 650}, 7.0);
+    initialise(spec, box, dense_architecture(), 5, room.t());
+    drawn.push_back(room);
+  }
+  at::set_num_threads(before);
+  EXPECT_TRUE(at::equal(drawn[0], drawn[1]));
+  const Random random(5, spec.name + "/init");
+  EXPECT_EQ(drawn[1][89][649].item<float>(), static_cast<float>(0.02 * random.normal(652 * 96 + 91)));
 }
 
 TEST(Grow, AnyBoxHasTheNumbersOfTheWhole) {
