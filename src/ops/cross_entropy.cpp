@@ -49,7 +49,7 @@ SoftmaxSums softmax_sums_written_out(const Tensor& logits_TV, const Tensor& labe
   const Unrecorded guard;
   const Found found(labels_T, first, logits_TV.size(1));
   const Tensor logits32 = logits_TV.to(at::kFloat), largest_T1 = logits32.amax(1, /*keepdim=*/true);
-  return {largest_T1.squeeze(1), (logits32 - largest_T1).exp_().sum(1), (logits32.gather(1, found.column_T1) * found.here_T1).squeeze(1)};
+  return {largest_T1.squeeze(1), (logits32 - largest_T1).exp_().sum(1), logits32.gather(1, found.column_T1).masked_fill_(found.here_T1.eq(0.0), 0.0).squeeze(1)};
 }
 
 SoftmaxSums softmax_sums(const Tensor& logits_TV, const Tensor& labels_T, int64_t first) {

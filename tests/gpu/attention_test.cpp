@@ -51,7 +51,14 @@ void expect_near(const Attended& y, const Inputs& inputs, const Attended& y32, c
   EXPECT_EQ(y.log_sum_exp_BHS.scalar_type(), at::kFloat);
   // Of one score alone it may be near 0.
   EXPECT_LE((y.log_sum_exp_BHS - y32.log_sum_exp_BHS).abs().max().item<float>(), 0x1p-7);
-  for (size_t i = 0; i < 3; ++i) EXPECT_LE(distance(inputs.gradients()[i], inputs32.gradients()[i]), 3 * 0x1p-8) << "gradient " << i;
+  for (size_t i = 0; i < 3; ++i) {
+    const Tensor got = inputs.gradients()[i], expected = inputs32.gradients()[i];
+    if (expected.abs().max().item<float>() > 1e-5f) {
+      EXPECT_LE(distance(got, expected), 3 * 0x1p-8) << "gradient " << i;
+    } else {   // one key alone gets all the weight whatever its score: nothing but rounding is left
+      EXPECT_LE(got.abs().max().item<float>(), 0x1p-6 * inputs32.d.abs().max().item<float>()) << "gradient " << i;
+    }
+  }
 }
 
 Attended pass(const Inputs& x, AttentionKernel kernel) {
@@ -129,10 +136,11 @@ TEST(AttentionKernels, AreRepeatableWhenAsked) {
 TEST(AttentionKernels, DISABLED_Times) {
   std::printf("%-40s %-8s %16s %16s\n", "", "kernel", "forward", "backward");
   for (const Form& f : {Form{4, 4096, 16, 8, 128}, {1, 32768, 16, 8, 128}, {4, 4096, 40, 8, 128}}) {
+    const Inputs x(f);
     for (const auto& [kernel, name] : {std::pair{cudnn, "cuDNN"}, {flash, "flash"}}) {
       std::vector<double> forward, backward;
       for (int i = 0; i < 13; ++i) {
-        const Inputs x(f);
+        for (const Tensor& leaf : {x.q, x.k, x.projected}) leaf.mutable_grad() = Tensor();
         std::vector<c10::Event> events;
         const auto mark = [&] {
           events.emplace_back(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT);

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from model_config import config_of
 from safetensors.torch import save_file
 
 
@@ -35,12 +36,7 @@ def main(directory, of):
         save(layer, tensors)
     save(of["layers"], {"model.embed_tokens.weight": matrix(of["vocab"], hidden), "model.norm.weight": ones(hidden)})
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (directory / "config.json").write_text(json.dumps(dict(
-        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=of["vocab"], hidden_size=hidden, intermediate_size=of["ffn"],
-        moe_intermediate_size=of["ffn"], num_hidden_layers=of["layers"], num_attention_heads=of["heads"], num_key_value_heads=of["kv_heads"],
-        head_dim=head, num_experts=of["experts"], num_experts_per_tok=of["top_k"], decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
-        max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, tie_word_embeddings=True,
-        torch_dtype="bfloat16")))
+    (directory / "config.json").write_text(json.dumps(config_of(of)))
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
 
 

@@ -8,9 +8,7 @@ measured in the same run. A peer that is missing or runs out of memory is a line
 import argparse
 import json
 import math
-import os
 import shutil
-import signal
 import statistics
 import struct
 import subprocess
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import numpy
 
-from benchmarks import accelerator, common
+from benchmarks import accelerator, common, jobs
 
 PEERS = {   # script, its way
     "transformers": ("transformers_step.py", "eager"), "transformers-compiled": ("transformers_step.py", "compiled"),
@@ -129,8 +127,7 @@ def train(command, environment, folder, wanted):
             time.sleep(0.005)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)   # it would store its state, many times the model's size
-        process.wait()
+            jobs.end(process)   # it would store its state, many times the model's size
     return rows[:wanted], first
 
 

@@ -214,11 +214,25 @@ __global__ void __launch_bounds__(kThreads) route_back(RoutingBackward a) {
   for (int k = lane; k < K; k += G) dot += a.weight_TK[token * K + k] * a.d_weight_TK[token * K + k];
   dot = group_sum<G>(dot);
 
-  float probability[R], d_probability[R], mean = 0.0f;
+  // As forward computed them: exp(logit - log_sum) would be off by the rounding of a log_sum that is far from 0.
+  float probability[R], d_probability[R], mean = 0.0f, most = -INFINITY, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const int e = lane + i * G;
-    probability[i] = e < E ? expf(row_E[e] - log_sum) : 0.0f;
+    probability[i] = e < E ? row_E[e] : -INFINITY;
+    most = fmaxf(most, probability[i]);
+  }
+  most = group_max<G>(most);
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    probability[i] = expf(probability[i] - most);
+    total += probability[i];
+  }
+  total = group_sum<G>(total);
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    const int e = lane + i * G;
+    probability[i] /= total;
     d_probability[i] = share_E != nullptr && e < E ? a.aux * share_E[e] : 0.0f;
     mean += probability[i] * d_probability[i];
     if (e < E) chosen_E[e] = 0.0f;

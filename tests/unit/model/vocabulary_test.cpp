@@ -127,7 +127,7 @@ TEST(RowsAtATime, AreEqualChunksThatFit) {
       EXPECT_LE(chunks, fewest + 1) << rows << " of " << vocab;
     }
   }
-  EXPECT_EQ(rows_at_a_time(16384, 151936, 2, true), 1664);
+  EXPECT_EQ(rows_at_a_time(16384, 151936, 2, true), 3328);
   EXPECT_EQ(rows_at_a_time(0, 151936, 2, true), 1);
   EXPECT_EQ(rows_at_a_time(10, int64_t{1} << 40, 4, true), 1) << "one row must fit";
 }

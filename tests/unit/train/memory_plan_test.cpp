@@ -197,8 +197,8 @@ TEST(MemoryPlan, TheHeadsLogitsAreAChunk) {
   for (const int64_t sequence : {4096, 65536}) {
     run.train.sequence = sequence;
     const int64_t logits = passing_in_head(large, run, Grid({}, 1)) - sequence * 2 * 64;
-    EXPECT_LE(logits, int64_t{512} << 20);
-    EXPECT_GE(logits, int64_t{256} << 20);
+    EXPECT_LE(logits, int64_t{1} << 30);
+    EXPECT_GE(logits, int64_t{512} << 20);
   }
 }
 
