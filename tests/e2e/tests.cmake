@@ -77,7 +77,8 @@ endif()
 add_test(NAME e2e.bench COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_bench.py $<TARGET_FILE:upcycle> ${PROJECT_SOURCE_DIR})
 add_test(NAME e2e.bench_scaling COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_bench_scaling.py $<TARGET_FILE:upcycle> $<TARGET_FILE:collectives>
   ${PROJECT_SOURCE_DIR})
-add_custom_target(bench_programs ALL DEPENDS collectives)
+add_custom_target(bench_programs ALL)
+add_dependencies(bench_programs collectives)
 set_tests_properties(e2e.bench e2e.bench_scaling PROPERTIES LABELS e2e TIMEOUT 600 PROCESSORS 2 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};HF_HUB_OFFLINE=1")
 
 # sample against transformers' generate; evaluate against train's own validation; inspect of token files, and of two checkpoints;

@@ -122,4 +122,10 @@ if(UPCYCLE_CUDA)
     --sequence 32 --steps 1 --warm-up 1 --program $<TARGET_FILE:upcycle_without>)
   set_tests_properties(gpu.bench.without PROPERTIES LABELS gpu TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}"
     FAIL_REGULAR_EXPRESSION "never asks for")
+  # Every layout of two ranks on one GPU, with traces.
+  add_dependencies(gpu_tests collectives)
+  add_test(NAME gpu.bench.scaling COMMAND ${UPCYCLE_PYTHON} ${PROJECT_SOURCE_DIR}/tools/bench scaling --share-gpu --model tiny --sequence 64
+    --long-sequence 128 --micro-batch 2 --micro-batches 4 --steps 2 --sizes 1 --upcycle $<TARGET_FILE:upcycle> --collectives $<TARGET_FILE:collectives>)
+  set_tests_properties(gpu.bench.scaling PROPERTIES LABELS gpu TIMEOUT 600 RESOURCE_LOCK gpu ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}"
+    SKIP_REGULAR_EXPRESSION "no GPU here")
 endif()

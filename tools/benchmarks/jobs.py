@@ -38,7 +38,7 @@ def end(process):
         except ProcessLookupError:
             pass
     try:
-        process.wait(10)
+        process.wait(5)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
