@@ -4,6 +4,7 @@ Usage: test_bench_scaling.py UPCYCLE COLLECTIVES SOURCE_DIR [unittest arguments]
 import argparse
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -23,9 +24,10 @@ class Scaling(unittest.TestCase):
         self.addCleanup(scratch.cleanup)
         self.root = Path(scratch.name)
 
-    def bench(self, *arguments, expect=0, upcycle=None):
+    def bench(self, *arguments, expect=0, upcycle=None, python=sys.executable):
         result = subprocess.run([sys.executable, SOURCE / "tools/bench", "scaling", *map(str, arguments), "--upcycle", upcycle or UPCYCLE, "--collectives", COLLECTIVES,
-                                 "--scratch", self.root], capture_output=True, text=True, timeout=280)
+                                 "--scratch", self.root], capture_output=True, text=True, timeout=280,
+                                env=os.environ | {"UPCYCLE_PYTHON": str(python)})
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result.stdout + result.stderr
 
@@ -79,6 +81,15 @@ class Scaling(unittest.TestCase):
         self.assertGreater(parts["all"], max(value for key, value in parts.items() if key != "all"))
         self.assertIn(f"{start['mpi_and_nccl']:.2f} s", said)
         self.assertEqual(told["layouts"], [])
+
+    def test_a_peer_that_fails_is_told(self):
+        python = self.root / "python"
+        python.write_text("#!/bin/sh\necho no torch here\nexit 3\n")
+        python.chmod(0o755)
+        said = self.bench("--device", "cpu", "--only", "collectives", "--sizes", "0.0625", "--json", self.root / "out.json", python=python)
+        self.assertRegex(said, r"all-reduce +bf16 +[0-9.]+ +- +-\n")
+        self.assertIn("no torch here", said)
+        self.assertEqual(json.loads((self.root / "out.json").read_text())["collectives"]["peer_failed"], "no torch here")
 
     def test_traces_and_a_loss_that_differs(self):
         """A program that on two ranks trains at another rate of learning stands for one with a wrong gradient. Its trace has no kernels on a CPU."""

@@ -69,4 +69,5 @@ def why(error):
     for number, line in enumerate(lines):
         if line.startswith(("upcycle: ", "collectives: ")):   # and what follows a colon
             return (line.split(": ", 1)[1] + (" " + lines[number + 1] if line.endswith(":") and number + 1 < len(lines) else ""))[:250]
-    return (lines or ["without a word"])[-1][:250]
+    own = lines[:next((number for number, line in enumerate(lines) if line.startswith("-----")), len(lines))]   # then mpirun speaks
+    return (own or lines or ["without a word"])[-1][:250]

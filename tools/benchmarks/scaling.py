@@ -124,14 +124,15 @@ class Scaling:
         env = jobs.environment(chosen.ranks, chosen.share_gpu)
         ours = self.moved(jobs.command(chosen.ranks, chosen.share_gpu, self.collectives, "bandwidth", chosen.device, *chosen.sizes), env)
         peer = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
+        theirs, failed = [], {}
         try:
             theirs = self.moved(jobs.command(chosen.ranks, chosen.share_gpu, accelerator.python(), accelerator.PEERS / "collectives_peer.py", chosen.device,
                                              *chosen.sizes), peer)
         except common.Failed as error:
             common.say(str(error))
-            theirs = []
+            failed = {"peer_failed": jobs.why(error)}
         beside = {(line["operation"], line["dtype"], line["bytes"]): line for line in theirs}
-        return {"lines": [line | {"peer": beside.get((line["operation"], line["dtype"], line["bytes"]), {})} for line in ours]}
+        return {"lines": [line | {"peer": beside.get((line["operation"], line["dtype"], line["bytes"]), {})} for line in ours]} | failed
 
     def prepare(self, folder):
         """The model that one GPU holds, and its step 0."""
@@ -160,7 +161,8 @@ class Scaling:
     def measure(self, folder, ranks, words, work, measured):
         """Rates follow from the median step alone."""
         warm_up = max(self.chosen.warm_up, COMPARED - measured)
-        rows, start = self.train(folder, ranks, words, warm_up + measured)
+        with accelerator.Watch() as watch:
+            rows, start = self.train(folder, ranks, words, warm_up + measured)
         if any(row["skipped"] or not math.isfinite(row["loss"] or math.nan) or not row["grad_norm"] > 0 for row in rows):
             raise common.Failed("its steps are none: skipped, or without a gradient")
         counted, flops = rows[-1]["tflops"] * 1e12 / rows[-1]["tokens_per_second"], accelerator.flops_per_token(self.told["shape"], work.sequence)
@@ -168,7 +170,7 @@ class Scaling:
             raise common.Failed(f"upcycle counts {counted:.6e} FLOPs a token, this script {flops:.6e}")
         seconds = [row["seconds"] for row in rows[warm_up:]]
         found = {"losses": [row["loss"] for row in rows[:COMPARED]], "gradient_norms": [row["grad_norm"] for row in rows[:COMPARED]], "start_seconds": start,
-                 "peak_bytes": max((row.get("peak_bytes", 0) for row in rows), default=0), "tokens_per_expert": rows[-1].get("tokens_per_expert")}
+                 "peak_bytes": max((row.get("peak_bytes", 0) for row in rows), default=0), "tokens_per_expert": rows[-1].get("tokens_per_expert"), "gpu": watch.seen}
         if seconds:
             found |= {"seconds": seconds, "step_seconds": statistics.median(seconds),
                       "tokens_per_second": work.sequences * work.sequence / statistics.median(seconds)}

@@ -45,7 +45,7 @@ def collectives(told):
         print(f"\nCollectives: {found['failed']}")
         return
     lines = found["lines"]
-    by = next((line["peer"]["by"] for line in lines if line["peer"]), "nothing")
+    by = next((line["peer"]["by"] for line in lines if line["peer"]), "what it is over")
     print(f"\nBus bandwidth (as NCCL's tests count it), GB/s: Communicator over {lines[0]['by']}, beside {by} itself (torch.distributed)\n")
     sizes = list(dict.fromkeys(round(line["bytes"] / MIB, 4) for line in lines))
     rows = []
@@ -58,6 +58,8 @@ def collectives(told):
         rows.append([operation, dtype, *cells])
     heads = [head for size in sizes for head in (f"{size:g} MiB", "its own", "of it")]
     print(common.table(["what", "of", *heads], rows))
+    if "peer_failed" in found:
+        print(f"\nBy itself: {found['peer_failed']}")
     print("\nA size is what a rank puts in. Communicator sums bf16 in fp32 and rounds once: twice the bytes.")
 
 
@@ -75,7 +77,7 @@ def steps(told):
     for row in [*told.get("one_gpu", []), *told["layouts"]]:
         if "failed" in row:
             notes.append(f"{row['name']}, {row['step']}: {row['failed']}")
-            rows.append([row["name"], row["step"], row.get("scaling", "-"), *["-"] * 11])
+            rows.append([row["name"], row["step"], row.get("scaling", "-"), *["-"] * 12])
             continue
         if row.get("measured") is False:
             continue   # only for its losses
@@ -95,12 +97,12 @@ def steps(told):
                      percent(row["of_perfect"]) if "of_perfect" in row else "-", f"{100 * row['goal']:.0f} %" if "goal" in row else "-",
                      f"{row['loss_difference']:.0e}" if "loss_difference" in row else "-", f"{row['norm_difference']:.0e}" if "norm_difference" in row else "-",
                      *([f"{1e3 * trace[key]:.1f}" for key in ("exposed", "hidden", "idle")] if trace else ["-"] * 3),
-                     f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-", f"{row['start_seconds']:.1f}"])
+                     f"{row['gpu']['sm_mhz']:.0f} / {row['gpu']['watts']:.0f}" if row["gpu"] else "-", f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-", f"{row['start_seconds']:.1f}"])
     print(common.table(["layout", "sequences of a step", "scaling", "tokens/s", "+-", f"of {n} x one GPU", "goal", "loss off by", "norm off by", "exposed ms", "hidden ms",
-                        "idle ms", "peak GiB", "start s"], rows))
+                        "idle ms", "SM MHz / W", "peak GiB", "start s"], rows))
     print("".join(f"\n{note}" for note in notes), end="\n" if notes else "")
     print("""
 weak: each GPU has the sequences that one GPU had; strong: all GPUs share one GPU's. Off by: the largest relative difference of the first 3 steps to
 one GPU's with the same sequences. Of a traced run (3 steps, which take longer), a step, the mean over ranks: exposed: a GPU is in NCCL's kernels,
 moving or waiting for the others (a pipeline's bubble is in it), and no other kernel runs; hidden: beside others; idle: it does nothing.
-start: from a cold process, resuming the stored step 0, to the report of its first step.""")
+SM MHz / W, peak GiB: of the first GPU. start: from a cold process, resuming the stored step 0, to the report of its first step.""")
