@@ -162,16 +162,18 @@ class Parts(unittest.TestCase):
             self.assertEqual(overlap.shared(overlap.union(one), overlap.union(other)), len(marks[0] & marks[1]))
 
     def test_pipeline_is_cut_evenly(self):
-        """The best of all cuts, by trying them."""
+        """No cut is better, by trying all of them."""
         from benchmarks import accelerator, layouts
-        for count, chunks in itertools.product((4, 7, 14), (2, 4)):
+        for count, (stages, virtual) in itertools.product((4, 7, 13, 14), ((2, 1), (2, 2), (4, 1))):
             of = accelerator.shape("1.7b-e4") | {"layers": count}
-            counts, largest, whole = layouts.split(of, 4096, chunks)
-            head = whole - count
-            self.assertAlmostEqual(head, 6 * 2048 * 151936 / ((accelerator.flops_per_token(of, 4096) - 6 * 2048 * 151936) / count))
-            self.assertEqual((sum(counts), len(counts), min(counts) >= 1), (count, chunks, True))
-            every = (cut for cut in itertools.product(range(1, count + 1), repeat=chunks) if sum(cut) == count)
-            self.assertAlmostEqual(largest, min(max([*cut[:-1], cut[-1] + head]) for cut in every))
+            head = 6 * 2048 * 151936 / ((accelerator.flops_per_token(of, 4096) - 6 * 2048 * 151936) / count)
+            keys, at_best = layouts.pipeline(of, 4096, stages, virtual, 32)
+            counts = [*map(int, keys["layout"].split("|"))]
+            self.assertEqual((sum(counts), len(counts), min(counts) >= 1), (count, stages * virtual, True))
+            every = (cut for cut in itertools.product(range(1, count + 1), repeat=stages * virtual) if sum(cut) == count)
+            least = min(32 * max(sum(cut[stage::stages]) + (stage == stages - 1) * head for stage in range(stages)) + (stages - 1) * max([*cut[:-1], cut[-1] + head])
+                        for cut in every)
+            self.assertAlmostEqual(at_best, 32 * (count + head) / stages / least)
         keys, at_best = layouts.pipeline(of | {"vocab": 0}, 4096, 2, 1, 32)   # no head: the bubble alone
         self.assertEqual(keys, {"pipeline": 2, "virtual_stages": 1, "layout": "7|7"})
         self.assertAlmostEqual(at_best, 32 / 33)

@@ -53,29 +53,38 @@ def head_flops(of):
     return 6 * of["hidden"] * of["vocab"]
 
 
-def split(of, sequence, chunks):
-    """(layers of each chunk, the largest chunk, all together), the last two in layers: the head with the loss, in the last chunk, is worth
-    several. So that the largest is as small as it can be."""
-    head = head_flops(of) / flops_of_layer(of, sequence)
-    best = None
-    for last in range(1, of["layers"] - chunks + 2):
-        rest = of["layers"] - last
-        counts = [rest // (chunks - 1) + (chunk < rest % (chunks - 1)) for chunk in range(chunks - 1)] + [last]
-        largest = max(counts[0], last + head)
-        if best is None or largest < best[1]:
-            best = counts, largest
-    return (*best, of["layers"] + head) if best else None
+def passes(counts, head, stages, micro_batches):
+    """The least that a step takes, in passes through one layer: the fullest stage, and once the largest chunk on each other stage, while the
+    pipeline fills and empties. The head with the loss is worth `head` layers of the last chunk."""
+    loads = [*counts[:-1], counts[-1] + head]
+    return micro_batches * max(sum(loads[stage::stages]) for stage in range(stages)) + (stages - 1) * max(loads)
+
+
+def split(of, head, stages, virtual, micro_batches):
+    """Layers of each chunk, so that a step takes least: from an even cut, as long as it helps to move a layer from one chunk to another."""
+    chunks = stages * virtual
+    counts = [of["layers"] // chunks + (chunk < of["layers"] % chunks) for chunk in range(chunks)]
+
+    def cost(cut):
+        return passes(cut, head, stages, micro_batches), sum(load * load for load in [*cut[:-1], cut[-1] + head])
+
+    while True:
+        moved = [[count - (chunk == giver) + (chunk == taker) for chunk, count in enumerate(counts)]
+                 for giver in range(chunks) for taker in range(chunks) if counts[giver] > 1 and giver != taker]
+        best = min(moved, key=cost, default=counts)
+        if cost(best) >= cost(counts):
+            return counts
+        counts = best
 
 
 def pipeline(of, sequence, stages, virtual, micro_batches):
-    """([parallel] of it, what the schedule allows): every chunk goes at the pace of the largest, and the pipeline fills and empties once a step."""
-    cut = split(of, sequence, stages * virtual)
-    keys = {"pipeline": stages, "virtual_stages": virtual}
-    if cut is None:
-        return keys, 1.0   # too few layers: the program will say so
-    counts, largest, whole = cut
-    ideal = micro_batches * whole / stages
-    return keys | {"layout": "|".join(map(str, counts))}, ideal / (micro_batches * virtual * largest + (stages - 1) * largest)
+    """([parallel] of it, the most that the cut into chunks and the bubble allow, of perfect)."""
+    keys, head = {"pipeline": stages, "virtual_stages": virtual}, head_flops(of) / flops_of_layer(of, sequence)
+    if of["layers"] < stages * virtual:
+        return keys, 1.0   # the program will say so
+    counts = split(of, head, stages, virtual, micro_batches)
+    ideal = micro_batches * (of["layers"] + head) / stages
+    return keys | {"layout": "|".join(map(str, counts))}, ideal / passes(counts, head, stages, micro_batches)
 
 
 def layouts(chosen, of, long_recompute):

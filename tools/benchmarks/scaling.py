@@ -141,7 +141,9 @@ class Scaling:
         if chosen.device == "cuda":
             memory = int(self.told["gpu"]["memory_mib"]) * 2**20 / (chosen.ranks if chosen.share_gpu else 1)
         fits = chosen.layers or layouts.layers_that_fit(self.upcycle, folder, of, layouts.Work(chosen.sequence, chosen.micro_batch, chosen.micro_batch), memory)
-        of["layers"] = min(fits, of["layers"])
+        # Where it is not the whole model: of two numbers of layers the one that pipelines can be cut into more evenly.
+        candidates = [fits, fits - 1] if fits < of["layers"] and not chosen.layers and fits > 1 else [min(fits, of["layers"])]
+        of["layers"] = max(candidates, key=lambda layers: sum(layout.at_best for layout in layouts.layouts(chosen, of | {"layers": layers}, "none")))
         recompute = layouts.recompute_that_fits(self.upcycle, folder, of, layouts.Work(chosen.long_sequence, 1, 1), memory)
         self.told |= {"shape": of, "long_recompute": recompute}
         step.random_tokens(folder, of["vocab"], max(chosen.ranks * chosen.micro_batch, chosen.micro_batches) * (chosen.warm_up + chosen.steps), chosen.sequence)

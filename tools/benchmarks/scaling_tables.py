@@ -69,7 +69,7 @@ def percent(value):
 
 def steps(told):
     of, n = told.get("shape"), told["ranks"]
-    layers = f"{of['layers']} of its {told['of_layers']} layers" + (" (as many as one GPU holds, by `upcycle plan`)" if of["layers"] < told["of_layers"] else "")
+    layers = f"{of['layers']} of its {told['of_layers']} layers" + (" (what one GPU holds, by `upcycle plan`)" if of["layers"] < told["of_layers"] else "")
     print(f"\nTraining steps, {told['model']}, {layers}: {of['experts']} experts, top-{of['top_k']}; ZeRO-1 unless said"
           + ("" if told["long_recompute"] == "none" else f"; long sequences with train.recompute = \"{told['long_recompute']}\" on one GPU and on all, as one GPU holds no more")
           + "\n")
@@ -87,7 +87,7 @@ def steps(told):
         if trace and trace["window"] < 0.9 * row["step_seconds"]:
             notes.append(f"{row['name']}: its trace covers {1e3 * trace['window']:.0f} ms of a step of {1e3 * row['step_seconds']:.0f}: it is not complete")
         if row.get("at_best", 1) < 1:
-            notes.append(f"{row['name']}: with {told['layouts'] and row['parallel'].get('layout')} layers a chunk (the head with the loss counts in the last) its schedule allows "
+            notes.append(f"{row['name']}: with {row['parallel']['layout']} layers a chunk (the head with the loss is in the last) its bubble and its cut allow at most "
                          f"{percent(row['at_best'])}")
         if "fullest_rank" in row:
             notes.append(f"{row['name']}: natural routing gives the fullest rank {row['fullest_rank']:.3f} of the mean rows of a layer")
