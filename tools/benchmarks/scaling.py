@@ -5,8 +5,9 @@ GPU gets as many sequences as the one GPU had. TP, PP and CP scale strongly: the
 that of one GPU, of the same micro-batches, times the number of GPUs. Losses and gradient norms of the first 3 steps are held against one GPU's
 with the same sequences. Beside it: what Communicator moves and NCCL moves itself, and how long it takes until anything can move.
 
-On 2 GPUs (80 GB) it takes about 6 minutes, half of it for traces (--no-traces); --only chooses. Where one GPU does not hold the model, as many
-layers are taken as `upcycle plan` allows; for the long sequences less is kept for backward instead. Both are told above the table.
+Each layout is started twice, the second time for its trace (--no-traces); --only chooses; the last line tells what took how long. Where one GPU
+does not hold the model, as many layers are taken as `upcycle plan` allows, or one less if pipelines are cut more evenly then; for the long
+sequences less is kept for backward instead. Both are told above the table.
 
 Ranks that share a GPU (--share-gpu) and CPUs (--device cpu --model tiny) are for trying this script."""
 import argparse
@@ -224,7 +225,8 @@ class Scaling:
                 row |= {"trace_failed": trace["failed"]} if trace and "failed" in trace else {"trace": trace}
         self.told["layouts"].append(row)
         self.save()
-        common.say(f"  {layout.name}: " + (row.get("failed") or f"{row['tokens_per_second']:.0f} tokens/s" + (f", {row['of_perfect']:.1%} of perfect" if "of_perfect" in row else "")))
+        share = f", {row['of_perfect']:.1%} of perfect" if "of_perfect" in row else ""
+        common.say(f"  {layout.name}: " + (row.get("failed") or f"{row['tokens_per_second']:.0f} tokens/s{share}"))
 
     def all(self, folder):
         chosen, told = self.chosen, self.told

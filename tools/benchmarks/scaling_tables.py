@@ -97,7 +97,8 @@ def steps(told):
                      percent(row["of_perfect"]) if "of_perfect" in row else "-", f"{100 * row['goal']:.0f} %" if "goal" in row else "-",
                      f"{row['loss_difference']:.0e}" if "loss_difference" in row else "-", f"{row['norm_difference']:.0e}" if "norm_difference" in row else "-",
                      *([f"{1e3 * trace[key]:.1f}" for key in ("exposed", "hidden", "idle")] if trace else ["-"] * 3),
-                     f"{row['gpu']['sm_mhz']:.0f} / {row['gpu']['watts']:.0f}" if row["gpu"] else "-", f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-", f"{row['start_seconds']:.1f}"])
+                     f"{row['gpu']['sm_mhz']:.0f} / {row['gpu']['watts']:.0f}" if row["gpu"] else "-",
+                     f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-", f"{row['start_seconds']:.1f}"])
     print(common.table(["layout", "sequences of a step", "scaling", "tokens/s", "+-", f"of {n} x one GPU", "goal", "loss off by", "norm off by", "exposed ms", "hidden ms",
                         "idle ms", "SM MHz / W", "peak GiB", "start s"], rows))
     print("".join(f"\n{note}" for note in notes), end="\n" if notes else "")
