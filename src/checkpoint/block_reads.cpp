@@ -1,13 +1,23 @@
 #include "checkpoint/block_reads.hpp"
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
 #include <exception>
 
 #include "checkpoint/damaged.hpp"
+#include "device/device.hpp"
 
 namespace upcycle {
 
-BlockReads::BlockReads(std::vector<Read> reads) : reads_(std::move(reads)) {
+BlockReads::BlockReads(std::vector<Read> reads, bool for_gpu) : reads_(std::move(reads)) {
+  int64_t largest = 0;
+  for (const Read& read : reads_) largest = std::max(largest, read.target.empty() ? bytes_of(read) : 0);
+  for (Slot& slot : slots_) {
+    if (largest == 0) break;
+    slot.memory = for_gpu ? device::host_buffer(largest) : at::empty({largest}, at::kByte);
+    slot.lent = static_cast<std::byte*>(slot.memory.mutable_data_ptr());
+  }
   for (size_t index = 0; index < kAhead; ++index) expect(index);
   if (reads_.size() > 1) thread_ = std::thread([this] { work(); });
 }
@@ -33,6 +43,10 @@ std::span<const std::byte> BlockReads::next() {
   if (slot.error) std::rethrow_exception(slot.error);
   if (!slot.complaint.empty()) throw DamagedCheckpoint(slot.complaint);
   return slot.bytes;
+}
+
+int64_t BlockReads::bytes_of(const Read& read) const {
+  return read.entry->blocks().run(read.block).size() * static_cast<int64_t>(c10::elementSize(read.entry->spec.dtype));
 }
 
 void BlockReads::work() {
@@ -66,9 +80,7 @@ void BlockReads::read(size_t index) noexcept {
   try {
     std::span<std::byte> bytes = wanted.target;
     if (bytes.empty()) {
-      const auto size = static_cast<size_t>(wanted.entry->blocks().run(wanted.block).size()) * c10::elementSize(wanted.entry->spec.dtype);
-      if (slot.memory.size() < size) slot.memory.resize(size);
-      bytes = std::span(slot.memory).first(size);
+      bytes = std::span(slot.lent, static_cast<size_t>(bytes_of(wanted)));
     }
     uint64_t sum = 0;
     slot.complaint = wanted.file->read(*wanted.entry, wanted.block, bytes, sum);

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/tensor.hpp"
 #include "checkpoint/stored_file.hpp"
 
 namespace upcycle {
@@ -21,8 +22,9 @@ class BlockReads {
     std::span<std::byte> target;   ///< where its bytes go; empty: into memory that is lent
   };
 
-  /// What the reads name must live as long as this.
-  explicit BlockReads(std::vector<Read> reads);
+  /// What the reads name must live as long as this. `for_gpu`: memory that is lent is page-locked, from which a GPU copies several times
+  /// as fast.
+  explicit BlockReads(std::vector<Read> reads, bool for_gpu = false);
   ~BlockReads();
   BlockReads(const BlockReads&) = delete;
   BlockReads& operator=(const BlockReads&) = delete;
@@ -33,7 +35,8 @@ class BlockReads {
 
  private:
   struct Slot {
-    std::vector<std::byte> memory = {};
+    Tensor memory = {};             ///< of the largest block that is lent
+    std::byte* lent = nullptr;      ///< there
     std::span<const std::byte> bytes = {};
     std::string complaint = {};
     std::exception_ptr error = {};
@@ -41,6 +44,7 @@ class BlockReads {
   };
   static constexpr size_t kAhead = 4;   // slots: bounds the memory that is lent
 
+  int64_t bytes_of(const Read& read) const;
   void work();
   bool may_begin() const;
   bool read_one(std::unique_lock<std::mutex>& lock);   ///< false when none may begin

@@ -148,7 +148,8 @@ void CheckpointReader::fill(const std::string& file, std::span<Piece> pieces) co
     }
     if (elements(piece.box) > 0) need(stored, entry, piece, needed, reads);
   }
-  BlockReads blocks(std::move(reads));
+  const bool to_gpu = std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.local.is_cuda(); });
+  BlockReads blocks(std::move(reads), to_gpu);
   for (const Needed& one : needed) {
     const std::span<const std::byte> bytes = blocks.next();
     if (!one.in_place) take(one, bytes);

@@ -203,18 +203,33 @@ TrainingState restore_checkpoint(const CheckpointReader& reader, Weights& weight
   const Wanted all = [](const Bucket&, const ParameterSpec&) { return true; };
   const Wanted with_master = [&](const Bucket&, const ParameterSpec& spec) { return stored_masters.contains(spec.name); };
   const Wanted without = [&](const Bucket&, const ParameterSpec& spec) { return !stored_masters.contains(spec.name); };
+  // Stored in the dtype of our values, and not rounded when they were: masters are the values, which need not be read twice.
+  const auto& stored_values = reader.tensors(kWeightsFile);
+  const Wanted of_values = [&](const Bucket& bucket, const ParameterSpec& spec) {
+    const auto stored = stored_values.find(spec.name);
+    return without(bucket, spec) && stored != stored_values.end() && stored->second.dtype == bucket.dtype;
+  };
+  const Wanted of_weights = [&](const Bucket& bucket, const ParameterSpec& spec) { return without(bucket, spec) && !of_values(bucket, spec); };
+  const auto flat_of = [](const Bucket& bucket) -> const Tensor& { return bucket.dtype == at::kFloat ? bucket.values : bucket.masters; };
+  const auto run_of = [&](const Bucket& bucket) { return flat_of(bucket).numel() == bucket.size ? whole_of(bucket) : bucket.own; };
   // Values are masters, rounded: the stored weights, or, where these were rounded and our own values are not, the stored masters.
   std::vector<Piece> values, masters;
   for (const Bucket& bucket : weights.buckets()) {
     const bool exact = bucket.dtype == at::kFloat;
     append(values, weights, bucket, whole_of(bucket), bucket.values, exact ? without : all);
-    const Tensor& flat = exact ? bucket.values : bucket.masters;
-    const Range run = flat.numel() == bucket.size ? whole_of(bucket) : bucket.own;
-    if (!exact) append(values, weights, bucket, run, flat, without);
-    append(masters, weights, bucket, run, flat, with_master);
+    if (!exact) append(values, weights, bucket, run_of(bucket), flat_of(bucket), of_weights);
+    append(masters, weights, bucket, run_of(bucket), flat_of(bucket), with_master);
   }
   reader.fill(kWeightsFile, values);
   reader.fill(kMastersFile, masters);
+  for (const Bucket& bucket : weights.buckets()) {
+    if (bucket.dtype == at::kFloat) continue;
+    const Range run = run_of(bucket);
+    const Tensor read = bucket.values.narrow(0, run.begin, run.size());
+    for (const Slice& slice : slices(weights, bucket, run)) {
+      if (of_values(bucket, slice.part->spec)) slice.of(flat_of(bucket)).copy_(slice.of(read));
+    }
+  }
 
   const nlohmann::json& training = reader.manifest().training;
   TrainingState state;
