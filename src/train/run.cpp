@@ -1,10 +1,15 @@
 #include "train/run.hpp"
 
+#include <c10/util/Exception.h>
+
+#include <stdexcept>
+
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
 #include "device/device.hpp"
 #include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
+#include "train/full_memory.hpp"
 #include "train/layout_check.hpp"
 #include "train/restore.hpp"
 #include "train/run_directory.hpp"
@@ -80,22 +85,28 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
   for (const Sampler::DataSet& data : setup->train->data_sets()) {
     if (data.masked) log::info(data.prefix + ": learned where its loss mask says so");
   }
-  for (;;) {
-    Run run(config, mesh, *setup, watchdog, lock ? &*lock : nullptr, device);
-    if (!setup->resume) run.begin();                                     // 5. grow, certify, store step 0
-    std::optional<Steps> steps;
-    std::string damage;
-    try {
-      steps.emplace(run, profile);
-    } catch (const DamagedCheckpoint& error) {
-      if (!setup->resume || !fall_back(setup->resume->folder(), error.what(), world)) throw;
-      damage = error.what();
+  try {
+    for (;;) {
+      Run run(config, mesh, *setup, watchdog, lock ? &*lock : nullptr, device);
+      if (!setup->resume) run.begin();                                     // 5. grow, certify, store step 0
+      std::optional<Steps> steps;
+      std::string damage;
+      try {
+        steps.emplace(run, profile);
+      } catch (const DamagedCheckpoint& error) {
+        if (!setup->resume || !fall_back(setup->resume->folder(), error.what(), world)) throw;
+        damage = error.what();
+      }
+      if (damage.empty()) {
+        if (unfinished) unfinished->begun();
+        return steps->to_the_end();                                        // 6. train
+      }
+      set_up(setup, config, mesh, accept_changes);   // what is left has to pass all the checks, too
     }
-    if (damage.empty()) {
-      if (unfinished) unfinished->begun();
-      return steps->to_the_end();                                        // 6. train
-    }
-    set_up(setup, config, mesh, accept_changes);   // what is left has to pass all the checks, too
+  } catch (const c10::OutOfMemoryError& error) {
+    const Architecture& architecture = setup->target.architecture;
+    throw std::runtime_error(memory_is_full(architecture, config, make_layout(architecture, mesh.grid(), config.parallel), world.rank(),
+                                            device::memory(device).total, error.what_without_backtrace()));
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "base/box.hpp"
 #include "support/scratch.hpp"
+#include "train/full_memory.hpp"
 #include "train/layout_check.hpp"
 #include "train/saved.hpp"
 #include "train/target.hpp"
@@ -352,6 +353,35 @@ TEST(Target, TheSourceAsItIsOrItsMixture) {
   run.moe.max_parameters = 1000;
   EXPECT_NE(user_error([&] { choose_target(run, dense, true); }).find("more than moe.max_parameters = 1000"),
             std::string::npos);
+}
+
+TEST(FullMemory, SaysWhatWasPlannedAndWhatTakesLess) {
+  const Architecture a = small(8);
+  RunConfig run = run_with({});
+  run.train.sequence = 4096, run.train.micro_batch = 4;
+  const Layout layout = Layout::even(Grid({}, 1), a);
+  const auto planned = [&](const RunConfig& config) { return rank_memory(a, config, layout, 0).total(); };
+  const auto in_words = [](int64_t bytes) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.1f GB", static_cast<double>(bytes) * 1e-9);
+    return std::string(text);
+  };
+  RunConfig full = run, half = run;
+  full.train.recompute = Recompute::full, half.train.micro_batch = 2;
+  ASSERT_NE(in_words(planned(full)), in_words(planned(run)));
+  const int64_t between = (planned(full) + planned(half)) / 2;   // full recomputation would fit, half a micro-batch would not
+  ASSERT_LT(planned(full), planned(half));
+  const std::string said = memory_is_full(a, run, layout, 0, between, "CUDA out of memory. Tried to allocate 1 GiB.\nException raised from");
+  EXPECT_NE(said.find("full (" + in_words(between) + "): CUDA out of memory. Tried to allocate 1 GiB.\n"), std::string::npos) << said;
+  EXPECT_NE(said.find("planned for this rank: " + in_words(planned(run)) + " = weights "), std::string::npos) << said;
+  EXPECT_NE(said.find("train.recompute = \"full\": " + in_words(planned(full)) + "\n"), std::string::npos) << said;
+  EXPECT_NE(said.find("train.micro_batch = 2: " + in_words(planned(half)) + ", still too much"), std::string::npos) << said;
+  EXPECT_EQ(said.find("out of balance"), std::string::npos) << said;
+  // Nothing smaller is offered that the run has already, and a plan that fits is not blamed.
+  full.train.micro_batch = 1;
+  const std::string smallest = memory_is_full(a, full, layout, 0, planned(full) + 1, "full");
+  EXPECT_EQ(smallest.find("train."), std::string::npos) << smallest;
+  EXPECT_NE(smallest.find("out of balance"), std::string::npos) << smallest;
 }
 
 }  // namespace
