@@ -64,7 +64,7 @@ int Steps::to_the_end() {
       settle({});
       trace_.begin();
     }
-    if (!pending_) since_report_ = {};
+    if (!pending_) since_ = Clock::now();
     settle(step());
     run_.alive(state_.step, "training");
     if (trace_.ends(state_.step)) {
@@ -119,7 +119,8 @@ PendingReport Steps::step() {
 void Steps::settle(std::optional<PendingReport> next) {
   if (pending_) {
     const StepReport report = read(*pending_);
-    const double seconds = std::exchange(since_report_, {}).seconds();
+    const Clock::time_point arrived = pending_->arrived.value_or(Clock::now());
+    const double seconds = std::chrono::duration<double>(arrived - std::exchange(since_, arrived)).count();
     metrics_->step(report, seconds, metrics_->is_told(report.step) ? gpu_memory() : 0);
     if (pending_->own_time) word_.own_seconds = pending_->own_time->seconds();
     stop_ = stop_ || report.stop_requested;

@@ -1,4 +1,5 @@
 #pragma once
+#include <chrono>
 #include <optional>
 
 #include "train/bad_steps.hpp"
@@ -49,7 +50,8 @@ class Steps {
   RunRequests requests_;
   Word word_;                   ///< for the next step
   std::optional<PendingReport> pending_;
-  Stopwatch since_report_;      ///< since the numbers of the step before arrived; where nothing was pending, since the step at hand began
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point since_;     ///< when the numbers of the step before arrived; where nothing was pending, when the step at hand began
   StepTrace trace_;
   BadSteps bad_;
   int64_t saved_ = -1;          ///< the step of the newest checkpoint; -1: none of this start

@@ -69,6 +69,7 @@ PendingReport Trainer::step(const Word& word) {
   optimizer_.step(report.lr, numbers[kSquaredNorm], good);                 // 4. clip by that norm, then move
   replicas_.share_values();
   balance_.update(count_LX, good);                                         // 5. move the routers' biases towards balance
+  if (loss.is_cpu()) report.arrived = std::chrono::steady_clock::now();
   return report;
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -47,6 +48,8 @@ struct PendingReport {
   device::HostCopy spike;      ///< bool, see LossSpikes::judge; undefined where nobody asks
   std::optional<int64_t> learned;   ///< see StepReport
   int ranks = 1;                    ///< of the world
+  /// When they were there: on a CPU, where that is before the step returns. Elsewhere who reads them learns it by waiting.
+  std::optional<std::chrono::steady_clock::time_point> arrived;
   std::optional<own_time::Stretch> own_time;   ///< this rank's forward and backward passes; its seconds are known when the numbers are
 };
 

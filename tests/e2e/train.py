@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 import unittest
 
 import numpy as np
@@ -96,6 +97,15 @@ class StopAndResume(TrainCase):
         for a, b in zip(steps_of(straight), steps_of(run)):
             self.assertEqual(a["tokens"], b["tokens"])
             self.assertLess(abs(a["loss"] - b["loss"]) / a["loss"], 1e-6 if a["step"] <= 5 else 1e-5)
+
+    def test_seconds_of_a_step_are_its_own(self):
+        """Also of the last one before a validation, whose numbers are read at once, not one step late."""
+        path, run = self.run_file("run", "[validate]\nevery = 3\nbatches = 1\n", steps=12)
+        began = time.monotonic()
+        self.upcycle("train", path, ranks=2)
+        seconds = sorted(step["seconds"] for step in steps_of(run))
+        self.assertGreater(seconds[0], seconds[6] / 20)
+        self.assertLess(sum(seconds), time.monotonic() - began)
 
 
 class StepZero(TrainCase):
