@@ -73,6 +73,14 @@ void prepare_source(const SweepFile& sweep, bool dry_run) {
   if (!fs::exists(model)) fail("sweep.prepare = \"", sweep.prepare, "\" was run, but source.model = ", model, " is still missing");
 }
 
+/// Every arm would end with Open MPI's own refusal.
+void refuse_root(const SweepFile& sweep) {
+  const std::string launcher = sweep.launcher.empty() ? "" : fs::path(sweep.launcher.front()).filename().string();
+  if (sweep.ranks == 1 || geteuid() != 0 || (launcher != "mpirun" && launcher != "mpiexec")) return;
+  if (std::getenv("OMPI_ALLOW_RUN_AS_ROOT") && std::getenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")) return;
+  fail(launcher, " refuses to start arms of ", sweep.ranks, " ranks for root: export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or run the sweep as another user");
+}
+
 std::string this_program() { return fs::read_symlink("/proc/self/exe").string(); }
 
 SweepJob job_of(const SweepFile& sweep, const std::vector<SweepArm>& arms, size_t index) {
@@ -194,6 +202,7 @@ int run_sweep(const Arguments& arguments) {
     if (const char* ranks = std::getenv(size); ranks && std::string(ranks) != "1") fail("sweep starts the ranks of its arms itself: run it without mpirun");
   }
   const SweepFile sweep = read_sweep(arguments.positional.at(0));
+  if (!arguments.dry_run && !arguments.run_file && !arguments.slurm) refuse_root(sweep);
   prepare_source(sweep, arguments.dry_run);
   std::vector<SweepArm> arms = make_arms(sweep);
   refuse_foreign_files(sweep.directory);

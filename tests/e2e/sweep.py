@@ -98,6 +98,14 @@ class Sweep(TrainCase):
         self.assertEqual(set(seen), {"3,5", "GPU-c6,7"})
         self.assertEqual(sorted(seen[:2]), ["3,5", "GPU-c6,7"], "the two that start together")
 
+    @unittest.skipUnless(os.geteuid() == 0, "only root is refused")
+    def test_root_is_told_what_mpirun_wants(self):
+        path, runs = self.sweep_file("[[arms]]\nmoe.experts = 2\n")
+        self.enterContext(unittest.mock.patch.dict(os.environ))
+        os.environ.pop("OMPI_ALLOW_RUN_AS_ROOT", None)
+        self.refused("sweep", path, words=["for root", "OMPI_ALLOW_RUN_AS_ROOT=1"])
+        self.assertFalse(runs.exists())
+
     def test_a_source_that_vanishes(self):
         path, runs = self.sweep_file("[[arms]]\nmoe.experts = [2, 4]\n")
         self.upcycle("sweep", path, "--arm", "0")
