@@ -7,9 +7,9 @@
 
 #include <cerrno>
 #include <cstring>
-#include <iomanip>
 
 #include "base/error.hpp"
+#include "base/gigabytes.hpp"
 
 namespace upcycle {
 namespace fs = std::filesystem;
@@ -103,11 +103,8 @@ void check_free_space(const fs::path& path, uint64_t bytes_needed, const std::st
   struct statvfs space {};
   if (::statvfs(place.c_str(), &space) != 0) fail_with_errno("asking for the free space of", place);
   const uint64_t free = static_cast<uint64_t>(space.f_bavail) * space.f_frsize;
-  const auto gigabytes = [](uint64_t bytes) {
-    return text(std::fixed, std::setprecision(2), static_cast<double>(bytes) / 1e9, " GB");
-  };
   if (free < bytes_needed) {
-    fail(what, " needs ", gigabytes(bytes_needed), " but ", place.string(), " has ", gigabytes(free),
+    fail(what, " needs ", gigabytes(bytes_needed, 2), " but ", place.string(), " has ", gigabytes(free, 2),
          " free: free some space, or set run.directory to another disk");
   }
 }

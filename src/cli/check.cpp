@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "base/cpu_binding.hpp"
+#include "base/gigabytes.hpp"
 #include "base/host_memory.hpp"
 #include "base/process.hpp"
 #include "checkpoint/durable.hpp"
@@ -38,8 +39,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr double kPatience = 60;   // seconds for what a broken node may never come back from
-
-std::string gigabytes(uint64_t bytes) { return text(std::fixed, std::setprecision(1), static_cast<double>(bytes) / 1e9, " GB"); }
 
 /// What can't be written there, train would meet after it has read the source.
 void refuse_unwritable(const fs::path& directory) {
@@ -206,14 +205,14 @@ class Check {
     if (device_->is_cuda()) {
       by_node("asking the GPU for its memory", [&] {
         const int64_t total = device::memory(*device_).total;
-        if (mine.total() > total) fail("its part of the model needs ", gigabytes(static_cast<uint64_t>(mine.total())), ", and its GPU has ", gigabytes(static_cast<uint64_t>(total)), ": see upcycle plan");
+        if (mine.total() > total) fail("its part of the model needs ", gigabytes(mine.total()), ", and its GPU has ", gigabytes(total), ": see upcycle plan");
       });
     } else {
       const std::vector<int64_t> each = world_.all_gather(mine.tensors());
       for (const NodeCheck& node : report_.nodes) {
         int64_t together = 0;
         for (const int rank : node.ranks) together += each[static_cast<size_t>(rank)];
-        if (together > node.memory) report_.notes.push_back(text("node ", node.host, ": its ranks' parts of the model need ", gigabytes(static_cast<uint64_t>(together)), ", and ", gigabytes(static_cast<uint64_t>(node.memory)), " are free"));
+        if (together > node.memory) report_.notes.push_back(text("node ", node.host, ": its ranks' parts of the model need ", gigabytes(together), ", and ", gigabytes(node.memory), " are free"));
       }
     }
     const CheckpointBytes bytes = checkpoint_bytes(architecture, compute_dtype(config_->train.precision));

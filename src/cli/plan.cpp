@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "base/gigabytes.hpp"
 #include "checkpoint/manifest.hpp"
 #include "cli/command.hpp"
 #include "data/sampler.hpp"
@@ -78,13 +79,6 @@ void refuse_lacking_moments(const RunConfig& run) {
   if (checkpoint && read_manifest(*checkpoint).files.contains(kFirstMomentsFile)) return;
   fail("upcycle.optimizer: source.model = ", run.source.model, " has no moments to carry over: name a checkpoint that training wrote, not step 0 ",
        "and not a Hugging Face directory, or leave the key out (\"reset\")");
-}
-
-/// "1.21e+11" is no size for people: "121.3 GB".
-std::string gigabytes(int64_t bytes) {
-  char out[32];
-  std::snprintf(out, sizeof out, "%.1f GB", static_cast<double>(bytes) / 1e9);
-  return out;
 }
 
 void plan_on_grid(Plan& plan) {

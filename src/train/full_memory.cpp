@@ -1,23 +1,13 @@
 #include "train/full_memory.hpp"
 
-#include <cstdio>
 #include <utility>
 #include <vector>
 
 #include "base/error.hpp"
+#include "base/gigabytes.hpp"
 #include "train/memory_plan.hpp"
 
 namespace upcycle {
-namespace {
-
-std::string gigabytes(int64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
-}
-
-}  // namespace
-
 std::string memory_is_full(const Architecture& architecture, const RunConfig& run, const Layout& layout, int rank, int64_t available,
                            const std::string& why) {
   const RankMemory plan = rank_memory(architecture, run, layout, rank);

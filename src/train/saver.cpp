@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <iomanip>
 #include <thread>
 
 #include "base/error.hpp"
+#include "base/gigabytes.hpp"
 #include "base/log.hpp"
 #include "base/process.hpp"
 #include "device/device.hpp"
@@ -16,8 +16,6 @@ namespace {
 constexpr uint64_t kRing = uint64_t{32} << 20;      // of a save that makes no copy: what a core's cache holds is copied, summed and written faster
 constexpr uint64_t kSlack = uint64_t{256} << 20;    // of a copy: small tensors take more room than they have bytes
 constexpr uint64_t kReserve = uint64_t{256} << 20;  // that a copy leaves free
-
-std::string gigabytes(uint64_t bytes) { return text(std::fixed, std::setprecision(2), static_cast<double>(bytes) / 1e9, " GB"); }
 
 // The most that this rank may have to write: all that it holds, and of what is divided its part.
 uint64_t state_bytes(const Weights& weights, const Optimizer* optimizer) {
@@ -64,8 +62,8 @@ void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& st
   manifest_ = add_snapshot(*writer_, mesh_, weights, optimizer, state, record);
   thread_.push([taken = taken_] { *taken = true; });
   if (!std::exchange(told_, true)) {
-    const std::string how = !behind ? "" : copies ? text(", behind the steps, from a copy of at most ", gigabytes(need), " (", gigabytes(room), " of host memory are free for it)")
-                                                  : text(", behind the steps, streamed: a copy of ", gigabytes(need), " does not fit into the ", gigabytes(room),
+    const std::string how = !behind ? "" : copies ? text(", behind the steps, from a copy of at most ", gigabytes(need, 2), " (", gigabytes(room, 2), " of host memory are free for it)")
+                                                  : text(", behind the steps, streamed: a copy of ", gigabytes(need, 2), " does not fit into the ", gigabytes(room, 2),
                                                          " of host memory that are free for it, so the next update of the weights waits");
     log::info(text("checkpoints are written ", name(writer_->transfer()), how));
   }
