@@ -7,7 +7,6 @@
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -20,6 +19,7 @@
 #include "model/vocabulary.hpp"
 #include "ops/cross_entropy.hpp"
 #include "ops/embedding.hpp"
+#include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 #include "support/tensors.hpp"
 
@@ -29,13 +29,6 @@ namespace {
 const at::Device kGpu(at::kCUDA, 0);
 
 bool same_on_gpu(const Tensor& a, const Tensor& b) { return same_bits(a.cpu(), b.cpu()); }
-
-/// While one lives, ATen throws where it would wait for the GPU.
-class NoWaiting {
- public:
-  NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR); }
-  ~NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED); }
-};
 
 /// Logits of std 4, whose rows lie `stride` numbers apart; labels at both ends and elsewhere; weights some of which are 0.
 struct Problem {
@@ -279,13 +272,3 @@ TEST(LossOnGpu, Rates) {
 
 }  // namespace
 }  // namespace upcycle
-
-// Without a device the tests are skipped, and CTest says so.
-int main(int argc, char** argv) {
-  testing::InitGoogleTest(&argc, argv);
-  if (!at::hasCUDA()) {
-    std::puts("no CUDA device here: skipped");
-    return 77;
-  }
-  return RUN_ALL_TESTS();
-}

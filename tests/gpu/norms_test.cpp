@@ -346,13 +346,3 @@ TEST(NormsOnGpu, DISABLED_Rates) {
 
 }  // namespace
 }  // namespace upcycle
-
-// Without a device the tests are skipped, and CTest says so.
-int main(int argc, char** argv) {
-  testing::InitGoogleTest(&argc, argv);
-  if (!at::hasCUDA()) {
-    std::puts("no CUDA device here: skipped");
-    return 77;
-  }
-  return RUN_ALL_TESTS();
-}

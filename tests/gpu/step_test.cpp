@@ -1,5 +1,4 @@
 // A training step on a GPU: in bf16 nothing in it makes the host wait, in fp32 it is the CPU's step.
-#include <ATen/Context.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
@@ -9,25 +8,16 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdio>
 
 #include "base/error.hpp"
 #include "base/rng.hpp"
+#include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
 
 namespace upcycle {
 namespace {
-
-using c10::cuda::SyncDebugMode;
-
-/// While one lives, ATen throws where it would wait for the GPU.
-class NoWaiting {
- public:
-  NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(SyncDebugMode::L_ERROR); }
-  ~NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(SyncDebugMode::L_DISABLED); }
-};
 
 /// A model on one device with all that a step needs. Layer 1 is dense when there are experts.
 struct Training {
@@ -115,13 +105,3 @@ TEST(StepOnGpu, AHostCopyWaitsForItselfAlone) {
 
 }  // namespace
 }  // namespace upcycle
-
-// Without a device the tests are skipped, and CTest says so.
-int main(int argc, char** argv) {
-  testing::InitGoogleTest(&argc, argv);
-  if (!at::hasCUDA()) {
-    std::puts("no CUDA device here: skipped");
-    return 77;
-  }
-  return RUN_ALL_TESTS();
-}

@@ -23,68 +23,26 @@ if(UPCYCLE_CUDA AND EXISTS ${PROJECT_SOURCE_DIR}/runs/quickstart/hf-dense)
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
 
-# Every op against the CPU; a step that never makes the host wait.
+# One process on a GPU.
 if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_ops SOURCES gpu/ops_test.cpp LINK upcycle_moe upcycle::torch_cuda GTest::gtest)
-  upcycle_gtest(gpu_step SOURCES gpu/step_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
-  foreach(name ops step)
+  function(gpu_test name library)
+    upcycle_gtest(gpu_${name} SOURCES gpu/${name}_test.cpp support/gpu_main.cpp LINK ${library} upcycle::torch_cuda GTest::gtest)
     add_dependencies(gpu_tests gpu_${name})
     add_test(NAME gpu.${name} COMMAND gpu_${name})
     set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
       ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
-  endforeach()
-endif()
-
-# Matrix products and attention by each of their kernels; steps that repeat bit for bit.
-if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_matmul SOURCES gpu/matmul_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
-  upcycle_gtest(gpu_attention SOURCES gpu/attention_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
-  upcycle_gtest(gpu_deterministic SOURCES gpu/deterministic_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
-  foreach(name matmul attention deterministic)
-    add_dependencies(gpu_tests gpu_${name})
-    add_test(NAME gpu.${name} COMMAND gpu_${name})
-    set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
-  endforeach()
-endif()
-
-# Norms and rotated heads.
-if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_norms SOURCES gpu/norms_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
-  add_dependencies(gpu_tests gpu_norms)
-  add_test(NAME gpu.norms COMMAND gpu_norms)
-  set_tests_properties(gpu.norms PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
-endif()
-
-# The router: its product, choices, weights and balance losses.
-if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_routing SOURCES gpu/routing_test.cpp LINK upcycle_moe upcycle::torch_cuda GTest::gtest)
-  add_dependencies(gpu_tests gpu_routing)
-  add_test(NAME gpu.routing COMMAND gpu_routing)
-  set_tests_properties(gpu.routing PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
-endif()
-
-# The loss with its gradient, and the optimizer.
-if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_loss SOURCES gpu/loss_test.cpp LINK upcycle_model upcycle::torch_cuda GTest::gtest)
-  upcycle_gtest(gpu_optimizer SOURCES gpu/optimizer_test.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)
-  foreach(name loss optimizer)
-    add_dependencies(gpu_tests gpu_${name})
-    add_test(NAME gpu.${name} COMMAND gpu_${name})
-    set_tests_properties(gpu.${name} PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-      ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
-  endforeach()
-endif()
-
-# The rows of the mixture: their order, copies and sums, and what is computed of each.
-if(UPCYCLE_CUDA)
-  upcycle_gtest(gpu_rows SOURCES gpu/rows_test.cpp LINK upcycle_ops upcycle::torch_cuda GTest::gtest)
-  add_dependencies(gpu_tests gpu_rows)
-  add_test(NAME gpu.rows COMMAND gpu_rows)
-  set_tests_properties(gpu.rows PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
-    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+  endfunction()
+  gpu_test(ops upcycle_moe)               # every op against the CPU
+  gpu_test(step upcycle_train)            # a step that never makes the host wait
+  gpu_test(deterministic upcycle_train)   # steps that repeat bit for bit
+  gpu_test(matmul upcycle_ops)            # matrix products and attention by each of their kernels
+  gpu_test(attention upcycle_ops)
+  gpu_test(norms upcycle_ops)             # norms and rotated heads
+  gpu_test(routing upcycle_moe)           # the router: its product, choices, weights and balance losses
+  set_tests_properties(gpu.routing PROPERTIES TIMEOUT 600)
+  gpu_test(rows upcycle_ops)              # the rows of the mixture: their order, copies and sums, and what is computed of each
+  gpu_test(loss upcycle_model)            # the loss with its gradient
+  gpu_test(optimizer upcycle_train)
 endif()
 
 # A rank's failure while the other's GPU waits in NCCL.
