@@ -127,6 +127,40 @@ class Bench(unittest.TestCase):
         self.assertNotIn("tools/bench step", result.stdout)
         self.assertIn("gpu_ops was here", (self.root / "out/log.txt").read_text())
 
+    def test_conversion(self):
+        """All of the source is read, all of the mixture is written, and the bound is the disk's own time for both."""
+        out = self.root / "out.json"
+        said = self.bench("cpu", "--only", "conversion", "--model", "0.6b", "--layers", 1, "--jobs", "experts", "--repeats", 1, "--threads", 2,
+                          "--upcycle", UPCYCLE, "--scratch", self.root, "--json", out)
+        self.assertEqual(sorted(self.root.iterdir()), [out], "scratch files are left")
+        row, = json.loads(out.read_text())["conversion"]
+        experts, rest = 3 * 1024 * 3072, 151936 * 1024 + 1024 * 128 * (2 * 16 + 2 * 8)
+        self.assertAlmostEqual(row["source_bytes"], 2 * (rest + experts), delta=1e5)
+        self.assertAlmostEqual(row["written_bytes"], 2 * (rest + 8 * experts), delta=3e6)   # HDF5's own, and the router
+        self.assertEqual(set(row["ranks"]), {"1", "2"})
+        for ranks, result in row["ranks"].items():
+            plain, = result["plain"]
+            disk = plain["read"] + min(plain["write"], plain["direct write"])
+            self.assertRegex(said, rf'\nconvert to 8 experts +{ranks} .* {disk:.1f} +{disk / result["seconds"][0]:.2f} +{result["memory_bytes"][0] / 1e9:.2f} ')
+            self.assertGreater(result["memory_bytes"][0], int(ranks) * 50e6)
+
+    def test_plain_files(self):
+        """The processes read and write each byte once, to the last."""
+        sys.path.insert(0, str(SOURCE / "tools"))
+        from benchmarks import plain_files
+        size = 2 * plain_files.PIECE + 4097
+        for processes in (1, 2, 3, 5):
+            shares = [share for number in range(processes) for share in plain_files.pieces(size, number, processes)]
+            self.assertEqual([offset for offset, _ in shares], [0, plain_files.PIECE, 2 * plain_files.PIECE])
+            self.assertEqual(sum(count for _, count in shares), size)
+        file = self.root / "file"
+        file.write_bytes(bytes(size))
+        self.assertGreater(plain_files.read([file], 2), 0)
+        self.assertGreater(plain_files.write(self.root / "new", size, 2, direct=False), 0)
+        with self.assertRaises(OSError):
+            plain_files.write(self.root / "nowhere/new", size, 2, direct=False)
+        self.assertEqual(list(self.root.iterdir()), [file])
+
     def test_memory(self):
         sys.path.insert(0, str(SOURCE / "tools"))
         from benchmarks import common
@@ -134,8 +168,8 @@ class Bench(unittest.TestCase):
         done = common.run(["bash", "-c", f'"{sys.executable}" -c "{allocate}" & "{sys.executable}" -c "{allocate}"; wait'], common.environment(1),
                           watch="python")
         self.assertEqual(done.output, "donedone")
-        self.assertGreater(done.anonymous_bytes, 400_000_000)
-        self.assertLess(done.anonymous_bytes, 460_000_000)
+        self.assertGreater(done.memory_bytes, 400_000_000)
+        self.assertLess(done.memory_bytes, 460_000_000)
         with self.assertRaisesRegex(common.Failed, "ended with code 3"):
             common.run(["bash", "-c", "exit 3"], common.environment(1))
 

@@ -3,7 +3,8 @@
 The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
 (data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save and load, in turn, as many processes write and
 read as many bytes with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
-that. Files are dropped from the page cache before they are read. Figures are medians over repeats; --json has all of them."""
+that. Files are dropped from the page cache before they are read. Extra memory: of a
+rank, beyond its state, of which it writes "MiB a rank". Figures are medians over repeats; --json has all of them."""
 import argparse
 import json
 import os
@@ -62,7 +63,7 @@ def row(name, ranks, results, asynchronous):
     plain = min(median("plain_write_seconds"), median("plain_direct_write_seconds"))
     cells = [name, ranks, f"{size / 1e9:.2f}", f"{size / median('save_seconds') / 1e9:.2f}", f"{plain / median('save_seconds'):.2f}", f"{100 * common.spread(writes):.0f} %",
              f"{size / median('load_seconds') / 1e9:.2f}", f"{median('plain_read_seconds') / median('load_seconds'):.2f}",
-             f"{median('save_extra_bytes') / 2**20:.0f}", f"{median('load_extra_bytes') / 2**20:.0f}"]
+             f"{size / ranks / 2**20:.0f}", f"{median('save_extra_bytes') / 2**20:.0f}", f"{median('load_extra_bytes') / 2**20:.0f}"]
     return cells + ([f"{median('stall_seconds'):.2f}"] if asynchronous else [])
 
 
@@ -87,7 +88,7 @@ def main(words):
                     found = measure(build / "checkpoint_io", folder, given, ranks, parallel(ranks), path)
                     results += [result | {"layout": name} for result in found]
                     rows.append(row(name, ranks, found, given.asynchronous))
-        heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "extra MiB, save", "load"]
+        heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "MiB a rank", "extra memory, MiB: save", "load"]
         print(f"\nCheckpoints, {given.model} with {given.experts} experts, {given.layers} layers, with optimizer state\n")
         print(common.table(heads + (["stall, s"] if given.asynchronous else []), rows))
         if given.json:

@@ -99,12 +99,12 @@ def spread(values):
 @dataclass
 class Finished:
     seconds: float
-    anonymous_bytes: int   # most at any moment, over all of the processes
+    memory_bytes: int   # most at any moment, over all of the processes: anonymous, and shared (once for each of them that has touched it)
     output: str
 
 
 def run(command, env, cwd=None, watch=None):
-    """Runs a command to its end. Memory is that of the processes below it (and itself) whose name starts with `watch`; RssAnon, what can't be
+    """Runs a command to its end. Memory is that of the processes below it (and itself) whose name starts with `watch`: what can't be
     read from a file again. Raises Failed with the end of its output."""
     start = time.monotonic()
     process = subprocess.Popen(list(map(str, command)), env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -112,7 +112,7 @@ def run(command, env, cwd=None, watch=None):
 
     def sample():
         while not done.wait(SAMPLE_SECONDS):
-            peak[0] = max(peak[0], sum(anonymous(pid, watch) for pid in family(process.pid)))
+            peak[0] = max(peak[0], sum(memory_of(pid, watch) for pid in family(process.pid)))
 
     watcher = threading.Thread(target=sample)
     if watch:
@@ -138,14 +138,14 @@ def family(pid):
         return
 
 
-def anonymous(pid, name):
+def memory_of(pid, name):
     try:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     except OSError:
         return 0
     if not status.get("Name", "").strip().startswith(name) or "RssAnon" not in status:
         return 0
-    return int(status["RssAnon"].split()[0]) * 1024
+    return sum(int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem")) * 1024
 
 
 def say(text):

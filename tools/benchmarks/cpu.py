@@ -1,4 +1,4 @@
-"""tools/bench cpu: our training step beside transformers', and conversion beside file copy, on this machine's cores.
+"""tools/bench cpu: our training step beside transformers', and conversion beside the disk, on this machine's cores.
 
 The step: the same random model (dense; a mixture of 8 experts, top-2), weights, tokens, AdamW and clipping in both, each in fp32 and bf16; the
 losses of the first step must agree. transformers runs in the fastest of its ways here, found out first. Runs alternate; a figure is the median
@@ -24,9 +24,11 @@ def options(words):
     parser.add_argument("--threads", type=int, default=common.cores(), metavar="N", help="cores to use (default: all)")
     parser.add_argument("--model", default="0.6b", metavar="SIZE", help="converted dense Qwen3, see tools/make-dense (default: 0.6b, 1.2 GB)")
     parser.add_argument("--layers", type=int, metavar="N", help="with fewer layers than it has")
+    parser.add_argument("--jobs", nargs="+", choices=conversion.JOBS, default=list(conversion.JOBS), metavar="JOB",
+                        help=f"of conversion: {', '.join(conversion.JOBS)} (default: all)")
     parser.add_argument("--upcycle", type=Path, default=common.ROOT / "build/upcycle", metavar="PROGRAM", help="default: build/upcycle")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
-                        help="on the disk to measure; needs 12 times the converted model's size (default: the system's for temporary files)")
+                        help="on the disk to measure; needs 9 times the converted model's size (default: the system's for temporary files)")
     chosen = parser.parse_args(words)
     for name in ("steps", "repeats", "threads"):
         if getattr(chosen, name) < 1:
@@ -47,7 +49,7 @@ def measure(chosen):
             result["training"] = training.compare(Path(scratch), chosen.size, precisions, chosen.steps, chosen.repeats, chosen.threads, upcycle)
             training.print_table(result["training"], chosen.threads)
         if chosen.only != "training":
-            result["conversion"] = conversion.compare(Path(scratch), chosen.model, chosen.layers, chosen.repeats, chosen.threads, upcycle)
+            result["conversion"] = conversion.compare(Path(scratch), chosen.model, chosen.layers, chosen.jobs, chosen.repeats, chosen.threads, upcycle)
             conversion.print_table(result["conversion"])
     return result
 
