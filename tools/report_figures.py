@@ -8,11 +8,11 @@ from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
 
+from plots_style import COLOURS, MARKERS, STYLES, dress, smooth
 from sweep_compare import interpolate, mean_sd, partners
-from sweep_data import Run, plots
+from sweep_data import Run
 
 WIDTH = 11.0  # inches
-STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
 MOST_POINTS = 400  # of a line
 RAMPS = ("Blues", "Oranges", "Greens", "Purples")  # a family of arms each, more experts darker
 CONTROL = {"color": "black", "linestyle": (0, (4, 2)), "marker": "X"}
@@ -31,11 +31,11 @@ def looks_of(sweeps):
         for f, members in enumerate(families.values()):
             members.sort(key=lambda arm: arm.settings[ramp])
             for shade, arm in zip(numpy.linspace(0.48, 1.0, len(members)) if len(members) > 1 else [0.75], members):
-                looks[arm.name] = {"color": to_hex(plt.get_cmap(RAMPS[f])(shade)), "linestyle": "-", "marker": plots.MARKERS[f]}
+                looks[arm.name] = {"color": to_hex(plt.get_cmap(RAMPS[f])(shade)), "linestyle": "-", "marker": MARKERS[f]}
     else:
-        families, markers = {}, [marker for marker in plots.MARKERS if marker != CONTROL["marker"]]
+        families, markers = {}, [marker for marker in MARKERS if marker != CONTROL["marker"]]
         for i, arm in enumerate(arms):
-            looks[arm.name] = {"color": plots.COLOURS[i % 6], "linestyle": STYLES[i // 6 % len(STYLES)],
+            looks[arm.name] = {"color": COLOURS[i % 6], "linestyle": STYLES[i // 6 % len(STYLES)],
                                "marker": markers[i % len(markers)]}
     return looks, list(families.values())
 
@@ -77,7 +77,7 @@ def draw(axes, curves, looks, x_name, y_name, markers=True):
                   **(shown if (markers and len(x) <= 40) or len(x) == 1 else {}))
         if sd is not None:
             axes.fill_between(x / divisor, y - sd, y + sd, color=look["color"], alpha=0.16, linewidth=0)
-    plots.dress(axes, x_name + unit, y_name)
+    dress(axes, x_name + unit, y_name)
     axes.margins(x=0.02)
 
 
@@ -175,7 +175,7 @@ def size_and_speed(sweeps, looks, families):
         left.xaxis.set_minor_formatter(NullFormatter())
         left.set_xlim(min(sizes) / 1.15, max(sizes) * (max(sizes) / min(sizes)) ** 0.22)  # room for the last name
     left.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    plots.dress(left, "total parameters", "final validation loss (nats per token)")
+    dress(left, "total parameters", "final validation loss (nats per token)")
     rates = [mean_sd(arm.values(Run.speed)) for arm in fast]
     places = range(len(fast))
     right.barh(places, [mean or 0 for mean, _ in rates], xerr=[sd or 0 for _, sd in rates], height=0.66,
@@ -193,7 +193,7 @@ def size_and_speed(sweeps, looks, families):
     name_points(figure, left, [(arm.runs[0].parameters, final[arm.name][0], arm.label, -9 if arm.control else 4)
                                for arm in arms if arm.runs[0].parameters and (longest < 20 or arm.control)])
     right.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    plots.dress(right, "tokens per second (median of the steps)", "")
+    dress(right, "tokens per second (median of the steps)", "")
     right.grid(axis="y", visible=False)
     return figure
 
@@ -221,7 +221,7 @@ def smooth_curves(arms, key):
         for run in arm.counted or [run for run in arm.runs if run.log.steps]:
             tokens, values = run.log.column(key)
             if len(values):
-                lines.append(thin(tokens, plots.smooth(values)))
+                lines.append(thin(tokens, smooth(values)))
         if curve := mean_curve(lines):
             out[arm] = (*curve[:2], None)
     return out
@@ -243,7 +243,7 @@ def training(sweeps, looks):
             tokens, losses = run.log.column("loss")
             for bars in [partner.log.column("loss") for partner in partners(run, sweeps.control)][:1]:
                 both, ours, theirs = numpy.intersect1d(tokens, bars[0], return_indices=True)
-                lines.append(thin(both, plots.smooth(losses[ours] - bars[1][theirs])) if len(both) else [])
+                lines.append(thin(both, smooth(losses[ours] - bars[1][theirs])) if len(both) else [])
         if curve := mean_curve(lines):
             apart[arm] = (*curve[:2], None)
     figure, panels = plt.subplots(1, 1 + bool(apart), figsize=(WIDTH, 4.2), squeeze=False, layout="constrained")

@@ -5,7 +5,8 @@ import re
 import statistics
 from dataclasses import dataclass, field
 
-from sweep_data import PER_RUN, STEPS, Arm, Mistake, Run, plots, read_sweep
+from sweep_data import PER_RUN, STEPS, Arm, Run, read_sweep
+from user_error import UserError
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; after the last, 2.1 is near enough.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -117,7 +118,7 @@ def refuse_strangers(read, directories):
         differ = [f"{key} is {first[key]} in {directories[0]} and {other[key]} in {directory}" for key in first
                   if key in other and first[key] != other[key]]
         if differ:
-            raise Mistake("these sweeps can't be compared: " + "; ".join(differ))
+            raise UserError("these sweeps can't be compared: " + "; ".join(differ))
 
 
 def key_of(run, match):
@@ -193,7 +194,7 @@ def compare(directories):
     everyone = [run for arm in arms for run in arm.runs]
     if not any(run.points() for run in everyone):
         states = [f"{sum(run.state == state for run in everyone)} {state}" for state in dict.fromkeys(run.state for run in everyone)]
-        raise Mistake(f"{', '.join(map(str, directories))}: no arm has a validation loss yet ({', '.join(states)}). "
+        raise UserError(f"{', '.join(map(str, directories))}: no arm has a validation loss yet ({', '.join(states)}). "
                       "Run the sweep, with validate.every above 0")
     basis = [run for run in everyone if run.state == "done" and run.final() is not None]
     basis = basis or [run for run in everyone if run.points() and run.points()[-1][0] > 0]

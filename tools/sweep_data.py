@@ -1,34 +1,18 @@
 """What `upcycle sweep` left in its directory, for tools/report. Losses stay the doubles that metrics.jsonl has."""
-import importlib.machinery
-import importlib.util
 import json
 import re
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import plots_runs
+from plots_runs import is_finite
+from user_error import UserError
+
 RECENT = 300  # seconds: a run that wrote something since is running
 PER_RUN = ("run.directory", "run.name", "run.seed")  # settings in which the seeds of an arm differ
 STEPS = ("train.steps", "optimizer.warmup", "optimizer.decay")  # chosen by the sweep where it matches FLOPs or time
-
-
-def load_plots():
-    """tools/plots as a module: both tools draw alike."""
-    if "plots" not in sys.modules:
-        loader = importlib.machinery.SourceFileLoader("plots", str(Path(__file__).with_name("plots")))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("plots", loader))
-        sys.modules["plots"] = module
-        loader.exec_module(module)
-    return sys.modules["plots"]
-
-
-plots = load_plots()
-
-
-class Mistake(Exception):
-    """For the user: what is wrong and what to do."""
 
 
 @dataclass(eq=False)
@@ -45,7 +29,7 @@ class Run:
     flops_per_token: float | None
     tokens_per_step: float | None
     cannot: str
-    log: object = None  # plots.Run: steps and validation by step
+    log: plots_runs.Run | None = None  # steps and validation by step
     unreadable: int = 0  # lines of metrics.jsonl
     certificate: dict | None = None
     machine: str = ""
@@ -58,14 +42,14 @@ class Run:
 
     def points(self):
         """[(tokens, validation loss)], without those that are no numbers."""
-        return [(tokens, loss) for _, (tokens, loss) in sorted(self.log.validation.items()) if plots.is_finite(loss)]
+        return [(tokens, loss) for _, (tokens, loss) in sorted(self.log.validation.items()) if is_finite(loss)]
 
     def flops_points(self):
         return [(tokens * self.flops_per_token, loss) for tokens, loss in self.points()] if self.flops_per_token else []
 
     def diverged(self):
         last = self.log.validation.get(max(self.log.validation, default=0))
-        return last is not None and not plots.is_finite(last[1])
+        return last is not None and not is_finite(last[1])
 
     def final(self):
         """Validation loss at the end; None before there is any, and where it is no number."""
@@ -119,11 +103,11 @@ class Arm:
 
 def read_metrics(run, path):
     """Steps computed again after a resume replace those before it. A crash leaves half a line, the next start right behind it."""
-    run.log = plots.Run(run.name)
+    run.log = plots_runs.Run(run.name)
     try:
         lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
     except OSError as error:
-        raise Mistake(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -138,23 +122,10 @@ def read_metrics(run, path):
             run.unreadable += row is None and number < len(lines)
         try:
             if row:
-                take(run.log, row)
+                row.pop("tokens_per_expert", None)  # large, and not looked at here
+                plots_runs.take(run.log, row)
         except (KeyError, TypeError, AttributeError):
             run.unreadable += 1
-
-
-def take(log, row):
-    kind, step = row["kind"], row["step"]
-    if kind in ("start", "rollback"):
-        for told in (log.steps, log.validation):
-            for later in [number for number in told if number > step]:
-                del told[later]
-    elif kind == "step":
-        row["tokens"] + 0
-        row.pop("tokens_per_expert", None)  # large, and not looked at here
-        log.steps[step] = row
-    elif kind == "validation":
-        log.validation[step] = (row["tokens"] + 0, row["loss"])
 
 
 def last_error(log):
@@ -199,7 +170,7 @@ def read_sweep(directory):
     """(sweep.json, its runs)."""
     path = directory / "sweep.json"
     if not path.is_file():
-        raise Mistake(f"{directory}: {'no sweep.json is in it' if directory.is_dir() else 'no such directory'}; "
+        raise UserError(f"{directory}: {'no sweep.json is in it' if directory.is_dir() else 'no such directory'}; "
                       "name what a sweep file has as sweep.directory")
     try:
         content = json.loads(path.read_text())
@@ -209,9 +180,9 @@ def read_sweep(directory):
                     active=arm.get("active_parameters"), flops_per_token=arm.get("flops_per_token"),
                     tokens_per_step=arm.get("tokens_per_step"), cannot=str(arm.get("cannot", ""))) for arm in content["arms"]]
     except OSError as error:
-        raise Mistake(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise Mistake(f"{path} is damaged ({type(error).__name__}: {error}): move it away and run upcycle sweep again, "
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): move it away and run upcycle sweep again, "
                       "which writes it anew; arms that are done stay") from None
     for run in runs:
         settle(run)

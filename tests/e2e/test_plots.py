@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """tools/plots: what it reads out of metrics.jsonl, and that pictures come of it."""
 import contextlib
-import importlib.machinery
-import importlib.util
 import io
 import json
 import math
@@ -17,12 +15,15 @@ from pathlib import Path
 
 import numpy
 
-sys.dont_write_bytecode = True  # the tool lies in the source tree
-TOOL = Path(__file__).resolve().parents[2] / "tools/plots"
-loader = importlib.machinery.SourceFileLoader("plots", str(TOOL))
-plots = importlib.util.module_from_spec(importlib.util.spec_from_loader("plots", loader))
-sys.modules["plots"] = plots
-loader.exec_module(plots)
+import tool_module
+
+plots = tool_module.load("plots")
+import plots_experts
+import user_error
+from plots_runs import read
+from plots_style import smooth
+
+TOOL = tool_module.TOOLS / "plots"
 
 
 def step(number, loss=5.0, counts=None, **more):
@@ -59,12 +60,12 @@ class Plots(unittest.TestCase):
         return str(self.folder / name)
 
     def draw(self, *arguments):
-        """The tool, in this process: exit code and what it said."""
+        """In this process, as the tool's last line does it: exit code and what it said."""
         said, complained = io.StringIO(), io.StringIO()
         code = 0
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained), unittest.mock.patch("sys.argv", self.command(*arguments)[1:]):
             try:
-                plots.main()
+                user_error.run("tools/plots", plots.main)
             except SystemExit as end:
                 code = end.code
         plots.plt.close("all")
@@ -78,7 +79,7 @@ class Plots(unittest.TestCase):
         return image.imread(self.folder / "out" / name)
 
     def test_a_step_computed_twice_counts_once(self):
-        run = plots.read(self.write("a", [start(0), step(1, 5.0), step(2, 4.0), step(3, 3.0), validation(3, 9.0), start(1),
+        run = read(self.write("a", [start(0), step(1, 5.0), step(2, 4.0), step(3, 3.0), validation(3, 9.0), start(1),
                                           step(2, 4.5), step(3, 3.5), validation(3, 3.6), step(4, 3.0)]))
         tokens, loss = run.column("loss")
         self.assertEqual(tokens.tolist(), [100, 200, 300, 400])
@@ -87,37 +88,37 @@ class Plots(unittest.TestCase):
         self.assertEqual(run.resumes, [100])
 
     def test_a_start_takes_back_what_was_not_computed_again(self):
-        run = plots.read(self.write("a", [start(0), step(1, 5.0), step(2, 4.0), step(3, 3.0), look(3, [0]), validation(3, 9.0), start(1), step(2, 4.5)]))
+        run = read(self.write("a", [start(0), step(1, 5.0), step(2, 4.0), step(3, 3.0), look(3, [0]), validation(3, 9.0), start(1), step(2, 4.5)]))
         self.assertEqual(run.column("loss")[1].tolist(), [5.0, 4.5])
         self.assertEqual((run.validation, run.looks), ({}, {}))
 
     def test_a_roll_back_takes_back_what_went_wrong(self):
         back = {"kind": "rollback", "step": 1, "tokens": 300, "time": "2026-01-01T00:00:00Z", "from": 3, "bad_steps": 2, "why": "a loss spike"}
-        run = plots.read(self.write("a", [start(0), step(1, 5.0), step(2, 40.0), validation(2, 9.0), step(3, 30.0), back, step(2, 4.5) | {"tokens": 400}]))
+        run = read(self.write("a", [start(0), step(1, 5.0), step(2, 40.0), validation(2, 9.0), step(3, 30.0), back, step(2, 4.5) | {"tokens": 400}]))
         tokens, loss = run.column("loss")
         self.assertEqual((tokens.tolist(), loss.tolist()), ([100, 400], [5.0, 4.5]))
         self.assertEqual((run.validation, run.resumes), ({}, []))
 
     def test_skipped_and_infinite_steps_are_left_out(self):
-        run = plots.read(self.write("a", [step(1), step(2, None), step(3, math.nan), step(4, 4.0, skipped=True), step(5, 3.0)]))
+        run = read(self.write("a", [step(1), step(2, None), step(3, math.nan), step(4, 4.0, skipped=True), step(5, 3.0)]))
         self.assertEqual(run.column("loss")[1].tolist(), [5.0, 3.0])
         self.assertEqual(run.column("load_max_over_mean").shape, (2, 0))
 
     def test_labels(self):
         folder = self.write("folder", [start(0, "from the run file"), step(1)])
-        self.assertEqual(plots.read(folder).label, "from the run file")
-        self.assertEqual(plots.read("a = b=" + folder).label, "a = b")
-        self.assertEqual(plots.read(self.write("plain", [step(1)])).label, "plain")
+        self.assertEqual(read(folder).label, "from the run file")
+        self.assertEqual(read("a = b=" + folder).label, "a = b")
+        self.assertEqual(read(self.write("plain", [step(1)])).label, "plain")
 
     def test_loads_are_per_layer(self):
-        run = plots.read(self.write("a", [step(1, counts=[[30, 10], [100, 300]]), step(2, counts=[[20, 20], [1, 3]])]))
+        run = read(self.write("a", [step(1, counts=[[30, 10], [100, 300]]), step(2, counts=[[20, 20], [1, 3]])]))
         tokens, load = run.loads()
         self.assertEqual(tokens.tolist(), [100, 200])
         numpy.testing.assert_allclose(load, [[[1.5, 0.5], [0.5, 1.5]], [[1, 1], [0.5, 1.5]]])
-        self.assertIsNone(plots.read(self.write("dense", [step(1)])).loads())
+        self.assertIsNone(read(self.write("dense", [step(1)])).loads())
 
     def test_looks_at_the_experts(self):
-        run = plots.read(self.write("a", [step(1), look(0, [1, 3], cosine=[0.5, 0.7]), look(10, [1, 3], cosine=[0.4, None]),
+        run = read(self.write("a", [step(1), look(0, [1, 3], cosine=[0.5, 0.7]), look(10, [1, 3], cosine=[0.4, None]),
                                           look(20, [1, 3], cosine=[0.2, 0.3], distance=[[0.1, 0.3], [0.2, None]], dead=[0, 1])]))
         tokens, cosine = run.look_at("cosine")
         self.assertEqual((tokens.tolist(), cosine.tolist()), ([0, 2000], [[0.5, 0.7], [0.2, 0.3]]))
@@ -127,24 +128,24 @@ class Plots(unittest.TestCase):
         self.assertEqual((run.layer_numbers(2), run.layer_numbers(3)), ([1, 3], None))
 
     def test_a_map_over_time_has_a_bounded_width(self):
-        cells = plots.in_columns(numpy.arange(3000.0).reshape(1000, 3))
-        self.assertEqual(cells.shape, (3, plots.MOST_COLUMNS))
-        numpy.testing.assert_allclose(cells[0], numpy.linspace(2, 2996, plots.MOST_COLUMNS), atol=3, err_msg="time runs evenly")
-        self.assertEqual(plots.in_columns(numpy.ones((7, 3))).shape, (3, 7))
+        cells = plots_experts.in_columns(numpy.arange(3000.0).reshape(1000, 3))
+        self.assertEqual(cells.shape, (3, plots_experts.MOST_COLUMNS))
+        numpy.testing.assert_allclose(cells[0], numpy.linspace(2, 2996, plots_experts.MOST_COLUMNS), atol=3, err_msg="time runs evenly")
+        self.assertEqual(plots_experts.in_columns(numpy.ones((7, 3))).shape, (3, 7))
 
     def test_smoothing_keeps_constants_lines_and_the_first_value(self):
-        numpy.testing.assert_allclose(plots.smooth(numpy.full(333, 7.0)), 7.0)
+        numpy.testing.assert_allclose(smooth(numpy.full(333, 7.0)), 7.0)
         ramp = numpy.arange(600.0)
-        numpy.testing.assert_allclose(plots.smooth(ramp)[:580], ramp[:580])
+        numpy.testing.assert_allclose(smooth(ramp)[:580], ramp[:580])
         noise = numpy.random.default_rng(1).normal(size=600)
-        self.assertEqual(plots.smooth(noise)[0], noise[0])
-        self.assertLess(plots.smooth(noise)[20:].std(), 0.4)
-        self.assertAlmostEqual(plots.smooth(noise)[-1], noise[-11:].mean())
-        self.assertEqual(plots.smooth(numpy.array([3.0])).tolist(), [3.0])
+        self.assertEqual(smooth(noise)[0], noise[0])
+        self.assertLess(smooth(noise)[20:].std(), 0.4)
+        self.assertAlmostEqual(smooth(noise)[-1], noise[-11:].mean())
+        self.assertEqual(smooth(numpy.array([3.0])).tolist(), [3.0])
 
     def test_half_a_last_line_is_a_run_in_progress(self):
         path = self.write("a", [step(1), json.dumps(step(2))[:40]], end="")
-        self.assertEqual(list(plots.read(path).steps), [1])
+        self.assertEqual(list(read(path).steps), [1])
 
     def names(self, *stems, formats=("png", "svg")):
         return [str(self.folder / "out" / f"{stem}.{kind}") for stem in stems for kind in formats]
