@@ -12,31 +12,15 @@ import unicodedata
 import unittest
 from pathlib import Path
 
-import numpy
+import tool_module
+from indexed_reader import read_indexed
 
-sys.dont_write_bytecode = True  # the tool lies in the source tree
-TOOL = Path(__file__).resolve().parents[2] / "tools/make-corpus"
+TOOL = tool_module.TOOLS / "make-corpus"
 SMALL = ("--bytes", "6e5", "--vocab", "400")
 
 
 def run(*arguments):
     return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=200)
-
-
-def read_indexed(prefix):
-    """A second reader of the format, written from its description."""
-    index = Path(f"{prefix}.idx").read_bytes()
-    assert index[:9] == b"MMIDIDX\0\0" and int.from_bytes(index[9:17], "little") == 1
-    dtype = {8: numpy.uint16, 4: numpy.int32, 1: numpy.uint8}[index[17]]
-    count, entries = (int.from_bytes(index[at:at + 8], "little") for at in (18, 26))
-    lengths = numpy.frombuffer(index, numpy.int32, count, 34)
-    offsets = numpy.frombuffer(index, numpy.int64, count, 34 + 4 * count)
-    documents = numpy.frombuffer(index, numpy.int64, entries, 34 + 12 * count)
-    assert len(index) == 34 + 12 * count + 8 * entries
-    assert documents.tolist() == list(range(count + 1))
-    tokens = Path(f"{prefix}.bin").read_bytes()
-    assert len(tokens) == int(lengths.sum()) * dtype().itemsize
-    return [numpy.frombuffer(tokens, dtype, length, offset).tolist() for length, offset in zip(lengths, offsets)]
 
 
 def contents(folder):

@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
 """tools/make-dense: the shapes and files of the originals, transformers loads them, the same bytes for the same seed."""
-import importlib.machinery
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +8,10 @@ import tempfile
 import unittest
 from pathlib import Path
 
-sys.dont_write_bytecode = True  # the tool lies in the source tree
-TOOL = Path(__file__).resolve().parents[2] / "tools/make-dense"
-sys.path.insert(0, str(TOOL.parent))
-loader = importlib.machinery.SourceFileLoader("make_dense", str(TOOL))
-tool = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_dense", loader))
-loader.exec_module(tool)
+import tool_module
+
+tool = tool_module.load("make-dense")
+TOOL = tool_module.TOOLS / "make-dense"
 
 
 def run(*arguments):

@@ -1,7 +1,7 @@
 # PROCESSORS 1, the default: what mostly waits for programs to start, which is half of what these tests do.
 
 # The Python tools, by themselves.
-foreach(tool corpus plots preprocess chat make_dense report)
+foreach(tool corpus plots preprocess preprocess_interrupted preprocess_refusals indexed chat make_dense report)
   add_test(NAME e2e.${tool} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/test_${tool}.py)
   set_tests_properties(e2e.${tool} PROPERTIES LABELS e2e TIMEOUT 300 ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};HF_HUB_OFFLINE=1")
 endforeach()
