@@ -1,3 +1,4 @@
+// What moves tensors: by NCCL, or by MPI through the host's memory. Small messages of the host: communicator_control.cpp.
 #include "parallel/communicator.hpp"
 
 #include <ATen/ops/cat.h>
@@ -6,14 +7,13 @@
 #include <mpi.h>
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <stdexcept>
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
-#include "base/fault.hpp"
 #include "base/handle.hpp"
+#include "parallel/host_collectives.hpp"
 #include "parallel/nccl.hpp"
 #include "parallel/own_time.hpp"
 #include "parallel/point_to_point.hpp"
@@ -23,10 +23,8 @@ namespace upcycle {
 namespace {
 
 using mpi::Block;
+using mpi::block_of;
 using mpi::check;
-
-// Below this many bytes (over all ranks) an all-reduce is one exchange of everything instead of two of parts.
-constexpr int64_t kSmallBytes = 64 << 10;
 
 MPI_Comm no_comm() noexcept { return MPI_COMM_NULL; }
 void free_comm(MPI_Comm comm) noexcept {
@@ -46,9 +44,6 @@ void want_reducible(const char* call, const Tensor& x) {
   want_contiguous(call, x);
   want(reducible(x.scalar_type()), call, x, "this dtype can't be reduced");
 }
-
-std::byte* bytes_of(const Tensor& x) { return static_cast<std::byte*>(x.data_ptr()); }
-Block block_of(const Tensor& x) { return {bytes_of(x), static_cast<int64_t>(x.nbytes())}; }
 
 // Room on the host for what x holds: page-locked when x is on a GPU, so that the copies run at the bus's speed.
 Tensor host_room(const Tensor& like, at::IntArrayRef sizes) {
@@ -78,45 +73,7 @@ struct Communicator::State {
     check(MPI_Comm_size(owned, &size), "MPI_Comm_size");
   }
   int handle() const { return MPI_Comm_c2f(comm.get()); }
-
-  void exchange(const std::vector<Block>& to_each, const std::vector<Block>& from_each) const {
-    mpi::exchange(handle(), to_each, from_each, piece_bytes);
-  }
-  /// Everyone's `own` into `into`, one after another.
-  void gather(Block own, std::byte* into) const {
-    std::vector<Block> from_each;
-    for (int r = 0; r < size; ++r) from_each.push_back({into + r * own.bytes, own.bytes});
-    exchange(std::vector<Block>(static_cast<size_t>(size), own), from_each);
-  }
-  /// Receives size() blocks of out's bytes and folds them into `out` in the ranks' order; to_each[r] goes to rank r.
-  void reduce_from_each(const std::vector<Block>& to_each, Block out, at::ScalarType dtype, Reduce how) const {
-    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(size * out.bytes));
-    std::vector<Block> from_each;
-    std::vector<const std::byte*> parts;
-    for (int r = 0; r < size; ++r) {
-      from_each.push_back({scratch.get() + r * out.bytes, out.bytes});
-      parts.push_back(from_each.back().data);
-    }
-    exchange(to_each, from_each);
-    reduce_in_order(parts, out.data, out.bytes / static_cast<int64_t>(c10::elementSize(dtype)), dtype, how);
-  }
-  /// `x` on the host, at most piece_bytes.
-  void all_reduce(const Tensor& x, Reduce how) const {
-    const Block all = block_of(x);
-    if (all.bytes * size <= kSmallBytes) {
-      return reduce_from_each(std::vector<Block>(static_cast<size_t>(size), all), all, x.scalar_type(), how);
-    }
-    // Each rank reduces one part and hands it to all others: every byte is sent twice, and one rank decides each bit.
-    std::vector<Block> parts;
-    for (int64_t r = 0; r < size; ++r) {
-      const int64_t begin = x.numel() * r / size * x.element_size(),
-                    end = x.numel() * (r + 1) / size * x.element_size();
-      parts.push_back({all.data + begin, end - begin});
-    }
-    const Block own = parts[static_cast<size_t>(rank)];
-    reduce_from_each(parts, own, x.scalar_type(), how);
-    exchange(std::vector<Block>(static_cast<size_t>(size), own), parts);
-  }
+  mpi::Ranks ranks() const { return {handle(), rank, size, piece_bytes}; }
 };
 
 Communicator::Communicator() : state_(std::make_unique<State>(MPI_COMM_NULL)) {}
@@ -167,7 +124,7 @@ void Communicator::all_reduce(Tensor& x, Reduce how) const {
   for (int64_t begin = 0; begin < flat.numel(); begin += step) {
     const Tensor piece = flat.narrow(0, begin, std::min(step, flat.numel() - begin));
     const Tensor host = on_host(piece);
-    state_->all_reduce(host, how);
+    mpi::all_reduce(state_->ranks(), host, how);
     if (!piece.is_cpu()) piece.copy_(host);
   }
 }
@@ -185,7 +142,7 @@ Tensor Communicator::all_gather(const Tensor& x, int64_t dim) const {
     std::vector<int64_t> sizes = x.sizes().vec();
     sizes.insert(sizes.begin(), size());
     const Tensor host = on_host(x), all = host_room(x, sizes);
-    state_->gather(block_of(host), bytes_of(all));
+    mpi::gather(state_->ranks(), block_of(host), block_of(all).data);
     parts = back_to(x, all);
   }
   if (x.dim() == 0) return parts;
@@ -204,14 +161,7 @@ Tensor Communicator::reduce_scatter(const Tensor& x, int64_t dim) const {
   if (by_nccl(x)) return nccl::reduce_scatter(*state_->nccl, parts.view({size(), -1})).view(sizes);
 
   const Tensor host = on_host(parts), out = host_room(x, sizes);
-  const int64_t part = static_cast<int64_t>(out.nbytes());
-  const int64_t step = std::max<int64_t>(1, piece_bytes / x.element_size()) * x.element_size();
-  for (int64_t begin = 0; begin < part; begin += step) {
-    const int64_t bytes = std::min(step, part - begin);
-    std::vector<Block> to_each;
-    for (int r = 0; r < size(); ++r) to_each.push_back({bytes_of(host) + r * part + begin, bytes});
-    state_->reduce_from_each(to_each, {bytes_of(out) + begin, bytes}, x.scalar_type(), Reduce::sum);
-  }
+  mpi::reduce_scatter(state_->ranks(), host, out);
   return back_to(x, out);
 }
 
@@ -235,7 +185,7 @@ void Communicator::gather_from_own_part(Tensor& x) const {
   if (by_nccl(x)) return nccl::gather_from_own_part(*state_->nccl, x, rank());
   const int64_t part = x.numel() / size();
   const Tensor own = on_host(x.narrow(0, rank() * part, part)), all = x.is_cpu() ? x : host_room(x, x.sizes());
-  state_->gather(block_of(own), bytes_of(all));
+  mpi::gather(state_->ranks(), block_of(own), block_of(all).data);
   if (!x.is_cpu()) x.copy_(all);
 }
 
@@ -258,14 +208,14 @@ Tensor Communicator::all_to_all(const Tensor& x, std::span<const int64_t> send_r
       x.element_size() * std::accumulate(sizes.begin() + 1, sizes.end(), int64_t{1}, std::multiplies<>());
   const auto cut = [row](const Tensor& whole, std::span<const int64_t> rows) {
     std::vector<Block> blocks;
-    std::byte* at = bytes_of(whole);
+    std::byte* at = block_of(whole).data;
     for (const int64_t n : rows) {
       blocks.push_back({at, n * row});
       at += n * row;
     }
     return blocks;
   };
-  state_->exchange(cut(host, send_rows), cut(out, receive_rows));
+  mpi::exchange(state_->handle(), cut(host, send_rows), cut(out, receive_rows), piece_bytes);
   return back_to(x, out);
 }
 
@@ -324,80 +274,6 @@ void Communicator::send_receive(std::span<const Message> sent, std::span<const M
   for (size_t i = 0; i < received.size(); ++i) {
     if (!received[i].x.is_cpu()) received[i].x.copy_(hosts[sent.size() + i]);
   }
-}
-
-void Communicator::barrier() const {
-  if (size() == 1) return;
-  const own_time::Call call;
-  check(MPI_Barrier(state_->comm.get()), "MPI_Barrier");
-}
-
-int64_t Communicator::all_reduce(int64_t value, Reduce how) const {
-  if (size() == 1) return value;
-  const own_time::Call call;
-  const MPI_Op op = how == Reduce::sum ? MPI_SUM : how == Reduce::max ? MPI_MAX : MPI_MIN;
-  check(MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_INT64_T, op, state_->comm.get()), "MPI_Allreduce");
-  return value;
-}
-
-std::vector<int64_t> Communicator::all_gather(int64_t value) const {
-  std::vector<int64_t> values(static_cast<size_t>(size()), value);
-  if (size() == 1) return values;
-  const own_time::Call call;
-  check(MPI_Allgather(&value, 1, MPI_INT64_T, values.data(), 1, MPI_INT64_T, state_->comm.get()), "MPI_Allgather");
-  return values;
-}
-
-std::string Communicator::broadcast(std::string message, int root) const {
-  if (size() == 1) return message;
-  const own_time::Call call;
-  int64_t length = static_cast<int64_t>(message.size());
-  mpi::broadcast(state_->handle(), {reinterpret_cast<std::byte*>(&length), sizeof length}, root, piece_bytes);
-  message.resize(static_cast<size_t>(length));
-  mpi::broadcast(state_->handle(), {reinterpret_cast<std::byte*>(message.data()), length}, root, piece_bytes);
-  return message;
-}
-
-std::vector<std::string> Communicator::all_gather(const std::string& message) const {
-  std::vector<std::string> messages(static_cast<size_t>(size()), message);
-  if (size() == 1) return messages;
-  const own_time::Call call;
-  const std::vector<int64_t> lengths = all_gather(static_cast<int64_t>(message.size()));
-  std::vector<Block> from_each;
-  for (size_t r = 0; r < messages.size(); ++r) {
-    messages[r].resize(static_cast<size_t>(lengths[r]));
-    from_each.push_back({reinterpret_cast<std::byte*>(messages[r].data()), lengths[r]});
-  }
-  std::string own = message;
-  const Block mine{reinterpret_cast<std::byte*>(own.data()), static_cast<int64_t>(own.size())};
-  state_->exchange(std::vector<Block>(messages.size(), mine), from_each);
-  return messages;
-}
-
-void Communicator::agree(std::exception_ptr error) const {
-  if (size() == 1) {
-    if (error) std::rethrow_exception(error);
-    return;
-  }
-  constexpr int64_t kNobody = std::numeric_limits<int64_t>::max();
-  const int64_t lowest = all_reduce(error ? rank() : kNobody, Reduce::min);
-  if (lowest == kNobody) return;
-  std::string message;  // the first letter says the kind
-  if (error) {
-    try {
-      std::rethrow_exception(error);
-    } catch (const UserError& mistake) {
-      message = text("u", mistake.what());
-    } catch (const std::exception& fault) {
-      message = text("f", fault.what());
-    } catch (...) {
-      message = "fan exception of an unknown type";
-    }
-  }
-  message = broadcast(message, static_cast<int>(lowest));
-  const std::string what = (lowest > 0 ? text("rank ", lowest, ": ") : "") + message.substr(1);
-  if (message[0] == 'u') throw UserError(what);
-  throw CommonFault(rank() == lowest, what);
 }
 
 }  // namespace upcycle
