@@ -1,4 +1,4 @@
-// N experts, e one of them; C copies, c one of them; G shards, g one of them; fe expert width (hidden units of one expert), h hidden
+// N experts, e one of them; C copies, c one of them; G shards, g one of them; h hidden
 #include "upcycle/grow.hpp"
 
 #include <ATen/ops/empty.h>
@@ -8,44 +8,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <stdexcept>
 
 #include "base/error.hpp"
 #include "base/rng.hpp"
-#include "base/threads.hpp"
+#include "upcycle/disturb.hpp"
+#include "upcycle/map_elements.hpp"
 #include "upcycle/units.hpp"
 
 namespace upcycle {
-
 namespace {
-
-/// value(g, x) -> the new number, for every element of `target`; g is its flat index in the global tensor, x what `target` has. Called
-/// on several threads, in any order: numbers drawn by index are the same on any number of them.
-template <class Value>
-void map_elements(const Shape& shape, const Box& box, const Tensor& target, Value value) {
-  constexpr int64_t kOfThread = 1 << 14;   // elements: a few hundred microseconds of normal numbers
-  const int64_t dims = target.dim(), columns = dims ? box.size.back() : 1;
-  const int64_t rows = columns ? elements(box) / columns : 0;
-  float* const data = target.data_ptr<float>();
-  for_ranges(rows, std::max<int64_t>(1, kOfThread / std::max<int64_t>(1, columns)), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      int64_t global = 0, local = 0, stride = 1, rest = row;   // stride: of the global tensor's rows
-      for (int64_t d = dims - 2; d >= 0; --d) {
-        global += (box.begin[d] + rest % box.size[d]) * stride;
-        local += rest % box.size[d] * target.stride(d);
-        stride *= shape[d];
-        rest /= box.size[d];
-      }
-      if (dims) global = global * shape[dims - 1] + box.begin[dims - 1];
-      const int64_t step = dims ? target.stride(dims - 1) : 0;
-      for (int64_t column = 0; column < columns; ++column) {
-        float& x = data[local + column * step];
-        x = static_cast<float>(value(static_cast<uint64_t>(global + column), x));
-      }
-    }
-  });
-}
 
 /// Which of the expert's three matrices.
 enum class Matrix { gate, up, down };
@@ -55,6 +27,9 @@ Matrix matrix_of(const ParameterSpec& spec) {
   if (spec.name.ends_with(".up_proj.weight")) return Matrix::up;
   return Matrix::down;
 }
+
+/// Along which dim of the expert's matrix its hidden units lie.
+int64_t unit_dim_of(const ParameterSpec& spec) { return matrix_of(spec) == Matrix::down ? 1 : 0; }
 
 double factor_of(const ParameterSpec& spec, const Recipe& recipe) {
   switch (matrix_of(spec)) {
@@ -70,70 +45,6 @@ std::string dense_name(const std::string& name) {
   const std::string_view infix = ".experts";
   std::string out = name;
   return out.erase(out.rfind(infix), infix.size());
-}
-
-/// For each hidden unit of expert `e`: is it drawn anew? The floor(drop * fe) units with the smallest random numbers are.
-std::vector<bool> dropped_units(const ParameterSpec& spec, int64_t e, int64_t fe, const Recipe& recipe) {
-  const auto count = static_cast<int64_t>(std::floor(recipe.drop * static_cast<double>(fe) + 1e-9));  // 0.29 * 100 is 28.99...
-  const std::string whose = recipe.drop_indices == DropIndices::shared ? text("layer ", spec.layer) : spec.name;
-  const Random random(recipe.seed, text(whose, "/dropped units of expert ", e));
-  const std::vector<int64_t> units = shuffled(fe, random);
-  std::vector<bool> dropped(static_cast<size_t>(fe), false);
-  for (int64_t i = 0; i < count; ++i) dropped[static_cast<size_t>(units[static_cast<size_t>(i)])] = true;
-  return dropped;
-}
-
-/// Sees an expert's slice of the source from its first to its last row: (first row, fp32 rows).
-using SeeRows = std::function<void(int64_t first, const Tensor& rows)>;
-using ShowSlice = std::function<void(const SeeRows&)>;
-
-/// Statistics in fp64, summed in row-major order, however many rows are shown at a time.
-void measure(const ShowSlice& slice, int64_t unit_dim, ExpertFacts& facts) {
-  double squares = 0, sum = 0;
-  int64_t count = 0, all = 0;
-  const auto each = [&](auto action) {
-    slice([&](int64_t first, const Tensor& block) {
-      const int64_t rows = block.size(0), columns = block.size(1);
-      const float* const data = block.const_data_ptr<float>();
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c) {
-          action(static_cast<double>(data[r * columns + c]), facts.dropped[static_cast<size_t>(unit_dim == 0 ? first + r : c)]);
-        }
-      }
-    });
-  };
-  each([&](double x, bool drop) {
-    squares += x * x;
-    ++all;
-    if (drop) sum += x, ++count;
-  });
-  facts.rms = std::sqrt(squares / static_cast<double>(all));
-  facts.measured = true;
-  if (count == 0) return;
-  facts.mean = sum / static_cast<double>(count);
-  double spread = 0;
-  each([&](double x, bool drop) {
-    if (drop) spread += (x - facts.mean) * (x - facts.mean);
-  });
-  facts.deviation = std::sqrt(spread / static_cast<double>(count));
-}
-
-/// Noise and drop of the part `box` of expert `e`; `target` has the dense values of `box`.
-void disturb(const ParameterSpec& spec, const Box& box, int64_t e, const Recipe& recipe, const ShowSlice& slice, const Tensor& target,
-             ExpertFacts& facts) {
-  const int64_t unit_dim = matrix_of(spec) == Matrix::down ? 1 : 0, columns = spec.shape[2];
-  if (!facts.measured) {
-    facts.dropped = dropped_units(spec, e, spec.shape[static_cast<size_t>(1 + unit_dim)], recipe);
-    measure(slice, unit_dim, facts);
-  }
-  const Random fresh(recipe.seed, spec.name + "/drop"), noise(recipe.seed, spec.name + "/noise");
-  const Box of_expert{{e, box.begin[1], box.begin[2]}, {1, box.size[1], box.size[2]}};
-  map_elements(spec.shape, of_expert, target.unsqueeze(0), [&](uint64_t index, float x) -> double {
-    const uint64_t in_expert = index % static_cast<uint64_t>(spec.shape[1] * columns);
-    const auto unit = static_cast<size_t>(unit_dim == 0 ? in_expert / columns : in_expert % columns);
-    if (facts.dropped[unit]) return facts.mean + facts.deviation * fresh.normal(index);
-    return recipe.noise > 0 ? x + recipe.noise * facts.rms * noise.normal(index) : x;
-  });
 }
 
 /// The experts of `box`, in groups of those that have the same slice of the source: the copies of a shard, where they share one order; of
@@ -169,7 +80,7 @@ Tensor source_slice(const ParameterSpec& spec, const ExpertFacts& facts, const B
   if (recipe.of_mixture()) {
     return read(spec.name, {{e / recipe.copies, box.begin[0], box.begin[1]}, {1, box.size[0], box.size[1]}}).select(0, 0);
   }
-  const size_t unit_dim = matrix_of(spec) == Matrix::down ? 1 : 0, other_dim = 1 - unit_dim;
+  const auto unit_dim = static_cast<size_t>(unit_dim_of(spec)), other_dim = 1 - unit_dim;
   const auto begin = facts.units.begin() + box.begin[unit_dim];
   const ReadDense own = read.of(recipe.source_of(e / recipe.granularity));
   return read_units(own, dense_name(spec.name), static_cast<int64_t>(unit_dim), {begin, begin + box.size[unit_dim]}, box.begin[other_dim],
@@ -205,7 +116,7 @@ void grow_experts(const ParameterSpec& spec, const Box& box, const Recipe& recip
       }
       part.copy_(whole_slice ? slice.narrow(0, box.begin[1], box.size[1]).narrow(1, box.begin[2], box.size[2]) : slice);
       ExpertFacts& facts = facts_of(spec, e, recipe, kept, own);
-      disturb(spec, box, e, recipe, [&](const SeeRows& see) {
+      disturb(spec, box, unit_dim_of(spec), recipe, [&](const SeeRows& see) {
         if (whole_slice) return see(0, slice);
         const int64_t step = std::max<int64_t>(1, kShownElements / spec.shape[2]);
         for (int64_t row = 0; row < spec.shape[1]; row += step) {
