@@ -9,16 +9,14 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
 #include "base/autograd.hpp"
-#include "device/device.hpp"
-#include "device/moment.hpp"
 #include "model/vocabulary.hpp"
 #include "ops/cross_entropy.hpp"
 #include "ops/embedding.hpp"
+#include "support/gpu_time.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 #include "support/tensors.hpp"
@@ -218,22 +216,6 @@ TEST(EmbeddingOnGpu, IsThePlainFormAndTheSameEachTime) {
       EXPECT_TRUE(same_on_gpu(ours, again));
     }
   }
-}
-
-/// Seconds of one call: the median of 15, after one that does not count.
-template <class Call>
-double seconds(Call&& call) {
-  call();
-  std::vector<double> all;
-  for (int i = 0; i < 15; ++i) {
-    const device::Moment before(kGpu);
-    call();
-    const device::Moment after(kGpu);
-    device::synchronize(kGpu);
-    all.push_back(before.seconds_until(after));
-  }
-  std::sort(all.begin(), all.end());
-  return all[all.size() / 2];
 }
 
 // Asserts nothing: figures for people, beside a copy's rate on the same card.

@@ -3,12 +3,8 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/Event.h>
-#include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAStream.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -19,6 +15,7 @@
 #include "ops/cuda/grouped_gemm.hpp"
 #include "ops/grouped_matmul.hpp"
 #include "ops/linear.hpp"
+#include "support/gpu_time.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 
@@ -189,23 +186,6 @@ TEST(LinearWeightGradient, IsAddedInFp32) {
       EXPECT_LE(distance(main_grad[1] - before[1], expected - before[1].to(at::kDouble)), dtype == at::kFloat ? 1e-5 : 1e-4);
     }
   }
-}
-
-/// Milliseconds of one call, the median of 15.
-double milliseconds(const std::function<void()>& call) {
-  for (int i = 0; i < 3; ++i) call();
-  std::vector<double> times;
-  for (int i = 0; i < 15; ++i) {
-    c10::Event begin(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT), end(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT);
-    const auto stream = c10::cuda::getCurrentCUDAStream(0);
-    begin.record(stream);
-    call();
-    end.record(stream);
-    end.synchronize();
-    times.push_back(begin.elapsedTime(end));
-  }
-  std::nth_element(times.begin(), times.begin() + 7, times.end());
-  return times[7];
 }
 
 // No test: a table of milliseconds and TFLOP/s. --gtest_also_run_disabled_tests --gtest_filter='*Times*'

@@ -5,17 +5,15 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
-#include "device/device.hpp"
-#include "device/moment.hpp"
 #include "model/stage.hpp"
 #include "ops/adamw.hpp"
 #include "ops/sum_of_squares.hpp"
 #include "parallel/mesh.hpp"
 #include "support/decided_weights.hpp"
+#include "support/gpu_time.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 #include "support/tensors.hpp"
@@ -213,22 +211,6 @@ TEST(OptimizerOnGpu, WaitsForNothing) {
     gpu.optimizer->zero_gradients();
     gpu.optimizer->step(1e-2, gpu.optimizer->squared_norm_share());
   }
-}
-
-/// Seconds of one call: the median of 15, after one that does not count.
-template <class Call>
-double seconds(Call&& call) {
-  call();
-  std::vector<double> all;
-  for (int i = 0; i < 15; ++i) {
-    const device::Moment before(kGpu);
-    call();
-    const device::Moment after(kGpu);
-    device::synchronize(kGpu);
-    all.push_back(before.seconds_until(after));
-  }
-  std::sort(all.begin(), all.end());
-  return all[all.size() / 2];
 }
 
 // Asserts nothing: figures for people, beside a copy's rate on the same card.

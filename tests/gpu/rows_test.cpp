@@ -10,9 +10,6 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/Event.h>
-#include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAStream.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -21,6 +18,7 @@
 
 #include "ops/permute.hpp"
 #include "ops/swiglu.hpp"
+#include "support/gpu_time.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 #include "support/tensors.hpp"
@@ -236,24 +234,6 @@ TEST(RowsOnGpu, NothingMakesTheHostWait) {
     const NoWaiting guard;
     EXPECT_NO_THROW(pass());
   }
-}
-
-/// Milliseconds of one of several calls, the median; each behind another, so that the host's part is not seen.
-double milliseconds(const std::function<void()>& call) {
-  constexpr int kCalls = 30;
-  std::vector<c10::Event> moments;
-  for (int i = 0; i <= kCalls; ++i) moments.emplace_back(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT);
-  for (int i = 0; i < 3; ++i) call();
-  const auto stream = c10::cuda::getCurrentCUDAStream(0);
-  for (int i = 0; i <= kCalls; ++i) {
-    moments[static_cast<size_t>(i)].record(stream);
-    if (i < kCalls) call();
-  }
-  stream.synchronize();
-  std::vector<double> each;
-  for (size_t i = 0; i < kCalls; ++i) each.push_back(moments[i].elapsedTime(moments[i + 1]));
-  std::nth_element(each.begin(), each.begin() + kCalls / 2, each.end());
-  return each[kCalls / 2];
 }
 
 // Each kernel is bound by what it moves: against a copy of 1 GiB in the same run. The sort is bound by its three launches.
