@@ -2,45 +2,33 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
-
 #include "base/error.hpp"
-#include "base/rng.hpp"
 #include "device/device.hpp"
-#include "support/numbers.hpp"
-#include "train/start.hpp"
-#include "train/trainer.hpp"
+#include "support/tiny_training.hpp"
 
 namespace upcycle {
 namespace {
 
 /// All weights after some steps of a model of its own, and each step's loss and norm.
 std::vector<Tensor> after_steps(int64_t experts, Recompute recompute) {
-  Architecture a;
+  TinyModel model;
+  model.seed = 5, model.weights = wide_weights(5);
+  Architecture& a = model.architecture;
   a.hidden = 256, a.layers = 2, a.heads = 4, a.kv_heads = 2, a.head_dim = 64, a.ffn = 512, a.vocab = 1000, a.tied = true;
   if (experts > 0) a.experts = experts, a.top_k = 2, a.expert_ffn = 128, a.dense_layers = {1};
-  RunConfig run;
+  RunConfig& run = model.run;
   run.train.steps = 20, run.train.sequence = 640, run.train.global_batch = 6, run.train.micro_batch = 3, run.train.recompute = recompute;
   run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
   run.balance.aux = 0.05, run.balance.z = 0.01;
-  Mesh mesh{Grid(ParallelSection{}, 1)};
-  Stage stage(a, Layout::even(mesh.grid(), a), mesh);
-  stage.weights().allocate(at::kBFloat16, at::Device(at::kCUDA, 0));
-  fill_masters(stage.weights(), [](const ParameterSpec& spec, const Box&, Tensor target) {
-    const Tensor x = normal(spec.shape, Random(5, spec.name).bits(0));
-    target.copy_(spec.role == Role::norm ? 1 + 0.2 * x : x * (2 / std::sqrt(static_cast<double>(spec.shape.back()))));
-  });
-  Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
-  const Sampler sampler(std::vector<Blend>{{1.0, "mock"}}, {1, 0, 0}, Split::train, run.train.sequence, a.vocab, 5);
-  Trainer trainer(run, mesh, stage, optimizer, sampler);
+  TinyTraining training(model, run, at::Device(at::kCUDA, 0), Transport::mpi);
   std::vector<Tensor> results;
   for (int step = 0; step < 3; ++step) {
-    const StepReport report = read(trainer.step());
+    const StepReport report = training.step();
     results.push_back(at::scalar_tensor(report.loss, at::kDouble));
     results.push_back(at::scalar_tensor(report.gradient_norm, at::kDouble));
   }
-  for (const Weight& weight : stage.weights().all()) results.push_back(weight.parameter.value.cpu());
-  for (const Bucket& bucket : stage.weights().buckets()) results.push_back(bucket.masters.cpu());
+  for (const Weight& weight : training.stage().weights().all()) results.push_back(weight.parameter.value.cpu());
+  for (const Bucket& bucket : training.stage().weights().buckets()) results.push_back(bucket.masters.cpu());
   return results;
 }
 

@@ -10,57 +10,40 @@
 #include <cmath>
 
 #include "base/error.hpp"
-#include "base/rng.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
-#include "train/start.hpp"
-#include "train/trainer.hpp"
+#include "support/tiny_training.hpp"
 
 namespace upcycle {
 namespace {
 
-/// A model on one device with all that a step needs. Layer 1 is dense when there are experts.
-struct Training {
-  Architecture architecture;
-  RunConfig run;
-  Mesh mesh{Grid(ParallelSection{}, 1)};
-  std::optional<Stage> stage;
-  std::optional<Optimizer> optimizer;
-  std::optional<Sampler> sampler;
-  std::optional<Trainer> trainer;
-
-  Training(int64_t experts, Precision precision, at::Device device, int64_t head_dim = 16, BalanceScope scope = BalanceScope::batch) {
-    Architecture& a = architecture;
-    a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = head_dim, a.ffn = 48, a.vocab = 96, a.tied = true;
-    if (experts > 0) a.experts = experts, a.top_k = 2, a.expert_ffn = 24, a.dense_layers = {1};
-    run.train.steps = 20, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = 4;
-    run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
-    run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = scope;
-    run.balance.bias_rate = 1e-3, run.balance.jitter = 0.01;
-    stage.emplace(a, Layout::even(mesh.grid(), a), mesh);
-    stage->weights().allocate(precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device);
-    fill_masters(stage->weights(), [](const ParameterSpec& spec, const Box&, Tensor target) {
-      const Tensor x = normal(spec.shape, Random(5, spec.name).bits(0));
-      target.copy_(spec.role == Role::norm ? 1 + 0.2 * x : x * (2 / std::sqrt(static_cast<double>(spec.shape.back()))));
-    });
-    optimizer.emplace(stage->weights(), run.optimizer, /*router_lr_scale=*/1.0);
-    sampler.emplace(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train, run.train.sequence, a.vocab, 5);
-    trainer.emplace(run, mesh, *stage, *optimizer, *sampler);
-  }
-};
-
 const at::Device kGpu(at::kCUDA, 0);
+
+/// A model in training on one device. Layer 1 is dense when there are experts.
+TinyTraining train(int64_t experts, Precision precision, at::Device device, int64_t head_dim = 16, BalanceScope scope = BalanceScope::batch) {
+  TinyModel model;
+  model.seed = 5, model.weights = wide_weights(5);
+  Architecture& a = model.architecture;
+  a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = head_dim, a.ffn = 48, a.vocab = 96, a.tied = true;
+  if (experts > 0) a.experts = experts, a.top_k = 2, a.expert_ffn = 24, a.dense_layers = {1};
+  RunConfig& run = model.run;
+  run.train.steps = 20, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = 4, run.train.precision = precision;
+  run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
+  run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = scope;
+  run.balance.bias_rate = 1e-3, run.balance.jitter = 0.01;
+  return TinyTraining(model, run, device, Transport::mpi);
+}
 
 TEST(StepOnGpu, NeverMakesTheHostWait) {
   for (const auto& [experts, scope] : {std::pair{0, BalanceScope::batch}, {8, BalanceScope::batch}, {8, BalanceScope::sequence},
                                        {8, BalanceScope::global}}) {
     SCOPED_TRACE(text(experts, " experts, scope ", static_cast<int>(scope)));
-    Training training(experts, Precision::bf16, kGpu, 16, scope);
-    read(training.trainer->step());   // the table of rotations travels once
+    TinyTraining training = train(experts, Precision::bf16, kGpu, 16, scope);
+    training.step();   // the table of rotations travels once
     PendingReport pending;
     {
       const NoWaiting guard;
-      for (int step = 0; step < 3; ++step) pending = training.trainer->step();
+      for (int step = 0; step < 3; ++step) pending = training.trainer().step();
     }
     EXPECT_LT(read(pending).loss, 20.0);
   }
@@ -68,18 +51,18 @@ TEST(StepOnGpu, NeverMakesTheHostWait) {
 
 // fp32 experts go one by one: the host must know their rows. This shows that NoWaiting sees what it should.
 TEST(StepOnGpu, Fp32ExpertsDoMakeItWait) {
-  Training training(8, Precision::fp32, kGpu);
+  TinyTraining training = train(8, Precision::fp32, kGpu);
   const NoWaiting guard;
-  EXPECT_ANY_THROW(training.trainer->step());
+  EXPECT_ANY_THROW(training.trainer().step());
 }
 
 TEST(StepOnGpu, IsTheCpusInFp32AndNearItInBf16) {
   for (const auto& [experts, head_dim] : {std::pair{0, 16}, {8, 16}, {8, 10}}) {   // no flash kernel takes heads of 10
     SCOPED_TRACE(text(experts, " experts, heads of ", head_dim));
-    Training cpu(experts, Precision::fp32, at::kCPU, head_dim), gpu(experts, Precision::fp32, kGpu, head_dim);
-    Training half(experts, Precision::bf16, kGpu, head_dim);
+    TinyTraining cpu = train(experts, Precision::fp32, at::kCPU, head_dim), gpu = train(experts, Precision::fp32, kGpu, head_dim);
+    TinyTraining half = train(experts, Precision::bf16, kGpu, head_dim);
     for (int step = 0; step < 5; ++step) {
-      const StepReport a = read(cpu.trainer->step()), b = read(gpu.trainer->step()), c = read(half.trainer->step());
+      const StepReport a = cpu.step(), b = gpu.step(), c = half.step();
       EXPECT_LE(std::abs(b.loss / a.loss - 1), 1e-6);
       EXPECT_LE(std::abs(b.gradient_norm / a.gradient_norm - 1), 1e-5);
       EXPECT_EQ(b.tokens_per_expert, a.tokens_per_expert);

@@ -14,8 +14,8 @@
 #include "support/numbers.hpp"
 #include "support/scratch.hpp"
 #include "support/tensors.hpp"
+#include "support/tiny_training.hpp"
 #include "train/snapshot.hpp"
-#include "train/start.hpp"
 
 // Shapes: T tokens of this rank, K choices of each, E experts, D width.
 namespace upcycle {
@@ -60,45 +60,32 @@ TEST(Balance, RanksThatShareAMicroBatchAreOneRank) {
   }
 }
 
-/// A model of two MoE layers and a dense one, whose routers prefer few experts, and all that a step needs.
-struct Training {
-  RunConfig run;
-  Architecture architecture;
-  std::optional<Mesh> mesh;
-  std::optional<Stage> stage;
-  std::optional<Optimizer> optimizer;
-  std::optional<Sampler> sampler;
-  std::optional<Trainer> trainer;
-
-  explicit Training(const BalanceSection& balance) {
-    Architecture& a = architecture;
-    a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = 8, a.ffn = 48, a.vocab = 96;
-    a.experts = 8, a.top_k = 2, a.expert_ffn = 16, a.dense_layers = {1};
-    run.train.steps = 40, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = 2;
-    run.train.precision = Precision::fp32;
-    run.optimizer.lr = 1e-4, run.optimizer.schedule = Schedule::constant;
-    run.balance = balance;
-    run.parallel.expert = world_size();
-    mesh.emplace(Grid(run.parallel, world_size()));
-    stage.emplace(a, Layout::even(mesh->grid(), a), *mesh);
-    stage->weights().allocate(at::kFloat, at::kCPU);
-    fill_masters(stage->weights(), [](const ParameterSpec& spec, const Box& box, Tensor target) {
-      Tensor x = normal(spec.shape, Random(3, spec.name).bits(0)) / std::sqrt(static_cast<double>(spec.shape.back()));
-      if (spec.role == Role::norm) x = 1 + 0.2 * x;
-      if (spec.role == Role::embedding) x = x * 4;
-      if (spec.role == Role::router) x = x * at::linspace(0.5, 1.5, spec.shape[0]).unsqueeze(1);   // long rows win more often
-      for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
-      target.copy_(x);
-    });
-    optimizer.emplace(stage->weights(), run.optimizer, /*router_lr_scale=*/1.0);
-    sampler.emplace(std::vector<Blend>{{1.0, "mock"}}, std::array<int64_t, 3>{1, 0, 0}, Split::train, run.train.sequence, a.vocab, 7);
-    trainer.emplace(run, *mesh, *stage, *optimizer, *sampler);
-  }
-  StepReport step() { return read(trainer->step()); }
-};
+/// A model of two MoE layers and a dense one in training, whose routers prefer few experts.
+TinyTraining train(const BalanceSection& balance) {
+  TinyModel model;
+  model.seed = 7;
+  Architecture& a = model.architecture;
+  a.hidden = 32, a.layers = 3, a.heads = 4, a.kv_heads = 2, a.head_dim = 8, a.ffn = 48, a.vocab = 96;
+  a.experts = 8, a.top_k = 2, a.expert_ffn = 16, a.dense_layers = {1};
+  RunConfig& run = model.run;
+  run.train.steps = 40, run.train.sequence = 16, run.train.global_batch = 8, run.train.micro_batch = 2;
+  run.train.precision = Precision::fp32;
+  run.optimizer.lr = 1e-4, run.optimizer.schedule = Schedule::constant;
+  run.balance = balance;
+  run.parallel.expert = world_size();
+  model.weights = [](const ParameterSpec& spec, const Box& box, Tensor target) {
+    Tensor x = normal(spec.shape, Random(3, spec.name).bits(0)) / std::sqrt(static_cast<double>(spec.shape.back()));
+    if (spec.role == Role::norm) x = 1 + 0.2 * x;
+    if (spec.role == Role::embedding) x = x * 4;
+    if (spec.role == Role::router) x = x * at::linspace(0.5, 1.5, spec.shape[0]).unsqueeze(1);   // long rows win more often
+    for (size_t d = 0; d < box.begin.size(); ++d) x = x.narrow(static_cast<int64_t>(d), box.begin[d], box.size[d]);
+    target.copy_(x);
+  };
+  return TinyTraining(model, run);
+}
 
 TEST(Balance, BiasesMoveTheLoadTowardsBalance) {
-  Training with({.aux = 0.0, .bias_rate = 0.05}), without({.aux = 0.0});
+  TinyTraining with = train({.aux = 0.0, .bias_rate = 0.05}), without = train({.aux = 0.0});
   EXPECT_EQ(without.step().load_max_over_mean, with.step().load_max_over_mean) << "biases start at zero";
   double moved = 0.0, unmoved = 0.0;   // means over the last ten steps: one has 128 tokens, which is noisy
   for (int step = 1; step < 40; ++step) {
@@ -107,53 +94,53 @@ TEST(Balance, BiasesMoveTheLoadTowardsBalance) {
   }
   EXPECT_GT(unmoved, 1.3) << "routers in balance from the start prove nothing";
   EXPECT_LT(moved - 1, 0.6 * (unmoved - 1));
-  for (Router* router : with.stage->routers()) {
+  for (Router* router : with.stage().routers()) {
     const Tensor bias = router->state().bias_E;
-    for (const std::string& other : with.mesh->world().all_gather(text(bias))) EXPECT_EQ(other, text(bias)) << "one bias on all ranks";
+    for (const std::string& other : with.mesh().world().all_gather(text(bias))) EXPECT_EQ(other, text(bias)) << "one bias on all ranks";
   }
 }
 
 TEST(Balance, ASkippedStepChangesNothing) {
-  Training training({.aux = 0.01, .scope = BalanceScope::global, .bias_rate = 0.05});
+  TinyTraining training = train({.aux = 0.01, .scope = BalanceScope::global, .bias_rate = 0.05});
   training.step();
-  const nlohmann::json before = training.trainer->balance().state();
+  const nlohmann::json before = training.trainer().balance().state();
   EXPECT_EQ(before.size(), 2U);
-  training.stage->weights().all().front().parameter.value.fill_(std::nan(""));
+  training.stage().weights().all().front().parameter.value.fill_(std::nan(""));
   EXPECT_TRUE(training.step().skipped);
-  EXPECT_EQ(training.trainer->balance().state(), before);
+  EXPECT_EQ(training.trainer().balance().state(), before);
 }
 
 TEST(Balance, StopAndResumeIsBitwiseTheUninterruptedRun) {
   Scratch scratch;   // rank 0's is everybody's
   const BalanceSection balance{.aux = 0.05, .scope = BalanceScope::global, .bias_rate = 0.03, .jitter = 0.05};
-  Training whole(balance), first(balance), second(balance);
-  const std::filesystem::path folder = whole.mesh->world().broadcast(scratch.path().string(), 0);
+  TinyTraining whole = train(balance), first = train(balance), second = train(balance);
+  const std::filesystem::path folder = whole.mesh().world().broadcast(scratch.path().string(), 0);
   for (int step = 0; step < 3; ++step) whole.step(), first.step();
-  TrainingState& state = first.trainer->state();
-  state.routers = first.trainer->balance().state();
-  const auto stored = save_checkpoint(folder, *first.mesh, first.stage->weights(), &*first.optimizer, state, {});
-  second.trainer->state() = restore_checkpoint(CheckpointReader(stored), second.stage->weights(), &*second.optimizer);
-  second.trainer->balance().restore(second.trainer->state().routers);
+  TrainingState& state = first.trainer().state();
+  state.routers = first.trainer().balance().state();
+  const auto stored = save_checkpoint(folder, first.mesh(), first.stage().weights(), &first.optimizer(), state, {});
+  second.trainer().state() = restore_checkpoint(CheckpointReader(stored), second.stage().weights(), &second.optimizer());
+  second.trainer().balance().restore(second.trainer().state().routers);
   for (int step = 0; step < 3; ++step) {
     const StepReport a = whole.step(), b = second.step();
     EXPECT_EQ(a.loss, b.loss);
     EXPECT_EQ(a.aux_loss, b.aux_loss);
     EXPECT_EQ(a.tokens_per_expert, b.tokens_per_expert);
   }
-  for (size_t r = 0; r < whole.stage->routers().size(); ++r) {
-    RouterState &a = whole.stage->routers()[r]->state(), &b = second.stage->routers()[r]->state();
+  for (size_t r = 0; r < whole.stage().routers().size(); ++r) {
+    RouterState &a = whole.stage().routers()[r]->state(), &b = second.stage().routers()[r]->state();
     EXPECT_TRUE(same_bits(a.bias_E, b.bias_E));
     EXPECT_TRUE(same_bits(a.count_E, b.count_E));
     EXPECT_GT(a.bias_E.abs().max().item<double>(), 0.0);
   }
   nlohmann::json damaged = state.routers;
   damaged.begin()->at("bias").push_back(1.0);
-  EXPECT_NE(user_error([&] { second.trainer->balance().restore(damaged); }).find("9 numbers in 'bias'"), std::string::npos);
-  whole.mesh->world().barrier();   // nobody reads rank 0's directory any more
+  EXPECT_NE(user_error([&] { second.trainer().balance().restore(damaged); }).find("9 numbers in 'bias'"), std::string::npos);
+  whole.mesh().world().barrier();   // nobody reads rank 0's directory any more
 }
 
 TEST(Balance, ReportsCount) {
-  Training training({.aux = 0.05, .jitter = 0.05});
+  TinyTraining training = train({.aux = 0.05, .jitter = 0.05});
   const StepReport report = training.step();
   ASSERT_EQ(report.tokens_per_expert.size(), 2U);
   int64_t choices = 0;

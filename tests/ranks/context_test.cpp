@@ -17,6 +17,7 @@
 #include "base/rng.hpp"
 #include "support/decided_weights.hpp"
 #include "support/numbers.hpp"
+#include "support/tiny_training.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
 #include "unit/data/indexed_files.hpp"
@@ -73,26 +74,23 @@ Outcome train(const Case& c, const ParallelSection& parallel) {
   run.data.documents = c.borders;
   run.parallel = parallel;
   const Scratch scratch;
-  const Mesh mesh(Grid(run.parallel, world_size()));
-  const Architecture architecture = tiny(true);
-  Stage stage(architecture, make_layout(architecture, mesh.grid(), parallel), mesh);
-  stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), decided_weights(3));
-  Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
   if (c.masked) write_mask(scratch, mask());
-  const Sampler sampler({{1.0, write_documents(scratch, documents())}}, {1, 0, 0}, Split::train, run.train.sequence, kVocab, 5, c.borders);
-  Trainer trainer(run, mesh, stage, optimizer, sampler);
+  run.data.train = {{1.0, write_documents(scratch, documents())}};
+  TinyModel model;
+  model.architecture = tiny(true), model.seed = 5, model.weights = decided_weights(3);
+  TinyTraining training(model, run);
+  const Sampler& sampler = training.sampler();
   Outcome numbers;
   int64_t fewest = run.train.sequence;   // learned labels of a micro-batch
   for (int64_t step = 0; step < kSteps; ++step) {
-    const StepReport report = read(trainer.step());
+    const StepReport report = training.step();
     for (int64_t i = 4 * step; i < 4 * step + 4; ++i) fewest = std::min(fewest, sampler.learned(i, 1));
     EXPECT_EQ(report.learned.value_or(4 * run.train.sequence), sampler.learned(4 * step, 4));
     EXPECT_EQ(report.learned.has_value(), c.masked);
     numbers.losses.push_back(report.loss);
     numbers.norms.push_back(report.gradient_norm);
     if (step > 0) continue;
-    for (const Weight& weight : stage.weights().all()) {
+    for (const Weight& weight : training.stage().weights().all()) {
       for (const Part& part : weight.parts) {
         numbers.gradients[part.spec.name] = part.of(weight.parameter.main_grad).clone();
         numbers.boxes[part.spec.name] = part.box;
@@ -101,7 +99,7 @@ Outcome train(const Case& c, const ParallelSection& parallel) {
   }
   EXPECT_EQ(fewest, c.masked ? 0 : run.train.sequence) << "some micro-batches teach nothing, others do";
   // The same on all ranks, so it takes its place beside the losses.
-  numbers.losses.push_back(trainer.validate(sampler, 2));
+  numbers.losses.push_back(training.trainer().validate(sampler, 2));
   return numbers;
 }
 

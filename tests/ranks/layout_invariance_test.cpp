@@ -8,13 +8,8 @@
 #include <limits>
 #include <numeric>
 
-#include "base/autograd.hpp"
 #include "base/error.hpp"
-#include "base/rng.hpp"
-#include "support/decided_weights.hpp"
-#include "support/numbers.hpp"
-#include "train/start.hpp"
-#include "train/trainer.hpp"
+#include "support/tiny_training.hpp"
 
 namespace upcycle {
 namespace {
@@ -51,48 +46,19 @@ RunConfig run_of(const Case& c, int64_t expert) {
   return run;
 }
 
-/// The smallest distance between the last chosen and the first rejected logit over this rank's tokens of the next step. Collective.
-double smallest_gap(Stage& stage, const Mesh& mesh, const RunConfig& run, const Sampler& sampler, int64_t position) {
-  const Unrecorded guard;
-  double smallest = std::numeric_limits<double>::infinity();
-  const int64_t stride = run.train.micro_batch * mesh.grid().size(Axis::data);
-  for (int64_t first = run.train.micro_batch * mesh.here()[Axis::data]; first < run.train.global_batch; first += stride) {
-    const Positions positions = stage.positions(run.train.micro_batch, run.train.sequence);
-    Tensor x = stage.embed(sampler.batch(position + first, run.train.micro_batch).tokens_BS);
-    for (Block& block : stage.layers()) {
-      const Tensor attended = block.attend(x, positions), h = block.feed_forward_input(attended);
-      if (MoeLayer* moe = block.moe()) {
-        Tensor logits = moe->router().logits(h);
-        if (moe->router().state().bias_E.defined()) logits = logits + moe->router().state().bias_E;
-        const Tensor best = std::get<0>(logits.sort(int64_t{1}, /*descending=*/true));
-        const int64_t top_k = stage.architecture().top_k;
-        smallest = std::min(smallest, (best.select(1, top_k - 1) - best.select(1, top_k)).min().item<double>());
-      }
-      x = attended + block.feed_forward(h, {});
-    }
-  }
-  return smallest;
-}
-
 struct Curve {
   std::vector<StepReport> steps;
   double gap = std::numeric_limits<double>::infinity();   ///< over all tokens of this rank, layers and steps
 };
 
 Curve train(const Case& c, int64_t expert) {
-  const RunConfig run = run_of(c, expert);
-  const Mesh mesh(Grid(run.parallel, world_size()));
-  const Architecture architecture = tiny(c);
-  Stage stage(architecture, Layout::even(mesh.grid(), architecture), mesh, model_settings(run));
-  stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), decided_weights(c.seed));
-  Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
-  const Sampler sampler({{1.0, "mock"}}, {1, 0, 0}, Split::train, run.train.sequence, architecture.vocab, c.seed);
-  Trainer trainer(run, mesh, stage, optimizer, sampler);
+  TinyModel model;
+  model.architecture = tiny(c), model.seed = c.seed;
+  TinyTraining training(model, run_of(c, expert));
   Curve curve;
   for (int64_t step = 0; step < kSteps; ++step) {
-    curve.gap = std::min(curve.gap, smallest_gap(stage, mesh, run, sampler, trainer.state().position));
-    curve.steps.push_back(read(trainer.step()));
+    curve.gap = std::min(curve.gap, training.smallest_gap());
+    curve.steps.push_back(training.step());
   }
   return curve;
 }

@@ -12,11 +12,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
-#include "base/rng.hpp"
-#include "support/decided_weights.hpp"
-#include "support/numbers.hpp"
-#include "train/start.hpp"
-#include "train/trainer.hpp"
+#include "support/tiny_training.hpp"
 
 namespace upcycle {
 namespace {
@@ -54,19 +50,13 @@ std::string reference_of(const Model& m) { return std::string(UPCYCLE_REFERENCE_
 /// Five steps and a validation; `judge` sees the weights afterwards.
 template <class Judge>
 std::vector<StepReport> train(const Model& m, const ParallelSection& parallel, Judge&& judge) {
-  const RunConfig run = run_of(m, parallel);
-  const Mesh mesh(Grid(run.parallel, world_size()));
-  const Architecture architecture = tiny(m);
-  Stage stage(architecture, make_layout(architecture, mesh.grid(), run.parallel), mesh);
-  stage.weights().allocate(at::kFloat, at::kCPU);
-  fill_masters(stage.weights(), decided_weights(3));
-  Optimizer optimizer(stage.weights(), run.optimizer, /*router_lr_scale=*/1.0);
-  const Sampler sampler({{1.0, "mock"}}, {1, 0, 0}, Split::train, run.train.sequence, architecture.vocab, 1);
-  Trainer trainer(run, mesh, stage, optimizer, sampler);
+  TinyModel model;
+  model.architecture = tiny(m), model.seed = 1, model.weights = decided_weights(3);
+  TinyTraining training(model, run_of(m, parallel));
   std::vector<StepReport> steps;
-  for (int64_t step = 0; step < kSteps; ++step) steps.push_back(read(trainer.step()));
-  steps.emplace_back().loss = trainer.validate(sampler, 1);
-  judge(stage.weights());
+  for (int64_t step = 0; step < kSteps; ++step) steps.push_back(training.step());
+  steps.emplace_back().loss = training.trainer().validate(training.sampler(), 1);
+  judge(training.stage().weights());
   return steps;
 }
 

@@ -20,4 +20,12 @@ inline Fill decided_weights(uint64_t seed, int64_t tied_routers = 1) {
   };
 }
 
+/// For models of one rank: matrices of twice the size that keeps the size of what they multiply.
+inline Fill wide_weights(uint64_t seed) {
+  return [seed](const ParameterSpec& spec, const Box&, Tensor target) {
+    const Tensor x = normal(spec.shape, Random(seed, spec.name).bits(0));
+    target.copy_(spec.role == Role::norm ? 1 + 0.2 * x : x * (2 / std::sqrt(static_cast<double>(spec.shape.back()))));
+  };
+}
+
 }  // namespace upcycle

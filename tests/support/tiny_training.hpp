@@ -22,7 +22,8 @@ struct TinyModel {
   Architecture architecture;
   RunConfig run;
   int64_t tied_routers = 1;   ///< so many experts in a row share a router row, as the shards of a copy do
-  uint64_t seed = 1;          ///< one at which no router ever chooses by a hair's breadth: tests assert it
+  uint64_t seed = 1;          ///< of weights and data; one at which no router ever chooses by a hair's breadth: tests assert it
+  Fill weights = {};          ///< decided_weights, where there is none
 };
 
 /// Between them: tied and untied, layers all mixtures or mixed with dense ones, 1 and 2 key/value heads, granularity 4, a vocabulary
@@ -72,7 +73,7 @@ class TinyTraining {
                model_settings(run)) {
     mesh_.prepare(device, transport);
     stage_.weights().allocate(run.train.precision == Precision::bf16 ? at::kBFloat16 : at::kFloat, device, run.parallel.zero);
-    fill_masters(stage_.weights(), decided_weights(model.seed, model.tied_routers));
+    fill_masters(stage_.weights(), model.weights ? model.weights : decided_weights(model.seed, model.tied_routers));
     optimizer_ = std::make_unique<Optimizer>(stage_.weights(), run_.optimizer, run_.router_lr_scale());
     const std::vector<Blend> mock = {{1.0, "mock"}};
     sampler_ = std::make_unique<Sampler>(run.data.train.empty() ? mock : run.data.train, std::array<int64_t, 3>{1, 0, 0}, Split::train,
@@ -83,28 +84,32 @@ class TinyTraining {
   StepReport step() { return read(trainer_->step()); }
   Trainer& trainer() { return *trainer_; }
   Stage& stage() { return stage_; }
+  Optimizer& optimizer() { return *optimizer_; }
   const Mesh& mesh() const { return mesh_; }
   const Sampler& sampler() const { return *sampler_; }
 
-  /// On one rank: the smallest distance between the last chosen and the first rejected logit that differs from it in kind, over the
-  /// tokens of the next step. Ties inside a copy are no choice.
-  double smallest_gap(int64_t tied_routers) {
+  /// **Collective.** The smallest distance between the last chosen and the first rejected logit that differs from it in kind, over this
+  /// rank's tokens of the next step; its layout has no more than data and expert ranks. Ties inside a copy are no choice.
+  double smallest_gap(int64_t tied_routers = 1) {
     const Unrecorded guard;
     double smallest = std::numeric_limits<double>::infinity();
-    const Positions positions = stage_.positions(run_.train.global_batch, run_.train.sequence);
+    const int64_t sequences = run_.train.micro_batch, stride = sequences * mesh_.grid().size(Axis::data);
     const at::Device device = stage_.weights().all().front().parameter.value.device();
-    Tensor x = stage_.embed(sampler_->batch(trainer_->state().position, run_.train.global_batch).tokens_BS.to(device));
-    for (Block& block : stage_.layers()) {
-      const Tensor attended = block.attend(x, positions), h = block.feed_forward_input(attended);
-      if (MoeLayer* moe = block.moe()) {
-        Tensor logits = moe->router().logits(h);
-        if (moe->router().state().bias_E.defined()) logits = logits + moe->router().state().bias_E;
-        const Tensor copies = logits.view({logits.size(0), -1, tied_routers}).select(2, 0);
-        const Tensor best = std::get<0>(copies.sort(int64_t{1}, /*descending=*/true));
-        const int64_t chosen = stage_.architecture().top_k / tied_routers;
-        smallest = std::min(smallest, (best.select(1, chosen - 1) - best.select(1, chosen)).min().item<double>());
+    for (int64_t first = sequences * mesh_.here()[Axis::data]; first < run_.train.global_batch; first += stride) {
+      const Positions positions = stage_.positions(sequences, run_.train.sequence);
+      Tensor x = stage_.embed(sampler_->batch(trainer_->state().position + first, sequences).tokens_BS.to(device));
+      for (Block& block : stage_.layers()) {
+        const Tensor attended = block.attend(x, positions), h = block.feed_forward_input(attended);
+        if (MoeLayer* moe = block.moe()) {
+          Tensor logits = moe->router().logits(h);
+          if (moe->router().state().bias_E.defined()) logits = logits + moe->router().state().bias_E;
+          const Tensor copies = logits.view({logits.size(0), -1, tied_routers}).select(2, 0);
+          const Tensor best = std::get<0>(copies.sort(int64_t{1}, /*descending=*/true));
+          const int64_t chosen = stage_.architecture().top_k / tied_routers;
+          smallest = std::min(smallest, (best.select(1, chosen - 1) - best.select(1, chosen)).min().item<double>());
+        }
+        x = attended + block.feed_forward(h, {});
       }
-      x = attended + block.feed_forward(h, {});
     }
     return smallest;
   }
