@@ -18,11 +18,4 @@ std::string long_name(at::ScalarType dtype) {
   return c10::toString(dtype);
 }
 
-std::string safetensors_name(at::ScalarType dtype) {
-  if (dtype == at::kFloat) return "F32";
-  if (dtype == at::kBFloat16) return "BF16";
-  if (dtype == at::kHalf) return "F16";
-  throw std::logic_error(text("no safetensors name for ", c10::toString(dtype)));
-}
-
 }  // namespace upcycle

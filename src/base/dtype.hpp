@@ -13,7 +13,4 @@ at::ScalarType dtype_from_name(std::string_view name);
 /// "float32", "bfloat16", "float16" (config.json, manifests).
 std::string long_name(at::ScalarType dtype);
 
-/// "F32", "BF16", "F16" (safetensors headers).
-std::string safetensors_name(at::ScalarType dtype);
-
 }  // namespace upcycle

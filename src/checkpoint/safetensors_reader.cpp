@@ -4,6 +4,7 @@
 #include <set>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "checkpoint/safetensors_header.hpp"
 #include "checkpoint/safetensors_layout.hpp"
@@ -57,10 +58,7 @@ void check_index(const std::map<std::string, std::string>& index,
           text("tensor '", tensor, "' of ", paths[entry.file].filename().string(), " is not in the index"));
   }
   if (problems.empty()) return;
-  std::string list;
-  for (size_t i = 0; i < std::min(kShown, problems.size()); ++i) list += "\n  " + problems[i];
-  if (problems.size() > kShown) list += text("\n  and ", problems.size() - kShown, " more");
-  fail(where.string(), " disagrees with its shards:", list);
+  fail(where.string(), " disagrees with its shards:", listed(problems, kShown));
 }
 
 /// Copies `box` of a row-major array, one unbroken run of bytes at a time.

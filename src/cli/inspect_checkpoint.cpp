@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "checkpoint/digest.hpp"
 #include "model/catalogue.hpp"
 
@@ -163,9 +164,7 @@ void print_checkpoint(const CheckpointReader& reader, const ordered_json& all, b
 fs::path find_checkpoint(const std::string& path) {
   std::vector<std::string> why;
   const auto checkpoint = newest_checkpoint(path, &why);
-  std::string reasons;
-  for (const std::string& reason : why) reasons += "\n  " + reason;
-  if (!checkpoint) fail(path, ": neither a valid checkpoint nor a run that has one", reasons);
+  if (!checkpoint) fail(path, ": neither a valid checkpoint nor a run that has one", listed(why));
   return *checkpoint;
 }
 

@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "base/gigabytes.hpp"
+#include "base/lines.hpp"
 #include "checkpoint/manifest.hpp"
 #include "cli/command.hpp"
 #include "data/sampler.hpp"
@@ -35,9 +36,7 @@ Architecture architecture_of_model(const fs::path& model, std::string& where) {
 
 void refuse_differences(const std::vector<std::string>& lines, const std::string& what) {
   if (lines.empty()) return;
-  std::string all;
-  for (const std::string& line : lines) all += "\n  " + line;
-  fail(what, ":", all);
+  fail(what, ":", listed(lines));
 }
 
 /// Of source.model, or of all source.models that are there: they must be of one architecture.
@@ -155,9 +154,7 @@ int run_plan(const Arguments& arguments) {
     std::cout << to_text(plan);
   }
   if (plan.problems.empty()) return kExitDone;
-  std::string all;
-  for (const std::string& problem : plan.problems) all += "\n  " + problem;
-  fail(arguments.positional.at(0), " can't be trained on ", plan.ranks, " ranks:", all);
+  fail(arguments.positional.at(0), " can't be trained on ", plan.ranks, " ranks:", listed(plan.problems));
 }
 
 }  // namespace upcycle

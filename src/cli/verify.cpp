@@ -9,6 +9,7 @@
 #include <set>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "base/log.hpp"
 #include "base/mapped_file.hpp"
 #include "checkpoint/blocks.hpp"
@@ -185,9 +186,7 @@ fs::path to_be_judged(const fs::path& path) {
   if (fs::exists(path / kManifestFile)) return path;
   std::vector<std::string> why;
   const auto newest = newest_checkpoint(path, &why);
-  std::string reasons;
-  for (const std::string& reason : why) reasons += "\n  " + reason;
-  if (!newest) fail(path.string(), ": neither a checkpoint nor a run with a valid one", reasons);
+  if (!newest) fail(path.string(), ": neither a checkpoint nor a run with a valid one", listed(why));
   return *newest;
 }
 

@@ -1,10 +1,7 @@
 #include <toml++/toml.h>
 
-#include <filesystem>
-#include <fstream>
-#include <sstream>
-
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "config/fields.hpp"
 #include "config/run_checks.hpp"
 #include "config/suggest.hpp"
@@ -15,24 +12,6 @@
 namespace upcycle {
 
 using nlohmann::json;
-
-json to_json_value(const toml::node& node) {
-  if (const auto* value = node.as_string()) return value->get();
-  if (const auto* value = node.as_integer()) return value->get();
-  if (const auto* value = node.as_floating_point()) return value->get();
-  if (const auto* value = node.as_boolean()) return value->get();
-  if (const auto* table = node.as_table()) {
-    json object = json::object();
-    for (const auto& [key, value] : *table) object[std::string(key.str())] = to_json_value(value);
-    return object;
-  }
-  if (const auto* array = node.as_array()) {
-    json list = json::array();
-    for (const toml::node& value : *array) list.push_back(to_json_value(value));
-    return list;
-  }
-  return nullptr;
-}
 
 namespace {
 
@@ -82,9 +61,7 @@ class Reading {
   void finish() const {
     if (problems_.empty()) return;
     if (problems_.size() == 1) throw UserError(problems_.front());
-    std::string all = text(file_, ": ", problems_.size(), " problems");
-    for (const std::string& problem : problems_) all += "\n  " + problem;
-    throw UserError(all);
+    fail(file_, ": ", problems_.size(), " problems", listed(problems_));
   }
 
  private:
@@ -167,15 +144,9 @@ class Reading {
 }  // namespace
 
 RunConfig parse_run(const std::string& toml_text, const std::string& name, const std::vector<std::string>& overrides) {
-  toml::table root;
-  try {
-    root = toml::parse(toml_text, name);
-  } catch (const toml::parse_error& error) {
-    fail(name, ":", error.source().begin.line, ":", error.source().begin.column, ": not TOML: ", error.description());
-  }
   RunConfig config;
   Reading reading(config, name);
-  reading.read_file(root);
+  reading.read_file(parse_toml(toml_text, name));
   for (const std::string& assignment : overrides) reading.read_override(assignment);
   reading.check();
   reading.finish();
@@ -184,11 +155,7 @@ RunConfig parse_run(const std::string& toml_text, const std::string& name, const
 }
 
 RunConfig read_run(const std::string& path, const std::vector<std::string>& overrides) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file || std::filesystem::is_directory(path)) fail(path, ": cannot be opened; a run file (TOML) is expected");
-  std::ostringstream content;
-  content << file.rdbuf();
-  return parse_run(content.str(), path, overrides);
+  return parse_run(toml_text_of(path, "a run file"), path, overrides);
 }
 
 }  // namespace upcycle

@@ -3,12 +3,9 @@
 #include <toml++/toml.h>
 
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
 #include <map>
 #include <optional>
 #include <set>
-#include <sstream>
 
 #include "base/error.hpp"
 #include "config/fields.hpp"
@@ -248,21 +245,11 @@ class SweepReading {
 }  // namespace
 
 SweepFile parse_sweep(const std::string& toml_text, const std::string& name) {
-  toml::table root;
-  try {
-    root = toml::parse(toml_text, name);
-  } catch (const toml::parse_error& error) {
-    fail(name, ":", error.source().begin.line, ":", error.source().begin.column, ": not TOML: ", error.description());
-  }
-  return SweepReading(name).read(root);
+  return SweepReading(name).read(parse_toml(toml_text, name));
 }
 
 SweepFile read_sweep(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file || std::filesystem::is_directory(path)) fail(path, ": cannot be opened; a sweep file (TOML) is expected");
-  std::ostringstream content;
-  content << file.rdbuf();
-  return parse_sweep(content.str(), path);
+  return parse_sweep(toml_text_of(path, "a sweep file"), path);
 }
 
 }  // namespace upcycle

@@ -8,6 +8,7 @@
 
 #include "base/dtype.hpp"
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "base/text_file.hpp"
 #include "model/hf_names.hpp"
 #include "train/source_check.hpp"
@@ -84,11 +85,9 @@ WeightSource::WeightSource(const fs::path& path) {
   } else if (fs::exists(path / "config.json") && !fs::exists(path / kManifestFile)) {
     open_hugging_face(path);
   } else {
-    std::string why;
-    for (const std::string& line : refused) why += "\n  " + line;
     const bool is_run = fs::exists(path / "run.toml") && (fs::is_directory(path / "checkpoints") || fs::exists(path / "metrics.jsonl"));
     if (refused.empty() && is_run) fail(path.string(), ": the directory of a run that has no checkpoint (yet)");
-    fail(path.string(), ": neither a Hugging Face directory (no config.json) nor a valid checkpoint", why);
+    fail(path.string(), ": neither a Hugging Face directory (no config.json) nor a valid checkpoint", listed(refused));
   }
   for (const ParameterSpec& spec : catalogue(architecture_)) specs_.emplace(spec.name, spec);
 }

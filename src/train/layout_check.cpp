@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "base/nearest.hpp"
 #include "model/catalogue.hpp"
 
@@ -51,9 +52,7 @@ LayoutCheck check_layout(const RunConfig& run, const Architecture& architecture,
 void refuse_what_does_not_divide(const RunConfig& run, const Architecture& architecture, int world) {
   const std::vector<std::string> problems = check_layout(run, architecture, world).problems;
   if (problems.empty()) return;
-  std::string lines;
-  for (const std::string& problem : problems) lines += "\n  " + problem;
-  fail("the run does not divide on ", world, " ranks:", lines);
+  fail("the run does not divide on ", world, " ranks:", listed(problems));
 }
 
 std::string describe(const Grid& grid) {

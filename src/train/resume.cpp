@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "base/log.hpp"
 #include "base/text_file.hpp"
 #include "train/dense_source.hpp"
@@ -129,12 +130,6 @@ void compare_tokenizers(const RunConfig& config, const CheckpointReader& resume,
   }
 }
 
-std::string list_of(const std::vector<std::string>& lines) {
-  std::string all;
-  for (const std::string& line : lines) all += "\n  " + line;
-  return all;
-}
-
 }  // namespace
 
 std::map<std::string, std::string> texts_of(const CheckpointReader& reader) {
@@ -158,7 +153,7 @@ std::optional<fs::path> find_resume(const RunConfig& config, bool speaks) {
     return newest;
   }
   if (!refused.empty()) {
-    fail("run.directory = ", directory.string(), " has checkpoints, but none is valid:", list_of(refused),
+    fail("run.directory = ", directory.string(), " has checkpoints, but none is valid:", listed(refused),
          "\nRepair one, or move ", directory.string(), " away to start again from the source");
   }
   // It is begun when step 0 has been stored.
@@ -182,18 +177,18 @@ void refuse_other_run(const RunConfig& config, const CheckpointReader& resume, b
   compare_tokenizers(config, resume, found);
   if (!found.model.empty()) {
     std::string others;
-    if (!found.course.empty()) others = text("\nThese keys differ, too:", list_of(found.course));
-    fail("run.directory = ", config.run.directory, ": ", where, " holds another model than the run file asks for:", list_of(found.model), others,
+    if (!found.course.empty()) others = text("\nThese keys differ, too:", listed(found.course));
+    fail("run.directory = ", config.run.directory, ": ", where, " holds another model than the run file asks for:", listed(found.model), others,
          "\nWhat the weights come from, and how, is decided before step 0. Go back to these values (", where, "/manifest.json has all of them), or give ",
          "this run a directory of its own; source.model = \"", where, "\" would begin with the weights that are there");
   }
   if (found.course.empty()) return;
   if (!accept_changes) {
     fail("run.directory = ", config.run.directory, ": these keys are not those with which ", where, " was trained, and change what is computed:",
-         list_of(found.course), "\nGo back to these values (", where, "/manifest.json has all of them), give the changed run a directory of its own, ",
+         listed(found.course), "\nGo back to these values (", where, "/manifest.json has all of them), give the changed run a directory of its own, ",
          "or go on with them: --accept-changes");
   }
-  if (speaks) log::warning("going on from " + where + " with changes (--accept-changes):" + list_of(found.course));
+  if (speaks) log::warning("going on from " + where + " with changes (--accept-changes):" + listed(found.course));
 }
 
 }  // namespace upcycle

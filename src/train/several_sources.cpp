@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "base/text_file.hpp"
 
 namespace upcycle {
@@ -50,9 +51,7 @@ void check_same_kind(const WeightSource& first, const WeightSource& other) {
     lines.push_back("tokenizer.json: another content");
   }
   if (lines.empty()) return;
-  std::string all;
-  for (const std::string& line : lines) all += "\n  " + line;
-  fail("source.models: ", first.folder().string(), " (here) and ", other.folder().string(), " (there) are no models of one shape:", all);
+  fail("source.models: ", first.folder().string(), " (here) and ", other.folder().string(), " (there) are no models of one shape:", listed(lines));
 }
 
 bool same_bytes(const WeightSource& first, const WeightSource& other) {

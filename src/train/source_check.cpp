@@ -7,6 +7,7 @@
 
 #include "base/dtype.hpp"
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "checkpoint/writer.hpp"
 
 namespace upcycle {
@@ -15,11 +16,9 @@ namespace {
 
 constexpr size_t kShown = 40;   // of a model that is another one, thousands differ
 
-[[noreturn]] void complain(const std::string& folder, std::vector<std::string> problems) {
-  std::string list;
-  for (size_t i = 0; i < std::min(kShown, problems.size()); ++i) list += "\n  " + problems[i];
-  if (problems.size() > kShown) list += text("\n  and ", problems.size() - kShown, " more");
-  fail(folder, ": ", problems.size(), problems.size() == 1 ? " tensor is" : " tensors are", " not what config.json describes:", list);
+[[noreturn]] void complain(const std::string& folder, const std::vector<std::string>& problems) {
+  fail(folder, ": ", problems.size(), problems.size() == 1 ? " tensor is" : " tensors are", " not what config.json describes:",
+       listed(problems, kShown));
 }
 
 /// In blocks of rows: neither matrix is ever copied whole.
