@@ -4,10 +4,10 @@
 
 #include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include "base/error.hpp"
 #include "device/device.hpp"
+#include "support/hosts_of_their_own.hpp"
 #include "support/tiny_training.hpp"
 
 namespace upcycle {
@@ -19,10 +19,7 @@ class ExpertHealthOnGpu : public testing::TestWithParam<Transport> {
     if (device::count() == 0) GTEST_SKIP() << "no GPU here";
     gpu = device::choose("cuda", host_rank());
     if (world_size() <= device::count()) return;
-    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);
-    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
-    setenv("NCCL_IB_DISABLE", "1", 1);
-    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    hosts_of_their_own();
   }
   void TearDown() override { health_piece_elements = int64_t{1} << 22; }
   at::Device gpu = at::kCPU;

@@ -2,13 +2,13 @@
 // one rank's losses, gradient norms and parameters, in fp32 on the GPU. Ranks that share a GPU are made to look like different hosts
 // to NCCL. The run on one rank leaves its numbers in the build tree for the others (a CTest fixture).
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <chrono>
 #include <iostream>
 
 #include "device/device.hpp"
 #include "parallel/every_layout.hpp"
+#include "support/hosts_of_their_own.hpp"
 #include "support/reference.hpp"
 
 namespace upcycle {
@@ -18,10 +18,7 @@ class LayoutsOnGpu : public testing::TestWithParam<Transport> {
  protected:
   static void SetUpTestSuite() {
     if (device::count() == 0 || world_size() <= device::count()) return;
-    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);   // NCCL reads it once
-    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
-    setenv("NCCL_IB_DISABLE", "1", 1);
-    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    hosts_of_their_own();
   }
 };
 

@@ -7,13 +7,13 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include "base/error.hpp"
 #include "device/device.hpp"
 #include "parallel/gpu_sharing.hpp"
 #include "parallel/mesh.hpp"
 #include "parallel/regions.hpp"
+#include "support/hosts_of_their_own.hpp"
 
 // NCCL against MPI through host memory, on CUDA tensors, on as many ranks as the test is started with. Where they share
 // a GPU NCCL is made to believe in different hosts (NCCL_HOSTID), which it reads once: so the refusal is tested first.
@@ -25,10 +25,7 @@ class Nccl : public testing::TestWithParam<at::ScalarType> {
   static void SetUpTestSuite() {
     if (device::count() == 0) return;
     gpu = device::choose("cuda", host_rank());
-    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);
-    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
-    setenv("NCCL_IB_DISABLE", "1", 1);
-    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    hosts_of_their_own();
     ParallelSection section;
     section.expert = world_size();
     mesh = new Mesh(Grid(section, world_size()));

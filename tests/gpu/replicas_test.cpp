@@ -4,12 +4,12 @@
 #include "train/replicas.hpp"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <cmath>
 
 #include "base/error.hpp"
 #include "device/device.hpp"
+#include "support/hosts_of_their_own.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 #include "support/tiny_training.hpp"
@@ -36,10 +36,7 @@ class Beside : public testing::TestWithParam<int64_t> {
   void SetUp() override {
     if (device::count() == 0) GTEST_SKIP() << "no GPU here";
     gpu = device::choose("cuda", host_rank());
-    setenv("NCCL_HOSTID", text("rank", world_rank()).c_str(), 1);
-    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
-    setenv("NCCL_IB_DISABLE", "1", 1);
-    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    hosts_of_their_own();
     bucket_elements = 10000;
   }
   void TearDown() override { bucket_elements = int64_t{1} << 25; }
