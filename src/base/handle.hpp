@@ -3,7 +3,7 @@
 
 namespace upcycle {
 
-/// Owns one C handle (an HDF5 id, an MPI_Comm, a file descriptor): move-only, closed by `Close` unless it equals `kEmpty()`.
+/// Owns one C handle (an HDF5 id, an MPI_Comm, a file descriptor): move-only, closed by `Close` unless it equals `Empty()`.
 /// No implicit conversion: `get()` lends the handle. `Close` must not throw.
 template <class T, auto Close, auto Empty>
 class Handle {
