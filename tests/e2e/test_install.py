@@ -40,6 +40,7 @@ class Install(unittest.TestCase):
     def test_tools(self):
         commands = sorted(path.name for path in (self.prefix / "bin").glob("upcycle-*"))
         self.assertIn("upcycle-plots", commands)
+        self.assertIn("upcycle-slurm-lab", commands)
         for command in commands:   # with their modules and their Python's packages
             self.assertIn("usage:", self.start(self.prefix / "bin" / command, "--help").lower(), command)
         for path in (self.prefix / "libexec/upcycle").glob("*"):
