@@ -4,6 +4,7 @@
 
 #include "base/error.hpp"
 #include "base/log.hpp"
+#include "checkpoint/first_rank.hpp"
 
 namespace upcycle {
 
@@ -29,8 +30,7 @@ TrainingState restore_together(const CheckpointReader& reader, const Communicato
 
 bool fall_back(const fs::path& damaged, const std::string& why, const Communicator& world) {
   int64_t found = 0;
-  world.together([&] {
-    if (world.rank() != 0) return;
+  on_first_rank(world, [&] {
     const std::vector<fs::path> older = valid_checkpoints(damaged.parent_path(), *step_of(damaged.filename().string()));
     if (older.empty()) return;
     found = 1;
@@ -43,8 +43,7 @@ bool fall_back(const fs::path& damaged, const std::string& why, const Communicat
 
 std::optional<fs::path> last_good_checkpoint(const fs::path& checkpoints, const BadSteps& bad, const Communicator& world) {
   std::string chosen;
-  world.together([&] {
-    if (world.rank() != 0) return;
+  on_first_rank(world, [&] {
     const std::vector<fs::path> before = valid_checkpoints(checkpoints, bad.first());
     const auto proven = std::find_if(before.begin(), before.end(), [&](const fs::path& one) { return *step_of(one.filename().string()) < bad.first() - 1; });
     if (!before.empty()) chosen = (proven == before.end() ? before.front() : *proven).string();

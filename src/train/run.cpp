@@ -6,6 +6,7 @@
 
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
+#include "checkpoint/first_rank.hpp"
 #include "device/device.hpp"
 #include "parallel/gpu_sharing.hpp"
 #include "train/agreement.hpp"
@@ -57,7 +58,8 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
         fail("another job wrote ", newest->string(), " into ", setup->directory.string(), " just now: submit this one again");
       }
       if (!setup->resume || setup->resume->manifest().step < config.train.steps) unfinished.emplace(setup->directory);
-      claim_run_directory(setup->directory, config);
+      // What is gone on from may turn out to be damaged when its values are read: a refusal leaves the run file of the last start.
+      if (!setup->resume) claim_run_directory(setup->directory, config);
     }
   });
   world.together([&] { watchdog.watch(setup->directory); });             // 3. from here on no wait is longer than run.timeout
@@ -98,6 +100,9 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
         damage = error.what();
       }
       if (damage.empty()) {
+        on_first_rank(world, [&] {
+          if (setup->resume) claim_run_directory(setup->directory, config);
+        });
         if (unfinished) unfinished->begun();
         return steps->to_the_end();                                        // 6. train
       }
