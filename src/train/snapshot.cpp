@@ -117,6 +117,24 @@ WriteOptions write_options(const CheckpointSection& settings) {
   return options;
 }
 
+Manifest manifest_of(const RunRecord& record, const TrainingState& state, double updates) {
+  Manifest manifest;
+  manifest.run_id = record.run_id;
+  manifest.step = state.step;
+  manifest.architecture = record.architecture;
+  manifest.run = record.run;
+  manifest.provenance = record.provenance;
+  manifest.training = {{"step", state.step},
+                       {"position", state.position},
+                       {"skipped", state.skipped},
+                       {"updates", updates},
+                       {"random", "Philox4x32-10, a function of (run.seed, stream, index): nothing to restore"}};
+  if (!state.routers.empty()) manifest.training["routers"] = state.routers;
+  if (!state.losses.empty()) manifest.training["losses"] = state.losses;
+  if (state.validation_loss) manifest.training["validation_loss"] = *state.validation_loss;
+  return manifest;
+}
+
 Manifest add_snapshot(CheckpointWriter& writer, const Mesh& mesh, Weights& weights, Optimizer* optimizer, const TrainingState& state,
                       const RunRecord& record) {
   const Unrecorded guard;
@@ -143,21 +161,8 @@ Manifest add_snapshot(CheckpointWriter& writer, const Mesh& mesh, Weights& weigh
   }
   for (const auto& [name, content] : record.texts) writer.add_text(name, content);
 
-  Manifest manifest;
-  manifest.run_id = record.run_id;
-  manifest.step = state.step;
-  manifest.architecture = record.architecture;
-  manifest.run = record.run;
-  manifest.provenance = record.provenance;
+  Manifest manifest = manifest_of(record, state, optimizer ? optimizer->updates().item<double>() : 0.0);
   manifest.layout = layout_record(mesh.grid());
-  manifest.training = {{"step", state.step},
-                       {"position", state.position},
-                       {"skipped", state.skipped},
-                       {"updates", optimizer ? optimizer->updates().item<double>() : 0.0},
-                       {"random", "Philox4x32-10, a function of (run.seed, stream, index): nothing to restore"}};
-  if (!state.routers.empty()) manifest.training["routers"] = state.routers;
-  if (!state.losses.empty()) manifest.training["losses"] = state.losses;
-  if (state.validation_loss) manifest.training["validation_loss"] = *state.validation_loss;
   return manifest;
 }
 

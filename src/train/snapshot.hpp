@@ -23,6 +23,10 @@ struct RunRecord {
   std::map<std::string, std::string> texts;    ///< further files: config.json, run.toml, certificate.json, tokenizer/...
 };
 
+/// The manifest of a checkpoint of that state, without its layout: what all of a run's checkpoints say, and what this one does.
+/// `updates`: of the optimizer.
+Manifest manifest_of(const RunRecord&, const TrainingState&, double updates);
+
 /// How [checkpoint] wants them written.
 WriteOptions write_options(const CheckpointSection&);
 

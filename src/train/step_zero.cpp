@@ -214,18 +214,10 @@ std::string identity_of_step_zero(const RunConfig& run, const Setup& setup, bool
 }
 
 Manifest manifest_of_step_zero(const RunConfig& run, const Setup& setup, int ranks) {
-  Manifest manifest;
-  manifest.run_id = setup.record.run_id;
-  manifest.architecture = setup.record.architecture;
-  manifest.run = setup.record.run;
-  manifest.provenance = setup.record.provenance;
+  TrainingState state;
+  state.routers = setup.routers;
+  Manifest manifest = manifest_of(setup.record, state, run.upcycle.optimizer != Moments::reset ? setup.source->updates() : 0.0);
   manifest.layout = {{"ranks", ranks}};
-  manifest.training = {{"step", 0},
-                       {"position", 0},
-                       {"skipped", 0},
-                       {"updates", run.upcycle.optimizer != Moments::reset ? setup.source->updates() : 0.0},
-                       {"random", "Philox4x32-10, a function of (run.seed, stream, index): nothing to restore"}};
-  if (!setup.routers.empty()) manifest.training["routers"] = setup.routers;
   return manifest;
 }
 
