@@ -25,6 +25,11 @@ bool leads_out(const std::string& name) {
          std::find(path.begin(), path.end(), "..") != path.end();
 }
 
+std::string_view view_of(const MappedFile& file) { return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}; }
+
+/// Tensors have checksums of their own.
+bool holds_text(const std::string& name) { return fs::path(name).extension() != ".h5"; }
+
 /// Says why `checkpoint` is not valid; "" when it is.
 std::string refusal(const fs::path& checkpoint) {
   try {
@@ -64,7 +69,7 @@ void finish_removals(const fs::path& checkpoints) {
 }  // namespace
 
 json to_json(const Manifest& m) {
-  return {{"schema_version", m.schema_version},
+  json out = {{"schema_version", m.schema_version},
           {"run_id", m.run_id},
           {"step", m.step},
           {"architecture", m.architecture},
@@ -74,6 +79,8 @@ json to_json(const Manifest& m) {
           {"layout", m.layout},
           {"files", m.files},
           {"tensors", m.tensors}};
+  if (m.schema_version > 2) out["texts"] = m.texts;
+  return out;
 }
 
 std::string to_text(const Manifest& manifest) {
@@ -91,8 +98,7 @@ Manifest read_manifest(const fs::path& checkpoint) {
   const fs::path path = checkpoint / kManifestFile;
   if (!fs::exists(path)) fail(checkpoint.string(), ": not a checkpoint (it has no ", kManifestFile, ")");
   const MappedFile file(path);
-  const std::string_view content(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
-  const json parsed = parse_json(content, path.string());
+  const json parsed = parse_json(view_of(file), path.string());
   if (!parsed.is_object() || !parsed.contains("schema_version") || !parsed["schema_version"].is_number_integer()) {
     fail(path.string(), ": has no 'schema_version': not a checkpoint of this program");
   }
@@ -120,6 +126,7 @@ Manifest read_manifest(const fs::path& checkpoint) {
             .training = parsed.at("training"),
             .layout = parsed.at("layout"),
             .files = parsed.at("files"),
+            .texts = version.get<int>() > 2 ? parsed.at("texts") : json::object(),
             .tensors = parsed.at("tensors")};
   } catch (const json::exception& error) {
     fail(path.string(), ": ", error.what());
@@ -129,6 +136,7 @@ Manifest read_manifest(const fs::path& checkpoint) {
 void check_complete(const fs::path& checkpoint, const Manifest& manifest) {
   if (!manifest.files.is_object()) fail((checkpoint / kManifestFile).string(), ": 'files' is not an object");
   if (!manifest.tensors.is_object()) fail((checkpoint / kManifestFile).string(), ": 'tensors' is not an object");
+  if (!manifest.texts.is_object()) fail((checkpoint / kManifestFile).string(), ": 'texts' is not an object");
   for (const auto& [name, size] : manifest.files.items()) {
     if (leads_out(name)) fail((checkpoint / kManifestFile).string(), ": lists ", json(name).dump(), ", which is no file of this checkpoint");
     const fs::path file = checkpoint / name;
@@ -139,6 +147,8 @@ void check_complete(const fs::path& checkpoint, const Manifest& manifest) {
     if (error) fail(file.string(), ": ", error.message(), ", but the manifest lists it");
     if (found != size.get<uint64_t>())
       fail(file.string(), ": has ", found, " bytes, but the manifest says ", size.dump());
+    if (manifest.schema_version > 2 && holds_text(name) && manifest.texts.value(name, json()) != digest_of(view_of(MappedFile(file))))
+      fail(file.string(), ": is not what was written (its digest does not fit its content): the file was changed or damaged");
   }
   const auto listed = [&](const json& part) { return part.is_string() && manifest.files.contains(part.get<std::string>()); };
   for (const auto& [kind, summary] : manifest.tensors.items()) {

@@ -8,9 +8,9 @@
 
 namespace upcycle {
 
-inline constexpr int kSchemaVersion = 2;   ///< that is written; older ones are read
+inline constexpr int kSchemaVersion = 3;   ///< that is written; older ones are read
 /// True for the schema versions that this program reads.
-constexpr bool reads_schema(int64_t version) { return version == 1 || version == kSchemaVersion; }
+constexpr bool reads_schema(int64_t version) { return 1 <= version && version <= kSchemaVersion; }
 inline constexpr const char* kManifestFile = "manifest.json";
 
 // The files of tensors that a checkpoint may hold; what is in each: checkpoint/writer.hpp.
@@ -31,6 +31,7 @@ struct Manifest {
   nlohmann::json training;  ///< step, tokens, data position, optimizer's step count, skipped steps; empty for convert
   nlohmann::json layout;    ///< ranks and axes it was written on; information only
   nlohmann::json files;     ///< name -> size in bytes; filled by the writer
+  nlohmann::json texts = nlohmann::json::object();   ///< name -> digest of each file without tensors; filled by the writer
   nlohmann::json tensors;   ///< number of tensors, bytes, digest (and parts) per kind of tensor; filled by the writer
 };
 
@@ -44,7 +45,8 @@ std::string part_name(const std::string& file, size_t i, size_t n);
 /// that this program reads), and for one that is not what was written.
 Manifest read_manifest(const std::filesystem::path& checkpoint);
 
-/// Throws UserError naming the file when one that `manifest` lists is missing or has another size.
+/// Throws UserError naming the file when one that `manifest` lists is missing, has another size, or, where it holds no tensors, another
+/// content (in schema versions 1 and 2 only sizes are known).
 void check_complete(const std::filesystem::path& checkpoint, const Manifest& manifest);
 
 /// The name of step n: "step-00000100".
@@ -53,7 +55,7 @@ std::string step_directory(int64_t step);
 std::optional<int64_t> step_of(const std::string& directory_name);
 
 /// `path` itself when it holds a manifest; else the newest valid step in `path`/checkpoints or `path`.
-/// Valid: manifest.json is there and reads, and every file it lists has its size. Empty when there is none.
+/// Valid: manifest.json is there and reads, and check_complete finds nothing. Empty when there is none.
 /// What was looked at and refused is told through `why` (one line each).
 std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& path,
                                                        std::vector<std::string>* why = nullptr);

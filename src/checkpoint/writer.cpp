@@ -3,8 +3,10 @@
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "base/text_file.hpp"
+#include "checkpoint/digest.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/file_writer.hpp"
+#include "checkpoint/first_rank.hpp"
 
 namespace upcycle {
 namespace {
@@ -35,17 +37,11 @@ struct CheckpointWriter::State {
   std::unique_ptr<WriterThread> own_thread = {};
   std::vector<std::shared_ptr<FileWriter>> added = {};   ///< shared with the thread's last task
   nlohmann::json files = nlohmann::json::object();
+  nlohmann::json texts = nlohmann::json::object();
   bool continued = false;
   bool committed = false;
 
   WriterThread& thread() { return own_thread ? *own_thread : *options.thread; }
-  /// **Collective.** `action` on rank 0 alone; its error is everybody's.
-  template <class Action>
-  void on_first_rank(Action&& action) {
-    world.together([&] {
-      if (world.rank() == 0) action();
-    });
-  }
   void refuse_second(const std::string& file) const {
     if (files.contains(file)) throw std::logic_error(text("the checkpoint has a file '", file, "' already"));
   }
@@ -54,7 +50,7 @@ struct CheckpointWriter::State {
 CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, WriteOptions options)
     : state_(new State{.folder = folder, .partial = folder.string() + ".partial", .world = world, .options = std::move(options)}) {
   State& s = *state_;
-  s.on_first_rank([&] {
+  on_first_rank(world, [&] {
     if (fs::exists(s.folder)) make_way(s.folder);
     const fs::path words = s.partial / kContinues;
     s.continued = !s.options.continues.empty() && fs::exists(words) && text_of(words) == s.options.continues;
@@ -97,8 +93,9 @@ void CheckpointWriter::add(const std::string& file, std::span<const Piece> piece
 void CheckpointWriter::add_text(const std::string& file, const std::string& content) {
   State& s = *state_;
   s.refuse_second(file);
-  s.on_first_rank([&] { write_text_durably(s.partial / file, content); });
+  on_first_rank(s.world, [&] { write_text_durably(s.partial / file, content); });
   s.files[file] = nullptr;
+  s.texts[file] = digest_of(content);
 }
 
 void CheckpointWriter::commit(Manifest manifest) {
@@ -107,7 +104,7 @@ void CheckpointWriter::commit(Manifest manifest) {
   for (const auto& file : s.added) file->gather_checksums();
   if (s.world.rank() == 0) {
     manifest.schema_version = kSchemaVersion;
-    s.thread().push([folder = s.folder, partial = s.partial, added = s.added, files = s.files, manifest = std::move(manifest)]() mutable {
+    s.thread().push([folder = s.folder, partial = s.partial, added = s.added, files = s.files, texts = s.texts, manifest = std::move(manifest)]() mutable {
       manifest.tensors = nlohmann::json::object();
       for (const auto& file : added) {
         file->store_checksums();
@@ -116,6 +113,7 @@ void CheckpointWriter::commit(Manifest manifest) {
       fs::remove(partial / kContinues);
       for (const auto& [file, size] : files.items()) size = fs::file_size(partial / file);
       manifest.files = files;
+      manifest.texts = texts;
       write_text_durably(partial / kManifestFile, to_text(manifest));
       make_durable(partial);
       rename_durably(partial, folder);

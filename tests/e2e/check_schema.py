@@ -48,6 +48,12 @@ def digest_of(manifest):
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
+def texts_of(checkpoint):
+    """The digest of every file without tensors, by name."""
+    return {str(path.relative_to(checkpoint)): xxhash.xxh3_128_hexdigest(path.read_bytes())
+            for path in checkpoint.rglob("*") if path.is_file() and path.suffix != ".h5" and path.name != "manifest.json"}
+
+
 def dtype_of(dataset, dtypes):
     kind = dataset.id.get_type()
     if not isinstance(kind, h5py.h5t.TypeFloatID):
@@ -124,6 +130,9 @@ def check(checkpoint):
     del files["manifest.json"]
     if files != manifest["files"]:
         problems.append(f"files: {files}, the manifest says {manifest['files']}")
+    texts = texts_of(checkpoint)
+    if texts != manifest["texts"]:
+        problems.append(f"texts: {texts}, the manifest says {manifest['texts']}")
     if len({name in files for name in schema["together"]}) != 1:
         problems.append(f"only one of {schema['together']} is there")
     names = {}

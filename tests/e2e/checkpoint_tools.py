@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 import torch
-from check_schema import check, digest_of
+from check_schema import check, digest_of, texts_of
 from safetensors.torch import save_file
 
 UPCYCLE = None
@@ -70,6 +70,7 @@ class CheckpointTools(unittest.TestCase):
         path = self.step / "manifest.json"
         manifest = json.loads(path.read_text()) | changes
         manifest["files"] = {str(p.relative_to(self.step)): p.stat().st_size for p in self.step.rglob("*") if p.is_file() and p != path}
+        manifest["texts"] = texts_of(self.step)
         path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
 
     def assert_bad(self, *words):
@@ -207,7 +208,7 @@ class CheckpointTools(unittest.TestCase):
     def test_what_cannot_be_judged(self):
         self.manifest(schema_version=99)
         for command in ("inspect", "verify"):
-            self.assertIn("schema version 99, but this program reads versions 1 to 2", self.upcycle(command, self.step, expect=2))
+            self.assertIn("schema version 99, but this program reads versions 1 to 3", self.upcycle(command, self.step, expect=2))
             for path in (self.run_directory / "absent", self.source_directory(), self.run_directory):
                 self.upcycle(command, path, expect=2)
         (self.step / "manifest.json").write_text("{")

@@ -144,6 +144,14 @@ def flipped_bit_in_the_manifest(step):
     flip(path, path.read_bytes().index(b'"run_id": "') + 15)
 
 
+def flipped_bit_in_a_text(step):
+    flip(step / "config.json", 40)
+
+
+def flipped_bit_in_a_text_below(step):
+    flip(step / "tokenizer/tokenizer.json", 3)
+
+
 def another_step_number(step):
     change_manifest(step, lambda m: m.update(step=5))
 
@@ -179,8 +187,10 @@ DAMAGES = {
     flipped_bit_in_a_checksum: (1, NOT_WRITTEN, NOT_WRITTEN),
     flipped_bit_in_metadata: (1, "weights.h5", "weights.h5"),
     flipped_bit_in_the_manifest: (2, "manifest.json: is not what was written", "manifest.json: is not what was written"),
+    flipped_bit_in_a_text: (1, "step-00000006/config.json: is not what was written", "step-00000006/config.json: is not what was written"),
+    flipped_bit_in_a_text_below: (1, "tokenizer/tokenizer.json: is not what was written", "tokenizer/tokenizer.json: is not what was written"),
     another_step_number: (1, "step-00000006: its manifest is of step 5", None),
-    future_version: (2, "schema version 99, but this program reads versions 1 to 2 only", "schema version 99"),
+    future_version: (2, "schema version 99, but this program reads versions 1 to 3 only", "schema version 99"),
     half_a_manifest: (2, "manifest.json: not valid JSON", "manifest.json: not valid JSON"),
     empty_manifest: (2, "manifest.json: not valid JSON", "manifest.json: not valid JSON"),
 }
@@ -212,13 +222,13 @@ class Damaged(TrainCase):
         run_file.write_text(run_file.read_text().replace(Damaged.root, str(self.root)))
 
     def unchanged(self, command, expect):
-        """What the command says, once, and that it leaves everything as it was. A job that has the directory says so in heartbeat/ and in
-        run.toml, before it reads the values of its checkpoint."""
+        """What the command says, once, and that it leaves everything as it was. heartbeat/ is of whoever was there last, no part of a run's
+        state: a job that has the directory says so in there before it reads the values of its checkpoint."""
         before = self.tree()
         said = self.upcycle(*command, expect=expect)
         after = self.tree()
         self.assertEqual(sorted(after), sorted(before), "something was written or lost")
-        claims = {self.run_directory / "run.toml", self.run_directory / "heartbeat/rank_00000"} if command[0] == "train" else set()
+        claims = {self.run_directory / "heartbeat/rank_00000"} if command[0] == "train" else set()
         self.assertEqual([path for path in before if after[path] != before[path] and path not in claims], [], "something was changed")
         return said
 

@@ -30,10 +30,21 @@ class OldCheckpoints(unittest.TestCase):
         return result.stdout + result.stderr
 
     def test_version_1(self):
-        with tarfile.open(FIXTURES / "checkpoint-v1.tar.xz") as archive:
+        self.serves(1)
+
+    def test_version_2(self):
+        step = self.serves(2)
+        (step / "config.json").write_text((step / "config.json").read_text().replace("qwen3_moe", "qwen3-moe"))
+        self.assertIn("good", self.upcycle("verify", step), "digests of texts are younger")
+
+    def unpack(self, version):
+        with tarfile.open(FIXTURES / f"checkpoint-v{version}.tar.xz") as archive:
             archive.extractall(self.root / "run/checkpoints", filter="data")
-        step = self.root / "run/checkpoints/step-00000003"
-        self.assertIn("schema version 1", self.upcycle("inspect", step))
+        return self.root / "run/checkpoints/step-00000003"
+
+    def serves(self, version):
+        step = self.unpack(version)
+        self.assertIn(f"schema version {version}", self.upcycle("inspect", step))
         self.assertIn("good", self.upcycle("verify", step))
 
         self.upcycle("export", step, "exported")
@@ -52,7 +63,7 @@ class OldCheckpoints(unittest.TestCase):
         self.assertEqual(seen, len(exported))
 
         manifest = json.loads((step / "manifest.json").read_text())
-        self.assertEqual(manifest["schema_version"], 1)
+        self.assertEqual(manifest["schema_version"], version)
         (self.root / "run.toml").write_text(
             f'[run]\nname = "old"\ndirectory = "run"\ndevice = "cpu"\n[source]\nmodel = "dense"\n[moe]\nexperts = 4\ntop_k = 2\n'
             '[data]\ntrain = "mock"\n[train]\nsteps = 5\nsequence = 16\nglobal_batch = 4\nprecision = "bf16"\n')
@@ -60,9 +71,11 @@ class OldCheckpoints(unittest.TestCase):
         said = self.upcycle("train", "run.toml", "--accept-changes")   # two steps more: another schedule
         self.assertIn("resuming from run/checkpoints/step-00000003", said)
         newest = self.root / "run/checkpoints/step-00000005"
-        self.assertEqual(json.loads((newest / "manifest.json").read_text())["schema_version"], 2)
+        self.assertEqual(json.loads((newest / "manifest.json").read_text())["schema_version"], 3)
         self.assertEqual(json.loads((newest / "manifest.json").read_text())["run_id"], manifest["run_id"])
         self.assertIn("good", self.upcycle("verify", newest))
+        self.assertEqual(manifest["files"].keys(), json.loads((newest / "manifest.json").read_text())["files"].keys(), "texts travel on")
+        return step
 
 
 if __name__ == "__main__":

@@ -200,6 +200,7 @@ class Spikes(TrainCase):
     def test_rolled_back_and_on_behind_the_data(self):
         path, run = self.run_of("run", spike=6.0, nan_limit=1, rollbacks=20)
         said = self.upcycle("train", path, "--set", "checkpoint.asynchronous=true", ranks=2)   # a save may be on its way
+        self.assertIn("checkpoints will be written behind the steps, from a copy of about", said)
         back = lines_of(run, "rollback")
         self.assertGreaterEqual(len(back), 1)
         self.assertIn(f"the loss was a spike (train.spike) for 1 steps in a row, last at step {back[0]['from']}: back to the checkpoint of step {back[0]['step']}", said)
@@ -307,12 +308,23 @@ class Damage(TrainCase):
         for step in (0, 2, 4):
             shutil.rmtree(checkpoint(run, step))
         self.flip(checkpoint(run, 6), "weights.h5", "model/embed_tokens/weight")
-        before = {file: content for file, content in self.tree().items() if file.parent.name != "heartbeat" and file.name not in ("lock", "run.toml")}
-        said = self.upcycle("train", path, ranks=2, expect=2)
+        before = {file: content for file, content in self.tree().items() if file.parent.name != "heartbeat" and file.name != "lock"}
+        said = self.upcycle("train", path, "--set", "log.every=3", ranks=2, expect=2)   # which run.toml would tell
         self.assertIn("model.embed_tokens.weight", said)
         self.assertEqual(said.count("upcycle: "), 1, said)
-        after = {file: content for file, content in self.tree().items() if file.parent.name != "heartbeat" and file.name not in ("lock", "run.toml")}
+        after = {file: content for file, content in self.tree().items() if file.parent.name != "heartbeat" and file.name != "lock"}
         self.assertEqual(after, before)
+
+    def test_a_text(self):
+        """Of a damaged tokenizer file nothing is taken over; what goes on says so in run.toml."""
+        path, run = self.trained()
+        file = checkpoint(run, 6) / "tokenizer/tokenizer.json"
+        file.write_text(file.read_text().replace("1", "7"))
+        said = self.upcycle("train", path, "--set", "log.every=3", ranks=2)
+        self.assertIn("tokenizer.json: is not what was written (its digest does not fit its content): the file was changed or damaged: going on behind it, from step-00000004", said)
+        self.assertIn("step-00000006.damaged-1", said)
+        self.assertEqual((checkpoint(run, 6) / "tokenizer/tokenizer.json").read_text(), '{"version": "1.0"}')
+        self.assertRegex((run / "run.toml").read_text(), r"every = 3\b")
 
 
 if __name__ == "__main__":

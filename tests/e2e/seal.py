@@ -4,7 +4,7 @@ import json
 import h5py
 import numpy as np
 import xxhash
-from check_schema import SCHEMA, blocks_of, digest_of, dtype_of, tensors_of
+from check_schema import SCHEMA, blocks_of, digest_of, dtype_of, tensors_of, texts_of
 
 WORDS = {"float32": "Float", "bfloat16": "BFloat16", "int64": "Long"}
 
@@ -38,5 +38,6 @@ def seal(step, change=lambda manifest: None):
     for file in step.glob("*.h5"):
         manifest["tensors"][file.name] = seal_tensors(file)
     manifest["files"] = {str(p.relative_to(step)): p.stat().st_size for p in step.rglob("*") if p.is_file() and p != path}
+    manifest["texts"] = texts_of(step)
     change(manifest)
     path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))

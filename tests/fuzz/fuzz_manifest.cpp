@@ -20,7 +20,7 @@ void store(const fs::path& path, const void* bytes, size_t size) {
   close(file);
 }
 
-/// A step directory in memory, with one file beside the manifest; removed at the end.
+/// A step directory in memory, with a file of tensors and a text beside the manifest; removed at the end.
 struct Folder {
   Folder() {
     std::string name = "/dev/shm/upcycle-fuzz-XXXXXX";
@@ -28,6 +28,7 @@ struct Folder {
     step = fs::path(name) / "step-00000001";
     fs::create_directory(step);
     store(step / "weights.h5", "four", 4);
+    store(step / "note.txt", "four", 4);
   }
   ~Folder() { fs::remove_all(step.parent_path()); }
   fs::path step;

@@ -5,6 +5,7 @@
 
 #include <set>
 
+#include "checkpoint/digest.hpp"
 #include "checkpoint/writer.hpp"
 #include "support/scratch.hpp"
 
@@ -76,18 +77,18 @@ TEST(Manifest, RefusesWhatItCannotRead) {
   };
   const auto with_version = [&](const std::string& version) {
     std::string changed = good;
-    return message(changed.replace(changed.find("\"schema_version\": 2"), 19, "\"schema_version\": " + version));
+    return message(changed.replace(changed.find("\"schema_version\": 3"), 19, "\"schema_version\": " + version));
   };
   EXPECT_THAT(user_error([&] { read_manifest(scratch.path()); }), HasSubstr("not a checkpoint"));
   EXPECT_THAT(message(good.substr(0, good.size() / 2)), HasSubstr("not valid JSON"));
   EXPECT_THAT(message("[]"), HasSubstr("no 'schema_version'"));
   EXPECT_THAT(message("{}"), HasSubstr("no 'schema_version'"));
   EXPECT_THAT(with_version("\"one\""), HasSubstr("no 'schema_version'"));
-  EXPECT_THAT(with_version("99"), HasSubstr("schema version 99, but this program reads versions 1 to 2 only"));
-  EXPECT_THAT(with_version("2, \"schema_version\": 1"), HasSubstr("'schema_version' is there twice"));
+  EXPECT_THAT(with_version("99"), HasSubstr("schema version 99, but this program reads versions 1 to 3 only"));
+  EXPECT_THAT(with_version("3, \"schema_version\": 1"), HasSubstr("'schema_version' is there twice"));
   EXPECT_THAT(message(R"({"schema_version":1,"step":0})"), HasSubstr("run_id"));
   EXPECT_THAT(message(R"({"schema_version":1,"run_id":5,"step":0})"), HasSubstr("string"));
-  EXPECT_THAT(message(R"({"schema_version":2,"run_id":5})"), HasSubstr("its digest does not fit"));
+  EXPECT_THAT(message(R"({"schema_version":3,"run_id":5})"), HasSubstr("its digest does not fit"));
   for (const char* step : {"-1", "1.5", "1e300", "true", "null", "\"1\"", "9223372036854775808"})
     EXPECT_THAT(message(text(R"({"schema_version":1,"run_id":"a","step":)", step, "}")), HasSubstr(", no number of a step")) << step;
   const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
@@ -139,6 +140,41 @@ TEST(Manifest, FilesMustBeThereWithTheirSizes) {
     wrong.tensors = {{"weights.h5", nlohmann::json::parse(summary)}};
     EXPECT_THAT(message(wrong), HasSubstr("of 'weights.h5' is no summary, or has parts")) << summary;
   }
+}
+
+TEST(Manifest, TextsMustBeWhatWasWritten) {
+  const Scratch scratch;
+  const fs::path older = write_step(scratch.path(), 1), step = write_step(scratch.path(), 2);
+  const Manifest manifest = read_manifest(step);
+  EXPECT_EQ(manifest.texts.size(), 1u);
+  const auto message = [&](const Manifest& m) { return user_error([&] { check_complete(step, m); }); };
+  EXPECT_EQ(message(manifest), "");
+  store(step / "note.txt", "step 3");   // as long as it was
+  EXPECT_THAT(message(manifest), HasSubstr("step-00000002/note.txt: is not what was written"));
+  std::vector<std::string> why;
+  EXPECT_EQ(newest_checkpoint(scratch.path(), &why), older);
+  EXPECT_THAT(why, testing::ElementsAre(HasSubstr("note.txt: is not what was written")));
+  Manifest before = manifest;
+  before.schema_version = 2;   // which had no digests
+  EXPECT_EQ(message(before), "");
+
+  write_step(scratch.path(), 2);   // it is out of the way, and not gone
+  EXPECT_EQ(newest_checkpoint(scratch.path()), step);
+  EXPECT_EQ(contents(scratch.path() / "step-00000002.damaged-1/note.txt"), "step 3");
+
+  Manifest without = manifest;
+  without.texts = nlohmann::json::object();
+  EXPECT_THAT(message(without), HasSubstr("note.txt: is not what was written")) << "a text without a digest could be any";
+  without.texts = nlohmann::json::array();
+  EXPECT_THAT(message(without), HasSubstr("'texts' is not an object"));
+  EXPECT_THAT(user_error([&] {
+                nlohmann::json written = to_json(manifest);
+                written.erase("texts");
+                written["digest"] = digest_of(written.dump());
+                store(step / kManifestFile, written.dump());
+                read_manifest(step);
+              }),
+              HasSubstr("texts"));
 }
 
 TEST(Steps, Names) {
