@@ -3,6 +3,7 @@
 #include <map>
 
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "base/process.hpp"
 #include "device/device.hpp"
 
@@ -10,8 +11,11 @@ namespace upcycle {
 
 std::vector<std::string> shared_gpus(const Communicator& world, const std::string& host, c10::Device device) {
   std::string place;
-  world.together([&] { place = text("host ", host, " share one GPU (", device::uuid(device), ")"); });
-  const std::vector<std::string> places = world.all_gather(place);
+  world.together([&] { place = text(host, " ", device::uuid(device)); });
+  return shared_gpus(world.all_gather(place));
+}
+
+std::vector<std::string> shared_gpus(const std::vector<std::string>& places) {
   std::map<std::string, std::vector<size_t>> owners;
   for (size_t rank = 0; rank < places.size(); ++rank) owners[places[rank]].push_back(rank);
   std::vector<std::string> lines;
@@ -19,18 +23,20 @@ std::vector<std::string> shared_gpus(const Communicator& world, const std::strin
     if (ranks.size() < 2) continue;
     std::string names;
     for (size_t i = 0; i < ranks.size(); ++i) names += text(i == 0 ? "" : i + 1 == ranks.size() ? " and " : ", ", ranks[i]);
-    lines.push_back(text("ranks ", names, " of ", where));
+    const size_t gap = where.rfind(' ');
+    lines.push_back(text("ranks ", names, " of host ", where.substr(0, gap), " share one GPU (", where.substr(gap + 1), ")"));
   }
   return lines;
 }
 
 void refuse_shared_gpus(const Communicator& world, c10::Device device) {
   if (!device.is_cuda() || world.size() == 1) return;
-  const std::vector<std::string> shared = shared_gpus(world, host_name(), device);
+  refuse_shared_gpus(shared_gpus(world, host_name(), device));
+}
+
+void refuse_shared_gpus(const std::vector<std::string>& shared) {
   if (shared.empty()) return;
-  std::string lines;
-  for (const std::string& line : shared) lines += "\n  " + line;
-  fail("there are more ranks than GPUs:", lines, "\nStart as many ranks on a host as this job has GPUs there (CUDA_VISIBLE_DEVICES counts), or ",
+  fail("there are more ranks than GPUs:", listed(shared), "\nStart as many ranks on a host as this job has GPUs there (CUDA_VISIBLE_DEVICES counts), or ",
        "ask for it with run.share_gpu = true: each rank then needs memory of its own on the GPU, and tensors travel through host memory");
 }
 
