@@ -122,22 +122,37 @@ void agree(const Communicator& world, const std::string& topic, const Facts& min
   });
 }
 
-void check_world_size(int world) {
+std::optional<LaunchedRanks> launched_ranks() {
   // The launcher that is nearest speaks: mpirun inside of a Slurm step says OMPI_COMM_WORLD_SIZE. SLURM_NTASKS is that of the job, and a
   // batch script may start one process by itself.
   for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
-    const char* value = std::getenv(name);
-    if (!value) continue;
-    const int started = std::atoi(value);
-    if (started <= 1 || world == started) return;
-    fail("the launcher started ", started, " ranks (", name, " = ", value, "), but MPI sees ", world, ": they would be ",
-         world == 1 ? text(started, " jobs of one rank each") : "several jobs", ". Start them by this MPI's own mpirun, or by srun --mpi=pmix ",
-         "(srun --mpi=list shows what there is)");
+    if (const char* value = std::getenv(name)) return LaunchedRanks{std::atoi(value), name};
   }
+  return {};
+}
+
+void check_world_size(int world) {
+  const auto launched = launched_ranks();
+  if (!launched || launched->ranks <= 1 || world == launched->ranks) return;
+  fail("the launcher started ", launched->ranks, " ranks (", launched->variable, " = ", launched->ranks, "), but MPI sees ", world, ": they would be ",
+       world == 1 ? text(launched->ranks, " jobs of one rank each") : "several jobs", ". Start them by this MPI's own mpirun, or by srun --mpi=pmix ",
+       "(srun --mpi=list shows what there is)");
+}
+
+void check_whole_job(const std::string& command, int world) {
+  if (command != "train" && command != "check") return;
+  // In a step, SLURM_NTASKS is the step's: under mpirun, of its daemons. Only the job's script and shell have no SLURM_STEP_NUM_TASKS.
+  if (!std::getenv("OMPI_COMM_WORLD_SIZE") || !std::getenv("SLURM_JOB_ID") || std::getenv("SLURM_STEP_NUM_TASKS")) return;
+  const char* value = std::getenv("SLURM_NTASKS");
+  const int tasks = value ? std::atoi(value) : 0;
+  if (tasks <= 1 || tasks == world) return;
+  fail("mpirun started ", world, world == 1 ? " rank" : " ranks", ", but this Slurm job has ", tasks, " tasks (SLURM_NTASKS = ", value, "): start as many (mpirun -np ",
+       tasks, "), or ask Slurm for ", world, "; where ", command, " is meant to take a part of the job: env -u SLURM_NTASKS mpirun ...");
 }
 
 void agree_on_program(const Communicator& world, const std::string& command) {
   check_world_size(world.size());
+  world.together([&] { check_whole_job(command, world.size()); });   // rank 0 is where mpirun is, and sees the script's environment
   if (world.size() == 1) return;
   agree(world, "the program", {{"command", command}, {"executable", fingerprint("/proc/self/exe", kWhole)}});
 }

@@ -1,5 +1,6 @@
 #pragma once
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,7 +32,19 @@ std::vector<Process> gather_processes(const Communicator& world);
 /// Names and contents of a model directory's, a checkpoint's, or a data prefix's files. Pure but for the files it reads.
 Facts facts_of_directory(const std::string& key, const std::filesystem::path& directory);
 
-/// "N ranks were started, but MPI sees `world`" as a UserError, from the environment that launchers give their processes.
+/// How many ranks the launcher has started, by the environment that it gives them: its nearest one, which says the most.
+struct LaunchedRanks {
+  int ranks;
+  const char* variable;   ///< that says so
+};
+std::optional<LaunchedRanks> launched_ranks();
+
+/// "N ranks were started, but MPI sees `world`" as a UserError, from that environment.
 void check_world_size(int world);
+
+/// Throws UserError when `command` is one that takes a whole Slurm job (train, check), mpirun has started it from the job's script or shell, and
+/// on other than the job's tasks. What runs without a launcher, and any other command, may take a part of a job; so may a job in which
+/// tasks were not asked for, or one.
+void check_whole_job(const std::string& command, int world);
 
 }  // namespace upcycle

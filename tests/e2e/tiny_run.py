@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+os.environ.pop("SLURM_NTASKS", None)   # where tests run inside of a Slurm job, each takes a part of it
 UPCYCLE = None   # set by the script that is run
 MPIRUN = os.environ.get("UPCYCLE_MPIRUN", "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1").split()
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD, FFN, VOCAB, SEQUENCE = 32, 2, 4, 2, 16, 48, 96, 16

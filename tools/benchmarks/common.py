@@ -29,10 +29,10 @@ def environment(threads):
 
 
 def on_ranks(ranks, program, *words):
-    """The command; one rank needs no launcher. More ranks than cores have to give way to each other."""
-    launcher = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
+    """The command; one rank needs no launcher. More ranks than cores have to give way to each other. They may be a part of a Slurm job."""
+    launcher = ["env", "-u", "SLURM_NTASKS", "mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
     if ranks > cores():
-        launcher[1:1] = ["--mca", "mpi_yield_when_idle", "1"]
+        launcher += ["--mca", "mpi_yield_when_idle", "1"]
     return [*launcher, str(program), *map(str, words)]
 
 

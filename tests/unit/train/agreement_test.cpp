@@ -31,6 +31,41 @@ TEST(WorldSize, SmallerWorldsAreRefused) {
   EXPECT_EQ(refusal({{"OMPI_COMM_WORLD_SIZE", "8"}, {"SLURM_STEP_NUM_TASKS", "2"}}, 8), "") << "mpirun's daemons are the tasks of its step";
 }
 
+/// The message of check_whole_job for `command` on `world` ranks, in an environment where these variables alone are set.
+std::string part_of_a_job(const std::vector<std::pair<std::string, std::string>>& variables, const std::string& command, int world) {
+  const std::vector<std::string> names = {"OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_NTASKS"};
+  for (const std::string& name : names) unsetenv(name.c_str());
+  for (const auto& [name, value] : variables) setenv(name.c_str(), value.c_str(), 1);
+  const std::string message = user_error([&] { check_whole_job(command, world); });
+  for (const std::string& name : names) unsetenv(name.c_str());
+  return message;
+}
+
+TEST(WholeJob, MpirunOnOtherThanTheJobsTasksIsRefused) {
+  using Variables = std::vector<std::pair<std::string, std::string>>;
+  const Variables job = {{"SLURM_JOB_ID", "17"}, {"SLURM_NTASKS", "8"}};
+  const auto by_mpirun = [&](const char* ranks, Variables more = {}) {
+    Variables all = job;
+    all.emplace_back("OMPI_COMM_WORLD_SIZE", ranks);
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  for (const char* command : {"train", "check"}) {
+    EXPECT_EQ(part_of_a_job(by_mpirun("8"), command, 8), "");
+    EXPECT_NE(part_of_a_job(by_mpirun("4"), command, 4).find("mpirun started 4 ranks, but this Slurm job has 8 tasks (SLURM_NTASKS = 8): start as many (mpirun -np 8)"),
+              std::string::npos);
+    EXPECT_NE(part_of_a_job(by_mpirun("16"), command, 16), "");
+    EXPECT_NE(part_of_a_job(by_mpirun("1"), command, 1), "");
+    EXPECT_EQ(part_of_a_job(job, command, 1), "") << "without a launcher";
+  }
+  for (const char* command : {"convert", "export", "inspect", "verify", "sample", "evaluate"}) EXPECT_EQ(part_of_a_job(by_mpirun("4"), command, 4), "");
+  EXPECT_EQ(part_of_a_job(by_mpirun("8", {{"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_NTASKS", "1"}}), "train", 8), "") << "on another node, below mpirun's daemon";
+  EXPECT_EQ(part_of_a_job(by_mpirun("4", {{"SLURM_STEP_NUM_TASKS", "8"}}), "train", 4), "") << "inside of a step";
+  EXPECT_EQ(part_of_a_job({{"OMPI_COMM_WORLD_SIZE", "4"}, {"SLURM_NTASKS", "8"}}, "train", 4), "") << "no job: a setting for srun";
+  EXPECT_EQ(part_of_a_job({{"OMPI_COMM_WORLD_SIZE", "4"}, {"SLURM_JOB_ID", "17"}}, "train", 4), "") << "only GPUs were asked for";
+  EXPECT_EQ(part_of_a_job({{"OMPI_COMM_WORLD_SIZE", "4"}, {"SLURM_JOB_ID", "17"}, {"SLURM_NTASKS", "1"}}, "train", 4), "") << "salloc --gpus=4";
+}
+
 TEST(FactsOfADirectory, ChangeWithEveryFileThatASampleCanSee) {
   const Scratch scratch;
   const auto facts = [&] { return facts_of_directory("source.model", scratch.path()); };
