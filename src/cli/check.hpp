@@ -36,6 +36,8 @@ struct CheckReport {
   std::vector<Pair> pairs;
   std::optional<double> all_reduce;      ///< GB/s
   std::string room;                      ///< what the run will write, and what is free
+  std::string time;                      ///< what a save takes, and what Slurm gives it
+  std::optional<double> seconds_to_save, seconds_left;
   std::vector<std::string> notes;        ///< may be meant so
   std::vector<std::string> problems;     ///< train should not be started
   double seconds = 0;

@@ -71,7 +71,7 @@ std::string to_text(const CheckReport& report) {
     out += "\n";
   }
   if (report.all_reduce) out += text("all-reduce over all ranks, by ", report.transport, ": ", speed(report.all_reduce), " out of each\n");
-  if (!report.room.empty()) out += report.room + "\n";
+  for (const std::string& line : {report.room, report.time}) out += line.empty() ? "" : line + "\n";
   for (const std::string& note : report.notes) out += "note: " + note + "\n";
   return out + text(report.problems.empty() ? "ready" : "not ready", " (", std::fixed, std::setprecision(1), report.seconds, " s)\n");
 }
@@ -90,7 +90,8 @@ ordered_json to_json(const CheckReport& report) {
   for (const auto& [a, b, gigabytes] : report.pairs) pairs.push_back({{"nodes", {a, b}}, {"gb_per_second", gigabytes}});
   return {{"ranks", ranks},         {"nodes", nodes},           {"slurm", report.slurm},
           {"layout", report.layout}, {"transport", report.transport}, {"pairs", pairs},
-          {"all_reduce_gb_per_second", number(report.all_reduce)}, {"room", report.room}, {"notes", report.notes},
+          {"all_reduce_gb_per_second", number(report.all_reduce)}, {"room", report.room}, {"seconds_to_save", number(report.seconds_to_save)},
+          {"seconds_left", number(report.seconds_left)}, {"notes", report.notes},
           {"problems", report.problems}, {"seconds", report.seconds}};
 }
 

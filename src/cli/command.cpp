@@ -10,15 +10,15 @@
 #include "train/agreement.hpp"
 
 namespace upcycle {
-namespace {
 
-/// The rank that the launcher gave this process, for messages before MPI is up. 0 without a launcher.
 int launched_rank() {
   for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"}) {
     if (const char* value = std::getenv(name)) return std::atoi(value);
   }
   return 0;
 }
+
+namespace {
 
 int own_rank() { return world_size() > 1 ? world_rank() : launched_rank(); }
 

@@ -32,6 +32,8 @@ struct CheckOptions {
   bool files_only = false;
   std::optional<std::string> print = {};   ///< a key of the run file
   double bandwidth_floor = 0;              ///< GB/s; 0: none
+  double wait = 20;                        ///< seconds within which all ranks must have come
+  std::optional<double> save_within = {};  ///< seconds before its end for which Slurm asks the job to save
 };
 
 /// A command line, understood.
@@ -64,6 +66,9 @@ struct Arguments {
 
 /// Throws UserError for an unknown command or option (with a suggestion), a missing or surplus argument, a bad value.
 Arguments parse_arguments(int argc, const char* const* argv);
+
+/// The rank that the launcher gave this process, before MPI is up. 0 without a launcher.
+int launched_rank();
 
 /// True for commands that run on several ranks. The others answer at once, without MPI.
 bool needs_mpi(const Arguments&);

@@ -37,6 +37,10 @@ po::options_description options_of(const Usage* usage) {
     add("print", po::value<std::string>()->value_name("KEY"), "print the value of a key, such as run.directory, as train would have it, and leave");
     add("bandwidth-floor", po::value<std::string>()->value_name("GB/s"),
         "the least that each node must exchange with a neighbour, in each direction (default: none)");
+    add("wait", po::value<std::string>()->value_name("SECONDS"),
+        text("the most until all ranks have come together; those that have not are named (default: ", CheckOptions().wait, ")").c_str());
+    add("save-within", po::value<std::string>()->value_name("SECONDS"),
+        "how long before its end Slurm asks the job to save (its --signal): held against what a checkpoint takes at the disks' speed");
   }
   if (usage && usage->command == "watch") {
     const ProgressLimits limits;
@@ -166,8 +170,13 @@ CheckOptions check_options(const po::variables_map& values) {
   if (values.count("bandwidth-floor")) {
     options.bandwidth_floor = positive_number(values["bandwidth-floor"].as<std::string>(), "--bandwidth-floor", "a positive number of GB/s");
   }
-  if (options.files_only + options.print.has_value() + (options.bandwidth_floor > 0) > 1) {
-    fail("--files-only, --print and --bandwidth-floor ask for three different things: give one of them");
+  if (values.count("wait")) options.wait = positive_number(values["wait"].as<std::string>(), "--wait", "a positive number of seconds");
+  if (values.count("save-within")) {
+    options.save_within = positive_number(values["save-within"].as<std::string>(), "--save-within", "a positive number of seconds");
+  }
+  const bool on_all_ranks = options.bandwidth_floor > 0 || values.count("wait") || options.save_within;
+  if (options.files_only + options.print.has_value() + on_all_ranks > 1) {
+    fail("--files-only, --print, and the check on all ranks (--bandwidth-floor, --wait, --save-within) are three different things: give one of them");
   }
   if (options.files_only && values["json"].as<bool>()) fail("--files-only says only what is wrong: it has no --json");
   return options;

@@ -40,8 +40,8 @@ const std::vector<Usage>& usages() {
        true,
        "can this run start here, and are these nodes in order: a table, before anything is written",
        "Started like train, on all ranks: where each rank runs, its CPUs and GPU, the nodes' memory and disk, the bandwidth between neighbouring\n"
-       "nodes and of an all-reduce, space for the checkpoints, all inputs on every node; all within half a minute. Token ids are not read. What\n"
-       "is wrong is told by the node's name; what may be meant so is a note. Exit code 2 when train should not be started.\n"
+       "nodes and of an all-reduce, space for the checkpoints, all inputs on every node, time for a save before Slurm ends the job; all within\n"
+       "half a minute. Ranks that do not come are named (exit code 1). Token ids are not read. What is wrong is told by the node's name; what may be meant so is a note. Exit code 2 when train should not be started.\n"
        "--files-only and --print run without MPI, in a job's script before srun: --files-only checks run file, source, tokenizer, data and run\n"
        "directory from here, and says nothing when all is well.",
        "srun --mpi=pmix upcycle check configs/qwen3-14b-64e.toml --bandwidth-floor 10"},

@@ -127,11 +127,11 @@ class Check(Cluster):
         result = subprocess.run([tiny_run.UPCYCLE, "check", *map(str, arguments)], capture_output=True, text=True, cwd=self.root, env=os.environ | environment)
         return result.returncode, result.stdout + result.stderr
 
-    def of_hosts(self, *ranks, expect):
-        """`check` on a host for each of `ranks`: (name, options of mpirun, arguments)."""
+    def of_hosts(self, *ranks, expect, around=()):
+        """`check`, started by the command `around` if there is one, on a host for each of `ranks`: (name, options of mpirun, arguments)."""
         line = [*MPIRUN]
         for i, (host, options, arguments) in enumerate(ranks):
-            line += [*([":"] if i else []), "-np", "1", *map(str, options), *on_host(host, tiny_run.UPCYCLE, "check", *arguments)]
+            line += [*([":"] if i else []), "-np", "1", *map(str, options), *on_host(host, *around, tiny_run.UPCYCLE, "check", *arguments)]
         result = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=self.root)
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result.stdout + result.stderr
@@ -221,6 +221,103 @@ class Check(Cluster):
         said = self.of_hosts(*[(host, options, [relative, "--set", "run.directory=run"]) for host, options, _ in on], expect=2)
         self.assertIn("node n2: run.directory = run is not the same directory here and on n1", said)
 
+
+    @unittest.skipUnless(HOSTS, "needs UTS namespaces")
+    def test_a_rank_that_does_not_come_is_named(self):
+        """It stands still before MPI, and between MPI's start and the first word with the others; all others leave, and nothing stays behind."""
+        path, _ = self.run_file("run", MOE, global_batch=6)
+        before = self.tree()
+        early = self.scratch("early.sh", '[ "$OMPI_COMM_WORLD_RANK" != "$STOPS" ] || kill -STOP $$\nexec "$@"\n')
+        library = self.root.parent / f"{self.root.name}.so"
+        self.addCleanup(library.unlink)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).parent / "stop_before_dup.c"], check=True)
+        slurm = ["env", "SLURM_STEP_NODELIST=n[1-3]", "SLURM_STEP_TASKS_PER_NODE=1(x3)"]
+        for rank, around, words in ((1, [*slurm, "STOPS=1", "sh", early], "rank 1 (node n2)"), (0, [*slurm, "STOPS=0", "sh", early], "rank 0 (node n1)"),
+                                    (2, ["env", "STOPS=2", f"LD_PRELOAD={library}"], "rank 2; the others are on n1 and n2")):
+            with self.subTest(rank=rank):
+                begin = time.monotonic()
+                said = self.of_hosts(*[(host, [], [path, "--wait", 6]) for host in ("n1", "n2", "n3")], expect=1, around=around)
+                self.assertLess(time.monotonic() - begin, 25)
+                self.assertIn(f"upcycle: 1 of 3 ranks has not come within 6 s, nor answered in {self.root}: {words}. Leave their nodes out", said)
+                self.assertEqual(said.count("upcycle: "), 1, said)
+                self.assertEqual(self.tree(), before)
+        # A run file that can't be read: there is no place to answer in.
+        said = self.of_hosts(*[(host, [], ["absent.toml", "--wait", 3]) for host in ("n1", "n2")], expect=1, around=["env", "STOPS=1", "sh", early])
+        self.assertIn("rank 0 (node n1) has waited 3 s for other ranks", said)
+
+    def scratch(self, name, content):
+        """A file outside of what the tests look at."""
+        path = self.root.parent / f"{self.root.name}.{name}"
+        path.write_text(content)
+        self.addCleanup(path.unlink)
+        return path
+
+    def test_a_time_limit_shorter_than_a_save(self):
+        path, _ = self.run_file("run", MOE)
+        (self.root / "giant.json").write_text(json.dumps(CONFIG | dict(hidden_size=16384, num_hidden_layers=2000, num_attention_heads=128, head_dim=128,
+                                                                       intermediate_size=65536, vocab_size=100000)))
+        giant, _ = self.run_file("giant", source=f'architecture = "{self.root}/giant.json"')
+
+        def check(*arguments, expect, ranks=2):
+            os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 3600)
+            self.addCleanup(os.environ.pop, "SLURM_JOB_END_TIME", None)
+            return self.upcycle("check", *arguments, ranks=ranks, expect=expect)
+
+        report = json.loads(check(path, "--save-within", 180, "--json", expect=0))
+        self.assertTrue(3500 < report["seconds_left"] <= 3600, report)
+        self.assertTrue(0 < report["seconds_to_save"] < 60, report)
+        self.assertEqual([note for note in report["notes"] if "Slurm" in note], [])
+        self.assertIn("; Slurm ends this job in 60 min, and asks it to save 3 min before the end", check(path, "--save-within", 180, expect=0))
+        self.assertIn("asked as soon as it has begun", check(path, "--save-within", 4000, expect=0))
+        said = check(giant, "--set", "moe.max_parameters=1e15", "--save-within", 180, expect=2)
+        self.assertRegex(said, r"the time limit is shorter than a save: a checkpoint \([0-9.]+ GB\) takes about [0-9.]+ (h|min) at the [0-9.]+ GB/s of all nodes, "
+                               r"and Slurm ends this job in (60|59) min: give it more time")
+        del os.environ["SLURM_JOB_END_TIME"]
+        said = self.upcycle("check", giant, "--set", "moe.max_parameters=1e15", "--save-within", 180, expect=2)
+        self.assertNotIn("shorter than a save", said)
+        self.assertRegex(said, r"note: a checkpoint .*only 3 min before it ends the job.*--signal=B:USR2@\d+")
+        self.assertIn("--wait x: a positive number of seconds", self.upcycle("check", path, "--wait", "x", expect=2))
+
+    def test_more_tasks_than_gpus(self):
+        path, _ = self.run_file("run", MOE, global_batch=24)
+        job = dict(SLURM_NTASKS="12", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="4")
+        code, said = self.here(path, "--files-only", "--set", "run.device=cuda", **job)
+        self.assertEqual((code, said.count("upcycle: ")), (2, 1), said)
+        self.assertIn("there are more tasks than GPUs: 12 tasks on 2 nodes of 4 GPUs each", said)
+        for settings, changes in ((["run.device=cuda", "run.share_gpu=true"], {}), (["run.device=cpu"], {}), (["run.device=cuda"], {"SLURM_NTASKS": "8"})):
+            self.assertEqual(self.here(path, "--files-only", "--set", *settings, **(job | changes)), (0, ""), settings)
+
+    def test_a_part_of_a_job(self):
+        """Inside of a Slurm job mpirun must start all of its tasks; single processes, other commands and the arms of a sweep need not."""
+        path, run = self.run_file("run", MOE)
+        job = ["-x", "SLURM_JOB_ID=17", "-x", "SLURM_NTASKS=4"]
+
+        def by_mpirun(*arguments, ranks, expect):
+            line = [*MPIRUN, *job, "-np", ranks, tiny_run.UPCYCLE, *arguments]
+            result = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=self.root, timeout=120)
+            self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
+            return result.stdout + result.stderr
+
+        for command in ("train", "check"):
+            for ranks in (1, 2):
+                said = by_mpirun(command, path, ranks=ranks, expect=2)
+                self.assertIn(f"upcycle: mpirun started {ranks} rank{'s' if ranks > 1 else ''}, but this Slurm job has 4 tasks (SLURM_NTASKS = 4): "
+                              "start as many (mpirun -np 4)", said)
+                self.assertEqual(said.count("upcycle: "), 1, said)
+        self.assertFalse(run.exists())
+        self.assertIn("ready", by_mpirun("check", path, ranks=4, expect=0))
+        by_mpirun("convert", path, ranks=2, expect=0)
+        by_mpirun("verify", checkpoint(run, 0), ranks=2, expect=0)
+        code, said = self.here(path, SLURM_JOB_ID="17", SLURM_NTASKS="4")
+        self.assertEqual(code, 0, said)
+
+        base, _ = self.run_file("base", MOE, steps=1)
+        sweep = self.root / "sweep.toml"
+        sweep.write_text(f'[sweep]\nbase = "{base}"\ndirectory = "{self.root}/arms"\ncontrol = false\nranks = 2\n'
+                         f'launcher = "{" ".join([*MPIRUN, "-x", "SLURM_JOB_ID=17"])}"\n[[arms]]\noptimizer.lr = 1e-4\n')
+        result = subprocess.run([tiny_run.UPCYCLE, "sweep", sweep], capture_output=True, text=True, cwd=self.root, timeout=120,
+                                env=os.environ | {"SLURM_NTASKS": "4"})
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
 
     @unittest.skipUnless(HOSTS, "needs mount namespaces")
     def test_room_for_all_checkpoints_that_are_kept(self):
