@@ -40,6 +40,16 @@ trap 'ended=yes; pass_on' TERM
 pass_on() { [[ -z $launcher ]] || kill "-$signal" "$launcher" 2>/dev/null; }
 alive() { [[ -n $1 ]] && kill -0 "$1" 2>/dev/null; }
 
+# What a save has to fit into, for the check: how long before the time limit the signal comes, by the script's line or the site's setting
+# (sbatch's own --signal is not told to a job), and when the limit is, which newer Slurms say themselves.
+lead=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" | tail -n 1)}
+lead=${lead##*@}
+[[ $lead =~ ^[1-9][0-9]*$ ]] || lead=''
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+  end=$(squeue --noheader --jobs="$job" --format=%e 2>/dev/null)
+  if [[ -n $end ]] && end=$(date --date="$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
+fi
+
 # launch COMMAND ARGUMENTS...: on all tasks. In the background, because bash runs no trap while it waits for a command in the foreground.
 launch() {
   local start
@@ -94,7 +104,7 @@ count_lives() {
 
 # train SCRIPT RUN.toml [--set key=value ...]: one life of a run. SCRIPT is what a chain submits.
 train() {
-  resubmit="sbatch --nodes=$SLURM_NNODES $*"
+  printf -v resubmit ' %q' sbatch "--nodes=$SLURM_NNODES" "$@"
   local script=$1
   shift
   "${upcycle[@]}" check --files-only "$@" || leave 2 "nothing was started"
@@ -103,19 +113,31 @@ train() {
   count_lives
   queue_successor "$script" "$@"
 
-  # Words, on purpose: several options in one setting.
-  # shellcheck disable=SC2086
-  launch check "$@" ${UPCYCLE_CHECK:-}
-  finish
+  check "$@"
   if [[ $asked$ended == *yes* ]]; then
     say "asked to leave before training began"
     rc=75
   else
     if ((rc == 2)); then drop_successor; leave 2 "the pre-flight check failed: nothing was started"; fi
-    ((rc == 0)) || say "the pre-flight check could not run (code $rc)"
+    if ((rc != 0)); then drop_successor; leave "$rc" "the pre-flight check could not run, twice (code $rc): nothing was started"; fi
     train_on "$@"
   fi
   conclude
+}
+
+# The pre-flight check. UPCYCLE_CHECK=off: none. Once more if it can't run: its ranks could not start, or one of them did not come, which it then says.
+check() {
+  local try
+  rc=0
+  [[ ${UPCYCLE_CHECK:-} != off ]] || return 0
+  for try in 1 2; do
+    # Words, on purpose: several options in one setting.
+    # shellcheck disable=SC2086
+    launch check "$@" ${lead:+--save-within "$lead"} ${UPCYCLE_CHECK:-}
+    finish
+    if ((try == 2 || rc == 0 || rc == 2)) || [[ $asked$ended == *yes* ]]; then return; fi
+    say "the pre-flight check could not run (code $rc): once more"
+  done
 }
 
 # The training step. Once more if no rank came as far as its first heartbeat: on a node that has crashed, Slurm's PMIx plugin trips over a
@@ -160,7 +182,7 @@ conclude() {
   fi
   [[ -z $successor ]] || leave 75 "code $rc: job $successor goes on"
   if scontrol requeue "$job"; then leave 0 "code $rc: back into the queue"; fi
-  leave 75 "code $rc: saved, but not back in the queue (see scontrol's message above); submit it again: $resubmit"
+  leave 75 "code $rc: saved, but not back in the queue (see scontrol's message above); submit it again:$resubmit"
 }
 
 # UPCYCLE_RESTART=chain: the next job waits from the beginning, so that no kind of end can break the chain.

@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests/e2e"))
-from tiny_run import MOE, TrainCase, make_dense, write_tokens   # noqa: E402, F401
+from tiny_run import CONFIG, MOE, TrainCase, make_dense, write_tokens   # noqa: E402, F401
 
 NODES, RANKS_PER_NODE = 4, 2
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -76,7 +76,10 @@ class Place:
                               (r'# export UPCYCLE="apptainer.*', f'export UPCYCLE="env LD_PRELOAD={self.lab.scratch}/slow.so {self.lab.program}"')):
             text, found = re.subn(line, instead, text)
             assert found, f"site.env.example has no {line}"
-        text += ("export OMPI_MCA_mpi_yield_when_idle=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1\n"
+        # Dozens of ranks start at once, on as few cores as there are.
+        text += ('export UPCYCLE_CHECK="--wait 120"\n'
+                 "export OMPI_MCA_mpi_yield_when_idle=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1\n"
+                 "ulimit -S -c $(ulimit -H -c)\n"   # run.py tells of cores
                  f"export SLOW_STEPS={slow_steps} SLOW_WRITES={slow_writes}\n{more}\n")
         (self.root / "slurm/site.env").write_text(text)
 
@@ -131,7 +134,7 @@ class Job:
     def exit_code(self):
         return self.fields()["ExitCode"]
 
-    def wait(self, what, condition, seconds=120):
+    def wait(self, what, condition, seconds=240):
         """Until the condition holds; sooner, and a failure, when the job is over."""
         end = time.monotonic() + seconds
         while not condition():
@@ -148,14 +151,14 @@ class Job:
         while not condition() and time.monotonic() < end:
             time.sleep(0.2)
 
-    def wait_for_step(self, step, seconds=120):
+    def wait_for_step(self, step, seconds=240):
         """A step of the run that is at hand."""
         self.wait(f"step {step}", lambda: (self.place.steps() or [{"step": -1}])[-1]["step"] >= step, seconds)
 
-    def wait_for_life(self, life, seconds=120):
+    def wait_for_life(self, life, seconds=240):
         self.wait(f"life {life}", lambda: f"life {life}: " in self.log(), seconds)
 
-    def ends(self, seconds=180):
+    def ends(self, seconds=300):
         """Its final state. A job that goes back into the queue is not at its end."""
         end = time.monotonic() + seconds
         while True:

@@ -1,12 +1,14 @@
 """The rest of what the batch scripts must survive: scancel, lost nodes, full disks, hands that meddle, limits that are too short, bad input."""
+import json
 import os
 import re
+import signal
 import time
 
 import numpy as np
 
-from cluster import Job, Place, write_tokens
-from scenarios import Scenario
+from cluster import CONFIG, RANKS_PER_NODE, Job, Place, write_tokens
+from scenarios import QUICK_WATCH, Scenario
 
 LAB = None   # set by run.py
 
@@ -15,7 +17,7 @@ class More(Scenario):
     def place(self, name="", **settings):
         return Place(LAB, type(self).__name__ + name, **settings)
 
-    def refused(self, job, *words, code="2:0", seconds=60):
+    def refused(self, job, *words, code="2:0", seconds=180):
         """A user's mistake: over soon, not started again, with the message in the log."""
         self.assertEqual(job.ends(seconds), "FAILED", job.log())
         self.assertEqual((job.exit_code(), job.restarts()), (code, 0), job.log())
@@ -102,11 +104,17 @@ class FullDisk(More):
 
 
 class ShortLimit(More):
-    """The time is over before the first checkpoint is whole: the job ends as Slurm says, nothing half is taken for a checkpoint, and a longer
-    limit is all it takes."""
+    """A time limit in which no checkpoint can be written, by the disk's speed: refused by the check, with both numbers. One that only turns out to
+    be too short: the job ends as Slurm says, nothing half is taken for a checkpoint, and a longer limit is all it takes."""
 
     def test(self):
         place = self.place(slow_writes=12000)
+        wide = place.root / "wide.json"
+        wide.write_text(json.dumps(CONFIG | dict(vocab_size=1_000_000)))   # 400 MB a checkpoint, at less than 1 MB/s
+        wide_file, wide_run = place.write_run("wide", source=f'architecture = "{wide}"')
+        self.refused(place.submit("--nodes=1", "--time=2", arguments=[wide_file.name]), "the time limit is shorter than a save: a checkpoint (", "GB/s of all nodes",
+                     "give it more time (sbatch --time)", "nothing was started", seconds=110)
+        self.assertFalse(wide_run.exists())
         job = place.submit("--nodes=1", "--time=2", "--signal=B:USR2@5")
         self.assertEqual(job.ends(), "TIMEOUT", job.log())
         self.assertEqual(job.restarts(), 0)
@@ -115,6 +123,63 @@ class ShortLimit(More):
         place.write_site()
         again = place.submit("--nodes=1", "--time=10")
         self.finished(place, again, restarts=0)
+
+
+class HangTwice(More):
+    """A rank stands still in two lives, between which the run gets on: the second hang is the last."""
+
+    def test(self):
+        place = self.place(slow_steps=10, site=QUICK_WATCH)
+        job = place.submit("--nodes=1")
+        for life, step in enumerate((13, 23)):
+            job.wait_for_life(life)
+            job.wait_for_step(step)
+            os.kill(job.rank(1), signal.SIGSTOP)
+            if life == 0:
+                job.wait("end of the first life", lambda: job.state() != "RUNNING", seconds=120)
+        self.assertEqual(job.ends(120), "FAILED", job.log())
+        self.assertEqual((job.exit_code(), job.restarts()), ("1:0", 1))
+        self.assertEqual(place.checkpoints(), [0, 10, 20])
+        self.said(job, "a second hang: not started again")
+        self.assertEqual(len([line for line in job.log().splitlines() if line.startswith("upcycle watch: ") and "rank 1 (" in line]), 2, job.log())
+        time.sleep(8)   # a requeued job would wait for 5
+        self.assertEqual(job.state(), "FAILED")
+
+
+class NoScontrol(More):
+    """scontrol is missing on the nodes: stopped and saved, the job says what to submit, and that very line goes on."""
+
+    def test(self):
+        missing = "scontrol() { command no-scontrol-here; }"
+        place = self.place(slow_steps=6, site=missing)
+        job = place.submit("--nodes=1", arguments=[place.run_file.name, "--set", 'run.name="two words"'])
+        job.wait_for_step(3)
+        place.write_site(more=missing)
+        job.signal("USR2", "--batch")
+        self.assertEqual(job.ends(60), "FAILED", job.log())
+        self.assertEqual((job.exit_code(), job.restarts()), ("75:0", 0), job.log())
+        self.said(job, "no-scontrol-here: command not found", "saved, but not back in the queue")
+        line = re.search(r"submit it again: (sbatch .*)", job.log())[1]
+        again = Job(place, re.search(r"Submitted batch job (\d+)", place.shell(line))[1])
+        self.finished(place, again, restarts=0)
+        self.once_each(place)
+
+
+class AbsentRank(More):
+    """A rank never comes to the check, as on a node whose file system hangs: it and its node are named, twice, and nothing is started."""
+
+    def test(self):
+        place = self.place()
+        stops = place.root / "stops.sh"
+        stops.write_text('[[ $1 != check || ${SLURM_PROCID:-} != 5 || -z ${SLURM_STEP_NUM_TASKS:-} ]] || kill -STOP $$\n' f'exec {LAB.program} "$@"\n')
+        place.write_site(more=f'export UPCYCLE="bash {stops}" UPCYCLE_CHECK="--wait 25"')
+        job = place.submit("--nodes=4")
+        self.assertEqual(job.ends(180), "FAILED", job.log())
+        self.assertEqual(job.restarts(), 0)
+        self.said(job, f"1 of 8 ranks has not come within 25 s, nor answered in {place.root}: rank 5 (node n3)", "once more",
+                  "the pre-flight check could not run, twice", "nothing was started")
+        self.assertFalse(place.run.exists())
+        self.assertEqual([*place.root.glob(".upcycle-check*")], [])
 
 
 class Switches(More):
@@ -184,6 +249,16 @@ class Mpirun(More):
         self.finished(place, job, restarts=1)
         self.said(job, "4 ranks (data 4, expert 2)")
         self.once_each(place)
+        # By hand on another number of ranks than the job has tasks: an error of train and check alone.
+        script = place.root / "part.sh"
+        script.write_text("#!/bin/bash\nsource slurm/site.env job\n"
+                          "for ranks in 2 4; do mpirun --bind-to none -np $ranks $UPCYCLE check run.toml; echo \"check on $ranks: code $?\"; done\n"
+                          "mpirun --bind-to none -np 2 $UPCYCLE verify run; echo \"verify on 2: code $?\"\n"
+                          "$UPCYCLE check run.toml; echo \"check on 1: code $?\"\n")
+        part = Job(place, place.shell("sbatch --parsable --nodes=2 --ntasks-per-node=2 --output=part-%j.out part.sh"))
+        self.assertEqual(part.ends(), "COMPLETED", part.log())
+        self.said(part, "mpirun started 2 ranks, but this Slurm job has 4 tasks (SLURM_NTASKS = 4)", "check on 2: code 2", "check on 4: code 0", "verify on 2: code 0",
+                  "check on 1: code 0")
 
 
 class WrongMpi(More):
@@ -253,7 +328,9 @@ class BadInput(More):
                                                "[[arms]]\noptimizer.lr = [1e-4, 2e-4]\n")
         outside = place.submit("--nodes=1", "--array=7", script="sweep", arguments=["sweep.toml"])
         first = place.submit("--nodes=1")
+        tasks = place.submit("--nodes=1", "--ntasks-per-node=3", arguments=[place.run_file.name, "--set", "run.device=cuda"])
         self.refused(missing, "missing.toml", "nothing was started")
+        self.refused(tasks, f"there are more tasks than GPUs: 3 tasks on 1 node of {RANKS_PER_NODE} GPUs", "nothing was started")
         self.refused(invalid, "train.steps", "nothing was started")
         self.refused(Job(place, outside.number, 7), "--arm 7", "0 to 2")
         self.finished(place, first, restarts=0)

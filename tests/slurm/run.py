@@ -4,7 +4,9 @@
 Scenarios that leave the nodes alone run at the same time; the others follow. --short: those of CI. --keep leaves the scratch folder."""
 import argparse
 import io
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,7 +21,7 @@ import scenarios
 # Each inner list at once; one after the other.
 SHORT = [["FourNodes", "Stop", "Hang", "Storm", "Array"], ["Preemption"], ["CrashInCheckpoint"]]
 FULL = [["FourNodes", "Stop", "Hang", "Array", "ShortLimit"], ["Storm", "Cancelled", "FullDisk", "Switches", "ByHand", "Chain"],
-        ["Mpirun", "BadInput", "WrongMpi", "TwoJobs", "Example", "Convert"], ["Preemption"], ["CrashInCheckpoint"], ["CrashInStep"]]
+        ["Mpirun", "BadInput", "WrongMpi", "TwoJobs", "Example", "Convert"], ["HangTwice", "NoScontrol", "AbsentRank"], ["Preemption"], ["CrashInCheckpoint"], ["CrashInStep"]]
 
 
 class Run(threading.Thread):
@@ -39,6 +41,17 @@ class Run(threading.Thread):
         if not self.good:
             print(words.getvalue(), flush=True)
             print("the controller's last lines:", *scenarios.LAB.controller_log()[-25:], sep="\n  ", flush=True)
+
+
+def tell_of_cores(scratch):
+    """A rank that crashes at its start is started again by the scripts, so that no scenario fails: here it is told."""
+    for core in scratch.glob("*/core*"):
+        print(f"a process crashed: {core}", flush=True)
+        if shutil.which("gdb"):
+            program = subprocess.run(["gdb", "-batch", "-ex", "info auxv", "-c", core], capture_output=True, text=True).stdout
+            executable = re.search(r'AT_EXECFN.*"(.*)"', program)
+            words = ["gdb", "-batch", "-ex", "thread apply all bt 25", *([executable[1]] if executable else []), "-c", core]
+            print(subprocess.run(words, capture_output=True, text=True).stdout[-8000:], flush=True)
 
 
 def main():
@@ -70,6 +83,7 @@ def main():
                     thread.join()
                 runs += threads
     finally:
+        tell_of_cores(scratch)
         if arguments.keep:
             print(f"kept: {scratch}")
         else:

@@ -12,6 +12,7 @@ import numpy as np
 from cluster import Job, Place, write_tokens
 
 LAB = None   # set by run.py
+QUICK_WATCH = 'export UPCYCLE_WATCH="--start 300 --step 25 --checkpoint 120"'   # longer than any step on a machine that does five jobs at once
 
 
 class Scenario(unittest.TestCase):
@@ -37,7 +38,7 @@ class Scenario(unittest.TestCase):
         """Every step was done, and every loss is bit for bit that of the undisturbed run."""
         self.assertEqual(place.losses(), self.reference()[2])
 
-    def finished(self, place, job, restarts, seconds=240):
+    def finished(self, place, job, restarts, seconds=400):
         self.assertEqual(job.ends(seconds), "COMPLETED", job.log())
         self.assertEqual(job.exit_code(), "0:0")
         self.assertEqual(job.restarts(), restarts, job.log())
@@ -71,8 +72,8 @@ class Stop(Scenario):
     """Slurm's signal before the time limit: saved, requeued, resumed, with no step done twice and the loss of the undisturbed run."""
 
     def test(self):
-        place = self.place(slow_steps=30)
-        job = place.submit("--nodes=4", "--time=3", "--signal=B:USR2@90")   # comes a minute or more after the start
+        place = self.place(slow_steps=45)
+        job = place.submit("--nodes=4", "--time=4", "--signal=B:USR2@120")   # comes one minute after the start, or two
         job.wait_for_step(1)
         job.wait("requeue", lambda: "back into the queue" in job.log())   # its state is SIGNALING for a moment
         self.said(job, "stopped on request (signal) after step", "code 75: back into the queue")
@@ -104,7 +105,7 @@ class CrashInCheckpoint(Scenario):
     what its daemon left behind, so that srun fails once."""
 
     def test(self):
-        place = self.place(slow_writes=30)
+        place = self.place(slow_writes=60)
         job = place.submit("--nodes=4")
         partial = place.run / "checkpoints/step-00000020.partial"
         job.wait("checkpoint in the making", partial.exists)
@@ -126,11 +127,11 @@ class Hang(Scenario):
     """A rank stands still: the watch ends the step and names it, and the job starts once more."""
 
     def test(self):
-        place = self.place(slow_steps=10, site='export UPCYCLE_WATCH="--start 120 --step 10 --checkpoint 60"')
+        place = self.place(slow_steps=10, site=QUICK_WATCH)
         job = place.submit("--nodes=4")
         job.wait_for_step(13)
         os.kill(job.rank(5), signal.SIGSTOP)
-        job.wait("end of the first life", lambda: job.state() != "RUNNING", seconds=60)
+        job.wait("end of the first life", lambda: job.state() != "RUNNING", seconds=120)
         place.write_site()
         self.finished(place, job, restarts=1)
         accusation = [line for line in job.log().splitlines() if "rank 5" in line and "n3" in line]
@@ -151,7 +152,7 @@ class Storm(Scenario):
             job.wait("training", lambda: place.checkpoints() == [0] and beat.read_text() != before)
             os.kill(job.rank(1), signal.SIGKILL)
             if life < 3:
-                job.wait("end of the life", lambda: job.state() != "RUNNING", seconds=60)
+                job.wait("end of the life", lambda: job.state() != "RUNNING", seconds=120)
         self.assertEqual(job.ends(), "FAILED")
         self.assertEqual(job.restarts(), 3)
         self.said(job, "code 137: back into the queue", "no newer checkpoint than step-00000000 in three lives: not started again")
@@ -180,7 +181,7 @@ class Array(Scenario):
         jobs[3].signal("USR2", "--batch")
         jobs[3].wait_for_life(1)
         place.write_site()
-        self.assertEqual([job.ends(240) for job in jobs], ["FAILED", "COMPLETED", "COMPLETED", "COMPLETED"], "".join(job.log() for job in jobs))
+        self.assertEqual([job.ends(400) for job in jobs], ["FAILED", "COMPLETED", "COMPLETED", "COMPLETED"], "".join(job.log() for job in jobs))
         self.assertEqual([job.restarts() for job in jobs], [0, 0, 0, 1])
         self.assertEqual(jobs[0].exit_code(), "2:0")
         self.said(jobs[0], str(data), "nothing was started")
@@ -190,7 +191,7 @@ class Array(Scenario):
         write_tokens(data, [np.arange(4000) % 90])
         again = place.submit("--array=0-3", "--nodes=1", **line)
         jobs = [Job(place, again.number, task) for task in range(4)]
-        self.assertEqual([job.ends(240) for job in jobs], ["COMPLETED"] * 4, "".join(job.log() for job in jobs))
+        self.assertEqual([job.ends(400) for job in jobs], ["COMPLETED"] * 4, "".join(job.log() for job in jobs))
         self.assertEqual(place.steps(arms[0])[-1]["step"], 60)
         self.assertEqual([len(place.steps(arm)) for arm in arms[1:]], [60] * 3, "arms that were done were trained again")
         self.assertEqual([place.losses(arm)[60] for arm in arms[1:]], finals)
