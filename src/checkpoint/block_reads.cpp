@@ -46,7 +46,7 @@ std::span<const std::byte> BlockReads::next() {
 }
 
 int64_t BlockReads::bytes_of(const Read& read) const {
-  return read.entry->blocks().run(read.block).size() * static_cast<int64_t>(c10::elementSize(read.entry->spec.dtype));
+  return read.entry->spec.blocks().run(read.block).size() * read.entry->spec.width();
 }
 
 void BlockReads::work() {

@@ -13,8 +13,6 @@
 namespace upcycle {
 namespace {
 
-int64_t width_of(const TensorSpec& spec) { return static_cast<int64_t>(c10::elementSize(spec.dtype)); }
-
 void copy_rows(const std::byte* from, std::byte* to, at::IntArrayRef size, at::IntArrayRef from_strides,
                at::IntArrayRef to_strides, int64_t width) {
   if (size.empty()) {
@@ -51,7 +49,7 @@ Tensor place_of(const TensorSpec& spec, const ElementRange& run, const Box& part
     for (size_t dim = 0; dim < row.size.size(); ++dim) {
       here = here && part.begin[dim] >= row.begin[dim] && part.begin[dim] + part.size[dim] <= row.begin[dim] + row.size[dim];
     }
-    if (here) return view_of(at::from_blob(memory + at * width_of(spec), row.size, at::TensorOptions(spec.dtype)), relative_to(part, row));
+    if (here) return view_of(at::from_blob(memory + at * spec.width(), row.size, at::TensorOptions(spec.dtype)), relative_to(part, row));
     at += elements(row);
   }
   throw std::logic_error(text("tensor '", spec.name, "': ", describe(part), " is no part of its block"));
@@ -66,7 +64,7 @@ BlockSource::BlockSource(const WritePlan& plan, std::span<const Piece> pieces, i
 
 int64_t BlockSource::bytes(const WritePlan& plan, const WritePlan::Block& block) {
   const TensorSpec& spec = plan.tensors[block.tensor];
-  return Blocks(spec.shape, width_of(spec)).run(block.number).size() * width_of(spec);
+  return spec.blocks().run(block.number).size() * spec.width();
 }
 
 void BlockSource::copy_own(const WritePlan::Block& block, const Box& part, const Tensor& target) const {
@@ -87,7 +85,7 @@ void BlockSource::copy_own(const WritePlan::Block& block, const Box& part, const
 void BlockSource::fill(const WritePlan::Block& block, std::byte* memory) const {
   const Unrecorded guard;
   const TensorSpec& spec = plan_.tensors[block.tensor];
-  const ElementRange run = Blocks(spec.shape, width_of(spec)).run(block.number);
+  const ElementRange run = spec.blocks().run(block.number);
   for (const WritePlan::Part& part : block.parts) {
     if (part.rank == rank_) copy_own(block, part.box, place_of(spec, run, part.box, memory));
   }
@@ -98,7 +96,7 @@ void BlockSource::each_travelling(std::span<const size_t> round, Act&& act) cons
   for (const size_t index : round) {
     const WritePlan::Block& block = plan_.blocks[index];
     for (const WritePlan::Part& part : block.parts) {
-      if (part.rank != block.writer) act(block, part, elements(part.box) * width_of(plan_.tensors[block.tensor]));
+      if (part.rank != block.writer) act(block, part, elements(part.box) * plan_.tensors[block.tensor].width());
     }
   }
 }
@@ -140,13 +138,13 @@ std::vector<Tensor> BlockSource::exchange(const Communicator& world, std::span<c
 
 void BlockSource::unpack(const WritePlan::Block& block, const std::vector<Tensor>& arrived, std::vector<int64_t>& taken, std::byte* memory) const {
   const TensorSpec& spec = plan_.tensors[block.tensor];
-  const ElementRange run = Blocks(spec.shape, width_of(spec)).run(block.number);
+  const ElementRange run = spec.blocks().run(block.number);
   for (const WritePlan::Part& part : block.parts) {
     if (part.rank == rank_) continue;
     const auto peer = static_cast<size_t>(part.rank);
     auto* data = arrived[peer].mutable_data_ptr<uint8_t>() + taken[peer];
     copy(at::from_blob(data, part.box.size, at::TensorOptions(spec.dtype)), place_of(spec, run, part.box, memory));
-    taken[peer] += elements(part.box) * width_of(spec);
+    taken[peer] += elements(part.box) * spec.width();
   }
 }
 

@@ -3,7 +3,6 @@
 #include <xxhash.h>
 
 #include "base/error.hpp"
-#include "checkpoint/blocks.hpp"
 
 namespace upcycle {
 
@@ -23,7 +22,7 @@ std::string digest_of(std::span<const TensorSpec> specs, std::span<const uint64_
   size_t next = 0;
   for (const TensorSpec& spec : specs) {
     said += text(spec.name, '\n', c10::toString(spec.dtype), '\n', describe(spec.shape), '\n');
-    const auto count = static_cast<size_t>(Blocks(spec.shape, static_cast<int64_t>(c10::elementSize(spec.dtype))).count());
+    const auto count = static_cast<size_t>(spec.blocks().count());
     for (const uint64_t sum : checksums.subspan(next, count)) {
       for (int byte = 0; byte < 8; ++byte) said += static_cast<char>(sum >> (8 * byte));   // little-endian
     }

@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-#include "checkpoint/tensor_file.hpp"
+#include "checkpoint/tensor_spec.hpp"
 
 namespace upcycle {
 

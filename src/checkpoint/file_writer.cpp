@@ -10,6 +10,7 @@
 #include "checkpoint/boxes.hpp"
 #include "checkpoint/digest.hpp"
 #include "checkpoint/durable.hpp"
+#include "checkpoint/first_rank.hpp"
 #include "checkpoint/manifest.hpp"
 
 namespace upcycle {
@@ -18,14 +19,12 @@ namespace {
 namespace fs = std::filesystem;
 constexpr int64_t kRoundBytes = int64_t{16} << 20;   // that a rank sends or receives at a time
 
-int64_t width_of(const TensorSpec& spec) { return static_cast<int64_t>(c10::elementSize(spec.dtype)); }
-
 void write_hyperslabs(const TensorFile& file, const TensorSpec& spec, int64_t number, const std::byte* data) {
-  const ElementRange run = Blocks(spec.shape, width_of(spec)).run(number);
+  const ElementRange run = spec.blocks().run(number);
   const StoredDataset dataset = file.dataset(spec.name);
   for (const Box& box : boxes_of_run(spec.shape, run.begin, run.end)) {
     dataset.write(box, data);
-    data += elements(box) * width_of(spec);
+    data += elements(box) * spec.width();
   }
 }
 
@@ -49,8 +48,7 @@ FileWriter::FileWriter(fs::path path, std::span<const Piece> pieces, const Commu
   parts_ = split();
   for (Part& part : parts_) open(part, continued);
   if (parts_.size() == 1) return;
-  world.together([&] {
-    if (world.rank() != 0) return;
+  on_first_rank(world, [&] {
     std::map<std::string, std::vector<TensorSpec>> index;
     for (const Part& part : parts_) {
       const auto specs = specs_of(plan_, part.first, part.last);
@@ -67,7 +65,7 @@ std::vector<FileWriter::Part> FileWriter::split() const {
   size_t block = 0;
   for (size_t i = 0; i < plan_.tensors.size() || parts.empty(); ++i) {
     const bool none = plan_.tensors.empty();
-    const uint64_t bytes = none ? 0 : static_cast<uint64_t>(elements(plan_.tensors[i].shape) * width_of(plan_.tensors[i]));
+    const uint64_t bytes = none ? 0 : static_cast<uint64_t>(plan_.tensors[i].bytes());
     if (parts.empty() || in_last + bytes > options_.file_bytes) {
       parts.push_back({.path = path_, .first = i, .last = i, .first_block = block, .last_block = block});
       in_last = 0;
@@ -86,8 +84,7 @@ std::vector<FileWriter::Part> FileWriter::split() const {
 // **Collective.** Rank 0 makes the file with room for everything; all ranks open it.
 void FileWriter::open(Part& part, bool continued) {
   std::string told;
-  world_.together([&] {
-    if (world_.rank() != 0) return;
+  on_first_rank(world_, [&] {
     const auto specs = specs_of(plan_, part.first, part.last);
     part.was_there = continued && fs::exists(part.path);
     if (part.was_there) {
@@ -121,8 +118,8 @@ const FileWriter::Part& FileWriter::part_of(size_t index) const {
 uint64_t FileWriter::place(const Part& part, size_t index) const {
   const WritePlan::Block& block = plan_.blocks[index];
   const TensorSpec& spec = plan_.tensors[block.tensor];
-  const int64_t begin = Blocks(spec.shape, width_of(spec)).run(block.number).begin;
-  return part.extents.offsets[block.tensor - part.first] + static_cast<uint64_t>(begin * width_of(spec));
+  const int64_t begin = spec.blocks().run(block.number).begin;
+  return part.extents.offsets[block.tensor - part.first] + static_cast<uint64_t>(begin * spec.width());
 }
 
 void FileWriter::report(size_t index) {
@@ -155,11 +152,10 @@ void FileWriter::write_travelling() {
       for (const size_t index : round) {
         const WritePlan::Block& block = plan_.blocks[index];
         if (block.writer != world_.rank()) continue;
-        const Tensor memory = thread_.borrow(size(index));
-        std::byte* data = WriterThread::bytes_of(memory, size(index)).data();
-        source_->fill(block, data);
-        source_->unpack(block, arrived, taken, data);
-        write_block(part_of(index), index, memory);
+        const std::span<std::byte> bytes = thread_.borrow(size(index));
+        source_->fill(block, bytes.data());
+        source_->unpack(block, arrived, taken, bytes.data());
+        write_block(part_of(index), index, bytes);
         report(index);
       }
     });
@@ -177,9 +173,9 @@ void FileWriter::write_own(uint64_t& found) {
     } else if (options_.take_later && part.file) {
       take_later(part, index);
     } else {
-      const Tensor memory = thread_.borrow(size(index));
-      source_->fill(block, WriterThread::bytes_of(memory, size(index)).data());
-      write_block(part, index, memory);
+      const std::span<std::byte> bytes = thread_.borrow(size(index));
+      source_->fill(block, bytes.data());
+      write_block(part, index, bytes);
     }
     report(index);
   }
@@ -191,34 +187,32 @@ bool FileWriter::is_there(const Part& part, size_t index) {
   uint64_t stored = 0;
   part.file->read(std::as_writable_bytes(std::span(&stored, 1)), place_of_checksum(part, index));
   if (stored == 0) return false;
-  const Tensor memory = thread_.borrow(size(index));
-  const std::span<std::byte> bytes = WriterThread::bytes_of(memory, size(index));
+  const std::span<std::byte> bytes = thread_.borrow(size(index));
   const bool same = part.file->read(bytes, place(part, index)) == bytes.size() && checksum(bytes.data(), bytes.size()) == stored;
   if (same) checksums_[index] = stored;
-  thread_.give_back(memory);
+  thread_.give_back(bytes);
   return same;
 }
 
-void FileWriter::write_block(const Part& part, size_t index, Tensor memory) {
+void FileWriter::write_block(const Part& part, size_t index, std::span<std::byte> bytes) {
   const WritePlan::Block& block = plan_.blocks[index];
-  const std::span<std::byte> bytes = WriterThread::bytes_of(memory, size(index));
   if (part.hyperslabs || options_.waits) checksums_[index] = checksum(bytes.data(), bytes.size());
   if (part.hyperslabs) {
     write_hyperslabs(*part.hyperslabs, plan_.tensors[block.tensor], block.number, bytes.data());
-    return thread_.give_back(std::move(memory));
+    return thread_.give_back(bytes);
   }
-  thread_.push([this, self = shared_from_this(), &part, index, memory, bytes] {
+  thread_.push([this, self = shared_from_this(), &part, index, bytes] {
     if (!options_.waits) checksums_[index] = checksum(bytes.data(), bytes.size());
     part.file->write(bytes, place(part, index));
     // What may be continued remembers which of its blocks are done.
     if (!options_.continues.empty()) part.file->write(std::as_bytes(std::span(&checksums_[index], 1)), place_of_checksum(part, index));
-    thread_.give_back(memory);
+    thread_.give_back(bytes);
   });
 }
 
 void FileWriter::take_later(const Part& part, size_t index) {
   thread_.push([this, self = shared_from_this(), &part, index] {
-    const std::span<std::byte> bytes = WriterThread::bytes_of(thread_.scratch(size(index)), size(index));
+    const std::span<std::byte> bytes = thread_.scratch(size(index));
     source_->fill(plan_.blocks[index], bytes.data());
     checksums_[index] = checksum(bytes.data(), bytes.size());
     part.file->write(bytes, place(part, index));
@@ -242,7 +236,7 @@ void FileWriter::store_checksums() const {
 
 nlohmann::json FileWriter::summary() const {
   int64_t bytes = 0;
-  for (const TensorSpec& spec : plan_.tensors) bytes += elements(spec.shape) * width_of(spec);
+  for (const TensorSpec& spec : plan_.tensors) bytes += spec.bytes();
   nlohmann::json out = {{"count", plan_.tensors.size()}, {"bytes", bytes}, {"digest", digest_of(plan_.tensors, checksums_)}};
   for (size_t i = 0; parts_.size() > 1 && i < parts_.size(); ++i) out["parts"].push_back(parts_[i].path.filename().string());
   return out;

@@ -56,7 +56,7 @@ class FileWriter : public std::enable_shared_from_this<FileWriter> {
   void write_own(uint64_t& found);
   bool is_there(const Part&, size_t index);
   void take_later(const Part&, size_t index);
-  void write_block(const Part&, size_t index, Tensor memory);
+  void write_block(const Part&, size_t index, std::span<std::byte> bytes);
   const Part& part_of(size_t index) const;
   uint64_t place(const Part&, size_t index) const;
   uint64_t place_of_checksum(const Part& part, size_t index) const { return part.extents.checksums + 8 * (index - part.first_block); }

@@ -24,31 +24,26 @@ std::span<std::byte> bytes_of(const Tensor& x) { return {static_cast<std::byte*>
 struct Needed {
   const StoredFile::Entry& entry;
   const Piece& piece;
-  int64_t block;
-  bool in_place;   ///< read straight into the piece, which is plain memory of the stored dtype
-
-  std::vector<Box> rows() const {
-    const ElementRange run = entry.blocks().run(block);
-    return boxes_of_run(entry.spec.shape, run.begin, run.end);
-  }
+  std::vector<Box> rows = {};   ///< the block's; none: read straight into the piece, which is plain memory of the stored dtype
 };
 
 void need(const StoredFile& file, const StoredFile::Entry& entry, const Piece& piece, std::vector<Needed>& needed, std::vector<BlockReads::Read>& reads) {
-  const Blocks blocks = entry.blocks();
+  const Blocks blocks = entry.spec.blocks();
   const ElementRange span = span_of(piece.box, entry.spec.shape);
   const int64_t last = blocks.of(span.end - 1);
   for (int64_t block = blocks.of(span.begin); block <= last; ++block) {
-    Needed one{entry, piece, block, false};
-    const std::vector<Box> rows = one.rows();
+    Needed one{entry, piece};
+    const ElementRange run = blocks.run(block);
+    std::vector<Box> rows = boxes_of_run(entry.spec.shape, run.begin, run.end);
     BlockReads::Read read{&file, &entry, block, {}};
     if (rows.size() == 1 && intersection(rows[0], piece.box) == rows[0]) {
       const Tensor target = view_of(piece.local.detach(), relative_to(rows[0], piece.box));
-      one.in_place = target.is_cpu() && target.is_contiguous() && target.scalar_type() == entry.spec.dtype;
-      if (one.in_place) read.target = bytes_of(target);
+      if (target.is_cpu() && target.is_contiguous() && target.scalar_type() == entry.spec.dtype) read.target = bytes_of(target);
     } else if (std::none_of(rows.begin(), rows.end(), [&](const Box& row) { return intersection(row, piece.box).has_value(); })) {
       continue;
     }
-    needed.push_back(one);
+    if (read.target.empty()) one.rows = std::move(rows);
+    needed.push_back(std::move(one));
     reads.push_back(read);
   }
 }
@@ -56,9 +51,9 @@ void need(const StoredFile& file, const StoredFile::Entry& entry, const Piece& p
 // Copies what a block has of its piece.
 void take(const Needed& needed, std::span<const std::byte> bytes) {
   const TensorSpec& spec = needed.entry.spec;
-  const Tensor block = at::from_blob(const_cast<std::byte*>(bytes.data()), {needed.entry.blocks().run(needed.block).size()}, at::TensorOptions(spec.dtype));
+  const Tensor block = at::from_blob(const_cast<std::byte*>(bytes.data()), {static_cast<int64_t>(bytes.size()) / spec.width()}, at::TensorOptions(spec.dtype));
   int64_t at = 0;
-  for (const Box& row : needed.rows()) {
+  for (const Box& row : needed.rows) {
     if (const auto part = intersection(row, needed.piece.box)) {
       const Tensor stored = view_of(block.narrow(0, at, elements(row)).view(row.size), relative_to(*part, row));
       view_of(needed.piece.local.detach(), relative_to(*part, needed.piece.box)).copy_(stored);
@@ -152,7 +147,7 @@ void CheckpointReader::fill(const std::string& file, std::span<Piece> pieces) co
   BlockReads blocks(std::move(reads), to_gpu);
   for (const Needed& one : needed) {
     const std::span<const std::byte> bytes = blocks.next();
-    if (!one.in_place) take(one, bytes);
+    if (!one.rows.empty()) take(one, bytes);
   }
 }
 
@@ -165,11 +160,11 @@ void CheckpointReader::stream(const std::string& file, const std::string& name,
   }
 }
 
-int64_t CheckpointReader::blocks(const std::string& file, const std::string& name) const { return state_->find(file, name).entry.blocks().count(); }
+int64_t CheckpointReader::blocks(const std::string& file, const std::string& name) const { return state_->find(file, name).entry.spec.blocks().count(); }
 
 StoredBlock CheckpointReader::block(const std::string& file, const std::string& name, int64_t number) const {
   const auto [stored, entry] = state_->find(file, name);
-  StoredBlock out{at::empty({entry.blocks().run(number).size()}, at::TensorOptions(entry.spec.dtype)), 0, ""};
+  StoredBlock out{at::empty({entry.spec.blocks().run(number).size()}, at::TensorOptions(entry.spec.dtype)), 0, ""};
   stored.expect(entry, number + 1, number + kAhead);
   out.complaint = stored.read(entry, number, bytes_of(out.values), out.checksum);
   return out;
@@ -178,7 +173,7 @@ StoredBlock CheckpointReader::block(const std::string& file, const std::string& 
 std::vector<uint64_t> CheckpointReader::checksums(const std::string& file, const std::string& name) const {
   const auto [stored, entry] = state_->find(file, name);
   std::vector<uint64_t> out;
-  for (int64_t number = 0; stored.has_checksums() && number < entry.blocks().count(); ++number) out.push_back(stored.checksum_of(entry, number));
+  for (int64_t number = 0; stored.has_checksums() && number < entry.spec.blocks().count(); ++number) out.push_back(stored.checksum_of(entry, number));
   return out;
 }
 

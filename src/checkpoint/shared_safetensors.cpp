@@ -8,18 +8,18 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
 #include <set>
 
 #include "base/error.hpp"
-#include "base/text_file.hpp"
 #include "checkpoint/block_file.hpp"
+#include "checkpoint/block_notes.hpp"
 #include "checkpoint/blocks.hpp"
 #include "checkpoint/boxes.hpp"
 #include "checkpoint/durable.hpp"
+#include "checkpoint/first_rank.hpp"
 #include "checkpoint/safetensors_layout.hpp"
 #include "checkpoint/writer_thread.hpp"
 
@@ -28,28 +28,16 @@ namespace {
 
 namespace fs = std::filesystem;
 constexpr uint64_t kPage = Blocks::kAlignment, kRoom = uint64_t{32} << 20;
-constexpr const char* kNotes = ".resume.";         // + rank
-constexpr const char* kIdentity = ".resume.json";  // whose notes they are
 
-/// One block that was written. A note that was cut off in the middle, or lies in a file that a power cut left full of zeros, is none.
-struct Note {
-  uint64_t block, hash, check;
-  static Note of(uint64_t block, uint64_t hash) { return {block, hash, check_of(block, hash)}; }
-  bool whole() const { return check == check_of(block, hash); }
-  static uint64_t check_of(uint64_t block, uint64_t hash) {
-    const uint64_t both[] = {block, hash};
-    return XXH3_64bits_withSeed(both, sizeof both, 0x75706379636c65);
-  }
-};
-
-FileDescriptor open_file(const fs::path& path, int flags) {
-  FileDescriptor file(::open(path.c_str(), flags | O_CLOEXEC, 0644));
+/// Makes a shard's file with all its room and its header, or finds it.
+void make_file(const fs::path& path, const SafetensorsShard& shard) {
+  const FileDescriptor file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
   if (!file) fail_with_errno("opening", path);
-  return file;
-}
-
-void set_size(const FileDescriptor& file, uint64_t bytes, const fs::path& path) {
-  if (::ftruncate(file.get(), static_cast<off_t>(bytes)) != 0) fail_with_errno("resizing", path);
+  const auto bytes = static_cast<off_t>(shard.header.size() + shard.bytes);
+  if (::ftruncate(file.get(), bytes) != 0) fail_with_errno("resizing", path);
+  // So that a full disk shows now. Not every file system can, and it is a full one's turn to say so.
+  if (::fallocate(file.get(), 0, 0, bytes) != 0 && (errno == ENOSPC || errno == EDQUOT)) fail_with_errno("writing", path);
+  write_at(file, std::as_bytes(std::span(shard.header)), 0, path);
 }
 
 }  // namespace
@@ -64,18 +52,10 @@ struct SharedSafetensors::State {
   std::set<size_t> waits = {};         ///< numbers of what is missing still
   uint64_t bytes = 0, found = 0;
   std::set<size_t> touched = {};       ///< shards
-  FileDescriptor notes = {};
+  BlockNotes notes = {};
   std::optional<BlockFile> file = {};  ///< the thread's, once it has something to do
   size_t open_shard = SIZE_MAX;
   WriterThread thread{kRoom};          ///< ends before what it uses
-
-  /// **Collective.**
-  template <class Action>
-  void on_first_rank(Action&& action) {
-    world.together([&] {
-      if (world.rank() == 0) action();
-    });
-  }
 
   uint64_t width(const Block& block) const { return c10::elementSize(items[block.item].dtype); }
   uint64_t size(const Block& block) const { return static_cast<uint64_t>(elements(block.box)) * width(block); }
@@ -100,8 +80,7 @@ struct SharedSafetensors::State {
     const uint64_t begin = offset(block), head = std::min<uint64_t>(bytes.size(), (kPage - begin % kPage) % kPage);
     to.write(bytes.first(head), begin);
     to.write(bytes.subspan(head), begin + head);
-    const Note note = Note::of(block.number, checksum(bytes.data(), bytes.size()));
-    if (::write(notes.get(), &note, sizeof note) != sizeof note) fail_with_errno("writing", directory / kNotes);
+    notes.add(block.number, checksum(bytes.data(), bytes.size()));
   }
 
   /// Of all ranks, in the order of the files.
@@ -128,31 +107,18 @@ struct SharedSafetensors::State {
 
   /// By rank 0. The notes of an attempt that can be gone on from; makes the directory for a new one.
   std::string prepare(const std::string& whose) {
-    std::string notes;
+    std::string found;
     std::error_code error;
-    if (fs::exists(directory / kIdentity) && text_of(directory / kIdentity) == whose) {
-      for (const auto& entry : fs::directory_iterator(directory)) {
-        const std::string name = entry.path().filename().string();
-        if (!name.starts_with(kNotes) || name == kIdentity) continue;
-        const std::string all = text_of(entry.path());
-        notes += all.substr(0, all.size() / sizeof(Note) * sizeof(Note));
-      }
+    if (BlockNotes::are_of(directory, whose)) {
+      found = BlockNotes::read(directory);
     } else {
       fs::remove_all(directory, error);
       if (!error) fs::create_directories(directory, error);
       if (error) fail(directory.string(), ": can't be made: ", error.message());
-      write_text_durably(directory / kIdentity, whose);
+      BlockNotes::begin(directory, whose);
     }
-    for (const SafetensorsShard& s : shards) {
-      const FileDescriptor made = open_file(path(s), O_RDWR | O_CREAT);
-      set_size(made, s.header.size() + s.bytes, path(s));
-      // So that a full disk shows now. Not every file system can, and it is a full one's turn to say so.
-      if (::fallocate(made.get(), 0, 0, static_cast<off_t>(s.header.size() + s.bytes)) != 0 && (errno == ENOSPC || errno == EDQUOT)) {
-        fail_with_errno("writing", path(s));
-      }
-      write_at(made, std::as_bytes(std::span(s.header)), 0, path(s));
-    }
-    return notes;
+    for (const SafetensorsShard& s : shards) make_file(path(s), s);
+    return found;
   }
 
   /// Whether the block's bytes are those of the note.
@@ -168,20 +134,15 @@ SharedSafetensors::SharedSafetensors(fs::path directory, std::vector<Safetensors
                                      const std::string& identity, const Progress& progress)
     : state_(new State{.directory = std::move(directory), .items = std::move(items), .world = world}) {
   State& s = *state_;
+  s.thread.set_room(kRoom, kBlockBytes + static_cast<int64_t>(kPage));   // a block lies in memory as it does in the file's pages
   s.shards = safetensors_shards(s.items, max_shard_bytes, metadata);
   for (size_t i = 0; i < s.shards.size(); ++i) {
     s.bytes += s.shards[i].bytes;
     s.shard_of.resize(s.shards[i].end, i);
   }
   std::string noted;
-  s.on_first_rank([&] { noted = s.prepare(s.identity(identity)); });
-  noted = world.broadcast(std::move(noted), 0);
-  std::map<uint64_t, uint64_t> hash_of;
-  for (size_t at = 0; at + sizeof(Note) <= noted.size(); at += sizeof(Note)) {
-    Note note;
-    std::memcpy(&note, noted.data() + at, sizeof note);
-    if (note.whole()) hash_of[note.block] = note.hash;
-  }
+  on_first_rank(world, [&] { noted = s.prepare(s.identity(identity)); });
+  const std::map<uint64_t, uint64_t> hash_of = BlockNotes::parse(world.broadcast(std::move(noted), 0));
 
   uint64_t before = 0, mine = 0, total = 0, there = 0;
   const auto own = [&](uint64_t begin) {   // neighbours, about as many bytes for each rank
@@ -206,10 +167,7 @@ SharedSafetensors::SharedSafetensors(fs::path directory, std::vector<Safetensors
     std::sort(s.missing.begin(), s.missing.end(), [](const Block& a, const Block& b) { return a.number < b.number; });
     for (const Block& block : s.missing) s.waits.insert(block.number);
     for (const Block& block : noted_blocks) s.touched.insert(s.shard_of[block.item]);   // written, but maybe not on the disk yet
-    const fs::path path = s.directory / (kNotes + std::to_string(world.rank()));
-    s.notes = open_file(path, O_WRONLY | O_CREAT | O_APPEND);
-    std::error_code none;
-    set_size(s.notes, fs::file_size(path, none) / sizeof(Note) * sizeof(Note), path);   // a cut note would shift all behind it
+    s.notes = BlockNotes(s.directory, world.rank());
   });
   s.found = static_cast<uint64_t>(world.all_reduce(static_cast<int64_t>(there), Reduce::sum));
 }
@@ -234,8 +192,8 @@ void SharedSafetensors::write(const Block& block, const Tensor& values) {
     throw std::logic_error(text("tensor '", item(block).name, "': values ", describe(values.sizes().vec()), " for ", describe(block.box)));
   }
   const uint64_t shift = s.offset(block) % kPage;
-  const Tensor memory = s.thread.borrow(kBlockBytes + static_cast<int64_t>(kPage));
-  const std::span<std::byte> bytes = WriterThread::bytes_of(memory, kBlockBytes + static_cast<int64_t>(kPage)).subspan(shift, s.size(block));
+  const std::span<std::byte> memory = s.thread.borrow(static_cast<int64_t>(shift + s.size(block)));
+  const std::span<std::byte> bytes = memory.subspan(shift);
   at::from_blob(bytes.data(), block.box.size, at::TensorOptions(item(block).dtype)).copy_(values.detach());
   s.touched.insert(s.shard_of[block.item]);
   s.thread.push([&s, block, bytes, memory] {
@@ -252,15 +210,11 @@ void SharedSafetensors::finish() {
     for (const size_t shard : s.touched) make_durable(s.path(s.shards[shard]));
   });
   s.file.reset();
-  s.notes.reset();
-  s.on_first_rank([&] {
+  s.notes = {};
+  on_first_rank(s.world, [&] {
     for (const SafetensorsShard& shard : s.shards) make_durable(s.path(shard));   // headers; an interrupted attempt's bytes
     if (s.shards.size() > 1) write_text_durably(s.directory / kSafetensorsIndex, safetensors_index(s.items, s.shards));
-    std::vector<fs::path> notes;
-    for (const auto& entry : fs::directory_iterator(s.directory)) {
-      if (entry.path().filename().string().starts_with(kNotes)) notes.push_back(entry.path());
-    }
-    for (const fs::path& path : notes) fs::remove(path);
+    BlockNotes::remove(s.directory);
     make_durable(s.directory);
   });
 }

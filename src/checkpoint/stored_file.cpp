@@ -28,7 +28,7 @@ StoredFile::StoredFile(const std::filesystem::path& path) : path_(path) {
   for (const auto& [spec, offset] : file.list()) entries_.emplace(spec.name, Entry{spec, offset, 0});
   for (auto& [name, entry] : entries_) {
     entry.first_checksum = blocks;
-    blocks += static_cast<size_t>(entry.blocks().count());
+    blocks += static_cast<size_t>(entry.spec.blocks().count());
   }
   checksums_ = file.checksums();
   if (!checksums_.empty() && checksums_.size() != blocks) {
@@ -39,9 +39,8 @@ StoredFile::StoredFile(const std::filesystem::path& path) : path_(path) {
 }
 
 std::string StoredFile::read(const Entry& entry, int64_t block, std::span<std::byte> memory, uint64_t& sum) const {
-  const auto width = static_cast<int64_t>(c10::elementSize(entry.spec.dtype));
-  const ElementRange run = entry.blocks().run(block);
-  const uint64_t begin = entry.offset + static_cast<uint64_t>(run.begin * width);
+  const ElementRange run = entry.spec.blocks().run(block);
+  const uint64_t begin = entry.offset + static_cast<uint64_t>(run.begin * entry.spec.width());
   const auto where = [&] {
     return text("tensor '", entry.spec.name, "'", layer_of(entry.spec.name), ", elements ", run.begin, " to ", run.end - 1, ", bytes ", begin, " to ",
                 begin + memory.size() - 1, " of ", path_.string());
@@ -54,11 +53,10 @@ std::string StoredFile::read(const Entry& entry, int64_t block, std::span<std::b
 }
 
 void StoredFile::expect(const Entry& entry, int64_t first_block, int64_t last_block) const noexcept {
-  const auto width = static_cast<int64_t>(c10::elementSize(entry.spec.dtype));
-  const Blocks blocks = entry.blocks();
+  const Blocks blocks = entry.spec.blocks();
   if (first_block >= last_block || first_block >= blocks.count()) return;
   const int64_t begin = blocks.run(first_block).begin, end = blocks.run(std::min(last_block, blocks.count()) - 1).end;
-  ::posix_fadvise(file_.get(), static_cast<off_t>(entry.offset) + begin * width, (end - begin) * width, POSIX_FADV_WILLNEED);
+  ::posix_fadvise(file_.get(), static_cast<off_t>(entry.offset) + begin * entry.spec.width(), (end - begin) * entry.spec.width(), POSIX_FADV_WILLNEED);
 }
 
 }  // namespace upcycle

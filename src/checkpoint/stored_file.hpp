@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint/blocks.hpp"
 #include "checkpoint/durable.hpp"
 #include "checkpoint/tensor_file.hpp"
 
@@ -19,7 +18,6 @@ class StoredFile {
     TensorSpec spec;
     uint64_t offset;         ///< of the first byte
     size_t first_checksum;   ///< index of its first block's
-    Blocks blocks() const { return Blocks(spec.shape, static_cast<int64_t>(c10::elementSize(spec.dtype))); }
   };
 
   /// Throws UserError when HDF5 can't open it, it holds foreign types, or its checksums are not as many as its blocks.

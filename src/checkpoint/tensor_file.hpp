@@ -1,6 +1,4 @@
 #pragma once
-#include <c10/core/ScalarType.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -9,19 +7,11 @@
 #include <utility>
 #include <vector>
 
-#include "base/box.hpp"
 #include "base/handle.hpp"
+#include "checkpoint/tensor_spec.hpp"
 #include "parallel/communicator.hpp"
 
 namespace upcycle {
-
-/// Name, dtype (float32, bfloat16 or int64) and global shape of a tensor in a file.
-struct TensorSpec {
-  std::string name;
-  at::ScalarType dtype;
-  Shape shape;
-  bool operator==(const TensorSpec&) const = default;
-};
 
 void close_hdf5(int64_t id) noexcept;
 constexpr int64_t no_hdf5() noexcept { return -1; }

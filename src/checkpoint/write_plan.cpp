@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "checkpoint/boxes.hpp"
+#include "checkpoint/tensor_file.hpp"
 
 namespace upcycle {
 namespace {
@@ -72,7 +73,7 @@ WritePlan::Block plan_block(const Declared& tensor, size_t index, int64_t number
     return rank(a) < rank(b);
   };
   WritePlan::Block block{index, number, std::min_element(holds.begin(), holds.end(), more)->first, {}};
-  const int64_t width = static_cast<int64_t>(c10::elementSize(tensor.spec.dtype));
+  const int64_t width = tensor.spec.width();
   loads.written[static_cast<size_t>(block.writer)] += run.size() * width;
   for (const Choice& choice : choices) {
     const std::vector<int>& ranks = choice.held->ranks;
@@ -142,7 +143,7 @@ WritePlan plan_writes(std::span<const std::string> declarations) {
   Loads loads{std::vector<int64_t>(declarations.size()), std::vector<int64_t>(declarations.size())};
   for (const auto& [name, tensor] : parse(declarations)) {
     check(tensor);
-    const Blocks blocks(tensor.spec.shape, static_cast<int64_t>(c10::elementSize(tensor.spec.dtype)));
+    const Blocks blocks = tensor.spec.blocks();
     for (int64_t number = 0; number < blocks.count(); ++number) {
       plan.blocks.push_back(plan_block(tensor, plan.tensors.size(), number, blocks.run(number), loads));
     }
@@ -157,7 +158,7 @@ std::vector<std::vector<size_t>> rounds(const WritePlan& plan, int64_t bytes) {
   for (size_t i = 0; i < plan.blocks.size(); ++i) {
     const WritePlan::Block& block = plan.blocks[i];
     if (!block.travels()) continue;
-    const int64_t width = static_cast<int64_t>(c10::elementSize(plan.tensors[block.tensor].dtype));
+    const int64_t width = plan.tensors[block.tensor].width();
     std::map<int, int64_t> more;
     int64_t arrives = 0;
     for (const WritePlan::Part& part : block.parts) {

@@ -4,9 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint/blocks.hpp"
 #include "checkpoint/piece.hpp"
-#include "checkpoint/tensor_file.hpp"
+#include "checkpoint/tensor_spec.hpp"
 
 namespace upcycle {
 

@@ -1,29 +1,17 @@
 #include "checkpoint/writer_thread.hpp"
 
-#include <ATen/ops/from_blob.h>
-
 #include <algorithm>
-#include <cstdlib>
+#include <chrono>
+#include <cmath>
 #include <new>
 
-#include "checkpoint/blocks.hpp"
-#include "device/device.hpp"
+#include "base/error.hpp"
+#include "base/gigabytes.hpp"
+#include "base/log.hpp"
 
 namespace upcycle {
-namespace {
 
-// Page-locked memory begins on a page, and LibTorch keeps it for the next time; a malloc of its own would not be aligned.
-Tensor page_aligned(int64_t bytes) {
-  if (device::count() > 0) return device::host_buffer(bytes);
-  const auto size = static_cast<size_t>((bytes + Blocks::kAlignment - 1) / Blocks::kAlignment * Blocks::kAlignment);
-  void* memory = std::aligned_alloc(Blocks::kAlignment, size);
-  if (!memory) throw std::bad_alloc();
-  return at::from_blob(memory, {static_cast<int64_t>(size)}, std::free, at::TensorOptions(at::kByte));
-}
-
-}  // namespace
-
-WriterThread::WriterThread(uint64_t room) : room_(room), thread_([this] { work(); }) {}
+WriterThread::WriterThread(uint64_t room, c10::Device device) : device_(device), room_(room), thread_([this] { work(); }) {}
 
 WriterThread::~WriterThread() {
   {
@@ -33,49 +21,104 @@ WriterThread::~WriterThread() {
   }
   changed_.notify_all();
   thread_.join();
+  if (taker_.joinable()) taker_.join();
 }
 
-Tensor WriterThread::borrow(int64_t bytes) {
-  std::unique_lock lock(mutex_);
-  if (bytes > size_) {
-    spare_.clear();
-    size_ = (std::max(bytes, Blocks::kBytes) + Blocks::kAlignment - 1) / Blocks::kAlignment * Blocks::kAlignment;
-  }
-  changed_.wait(lock, [&] { return error_ || lent_ == 0 || lent_ + static_cast<uint64_t>(size_) <= room_; });
-  if (error_) std::rethrow_exception(error_);   // what it left undone gives nothing back
-  lent_ += static_cast<uint64_t>(size_);
-  if (!spare_.empty()) {
-    Tensor memory = std::move(spare_.back());
-    spare_.pop_back();
-    return memory;
-  }
-  const int64_t size = size_;
-  lock.unlock();
-  return page_aligned(size);
+void WriterThread::set_room(uint64_t room, int64_t piece) {
+  const std::lock_guard lock(mutex_);
+  room_ = room;
+  piece_ = piece;
+  memory_.shrink(room);
 }
 
-void WriterThread::give_back(Tensor memory) {
+void WriterThread::take_ahead(uint64_t bytes) {
   {
     const std::lock_guard lock(mutex_);
-    const int64_t size = memory.numel();
-    lent_ -= static_cast<uint64_t>(size);
-    if (size == size_) spare_.push_back(std::move(memory));
+    ahead_ = bytes;
+  }
+  taker_ = std::thread([this, bytes] { take(bytes); });
+}
+
+void WriterThread::take(uint64_t bytes) {
+  const auto start = std::chrono::steady_clock::now();
+  std::unique_lock lock(mutex_);
+  bool failed = false;
+  while (!ending_ && !failed && memory_.held() < bytes) {
+    const auto size = std::min<int64_t>(piece_, static_cast<int64_t>(bytes - memory_.held()));
+    lock.unlock();
+    device::HostPages piece;
+    try {
+      piece = pages(size);
+    } catch (const std::bad_alloc&) {
+      failed = true;   // whoever borrows will hear of it, if it is still so then
+    }
+    lock.lock();
+    if (!failed) memory_.add(std::move(piece));
+    changed_.notify_all();
+  }
+  ahead_ = 0;
+  const uint64_t held = memory_.held();
+  const bool ended = ending_;
+  changed_.notify_all();
+  lock.unlock();
+  if (ended) return;
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  log::info(text(gigabytes(held, 2), device_.is_cuda() && !told_ ? " of page-locked memory" : " of memory", " for copies of checkpoints are there after ",
+                 std::llround(seconds.count()), " s"));
+}
+
+// From the thread that borrows, the one that takes ahead, and the writer's own.
+device::HostPages WriterThread::pages(int64_t bytes) {
+  device::HostPages piece(bytes, device_);
+  if (!piece.refusal().empty() && !told_.exchange(true)) {
+    log::warning(text("page-locked memory for checkpoints can't be had (", piece.refusal(), "): they are copied into ordinary memory, which a GPU does more slowly"));
+  }
+  return piece;
+}
+
+bool WriterThread::takes() const {
+  const std::lock_guard lock(mutex_);
+  return ahead_ > 0;
+}
+
+uint64_t WriterThread::held() const {
+  const std::lock_guard lock(mutex_);
+  return std::max(ahead_, memory_.held());
+}
+
+std::span<std::byte> WriterThread::borrow(int64_t bytes) {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    if (error_) std::rethrow_exception(error_);   // what it left undone gives nothing back
+    if (const auto part = memory_.lend(bytes)) return *part;
+    if (ahead_ > 0) {   // what is on its way is here sooner than what would be taken beside it
+      changed_.wait(lock);
+      continue;
+    }
+    const int64_t size = std::max(bytes, piece_);
+    if (!memory_.lends()) memory_.shrink(room_ - std::min(room_, static_cast<uint64_t>(size)));   // pieces that are too small for it
+    if (memory_.lends() && memory_.held() + static_cast<uint64_t>(size) > room_) {
+      changed_.wait(lock);
+      continue;
+    }
+    lock.unlock();
+    device::HostPages piece = pages(size);
+    lock.lock();
+    memory_.add(std::move(piece));
+  }
+}
+
+void WriterThread::give_back(std::span<std::byte> memory) {
+  {
+    const std::lock_guard lock(mutex_);
+    memory_.give_back(memory);
   }
   changed_.notify_all();
 }
 
-Tensor WriterThread::scratch(int64_t bytes) {
-  if (!scratch_.defined() || scratch_.numel() < bytes) scratch_ = page_aligned(std::max(bytes, Blocks::kBytes));
-  return scratch_;
-}
-
-std::span<std::byte> WriterThread::bytes_of(const Tensor& memory, int64_t bytes) {
-  return {static_cast<std::byte*>(memory.mutable_data_ptr()), static_cast<size_t>(bytes)};
-}
-
-void WriterThread::set_room(uint64_t room) {
-  const std::lock_guard lock(mutex_);
-  room_ = room;
+std::span<std::byte> WriterThread::scratch(int64_t bytes) {
+  if (scratch_.bytes().size() < static_cast<size_t>(bytes)) scratch_ = pages(std::max(bytes, Blocks::kBytes));
+  return scratch_.bytes().first(static_cast<size_t>(bytes));
 }
 
 void WriterThread::push(std::function<void()> task) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -7,32 +8,38 @@
 #include <mutex>
 #include <span>
 #include <thread>
-#include <vector>
 
-#include "base/tensor.hpp"
+#include "checkpoint/lent_memory.hpp"
 
 namespace upcycle {
 
 /// Does what it is told, in order, on a thread of its own, which calls neither MPI nor HDF5. Lends page-aligned memory for what is to
-/// be written: at most `room` bytes at a time (at least one piece), page-locked where there is a GPU.
+/// be written, of at most `room` bytes (or what one part needs). Where `device`, which the values come from, is a GPU, the memory is
+/// page-locked, or, if that can't be had, ordinary memory, with one line in the log.
 class WriterThread {
  public:
-  explicit WriterThread(uint64_t room);
-  /// Does not wait for what is queued: it is dropped, but for the task at hand.
+  explicit WriterThread(uint64_t room, c10::Device device = c10::Device(c10::kCPU));
+  /// Does not wait for what is queued, or for memory that is being taken: it is dropped, but for the task and the piece at hand.
   ~WriterThread();
   WriterThread(const WriterThread&) = delete;
   WriterThread& operator=(const WriterThread&) = delete;
 
-  void set_room(uint64_t room);
+  /// From now on memory is taken in pieces of `piece` bytes (or what one part needs), and what is held beyond `room` goes, unless it is lent.
+  void set_room(uint64_t room, int64_t piece = Blocks::kBytes);
+  /// Begins to take memory until `bytes` are held, on a further thread, so that nobody waits for it when it is borrowed; says in the log when
+  /// it is there. Once, before anything else is borrowed.
+  void take_ahead(uint64_t bytes);
+  bool takes() const;
+  /// Bytes of memory, lent or not, what is still being taken ahead included.
+  uint64_t held() const;
 
-  /// Memory of `bytes`; waits while the room is taken. For one thread at a time. Throws what a task threw.
-  Tensor borrow(int64_t bytes);
-  /// Gives memory back; from any thread.
-  void give_back(Tensor memory);
+  /// Memory of `bytes`, from the beginning of a page on; waits while the room is taken, or while memory is being taken ahead. For one thread
+  /// at a time. Throws what a task threw.
+  std::span<std::byte> borrow(int64_t bytes);
+  /// Gives memory back, as it was borrowed; from any thread.
+  void give_back(std::span<std::byte> memory);
   /// Memory that is no part of the room, for the task that runs, until it ends.
-  Tensor scratch(int64_t bytes);
-  /// The page-aligned bytes of memory that was borrowed.
-  static std::span<std::byte> bytes_of(const Tensor& memory, int64_t bytes);
+  std::span<std::byte> scratch(int64_t bytes);
 
   /// Runs `task` behind the others. After a task has thrown, those behind it are dropped.
   void push(std::function<void()> task);
@@ -44,18 +51,22 @@ class WriterThread {
 
  private:
   void work();
+  void take(uint64_t bytes);
+  device::HostPages pages(int64_t bytes);
 
+  const c10::Device device_;
   uint64_t room_;
+  int64_t piece_ = Blocks::kBytes;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::function<void()>> tasks_;
-  std::vector<Tensor> spare_;   ///< of the largest size asked for so far
-  int64_t size_ = 0;            ///< of a spare piece
-  uint64_t lent_ = 0;
-  Tensor scratch_;              ///< the thread's own
+  LentMemory memory_;
+  uint64_t ahead_ = 0;          ///< bytes that are being taken ahead; 0: none
+  device::HostPages scratch_;   ///< the thread's own
+  std::atomic<bool> told_ = false;   ///< that memory is not page-locked
   bool busy_ = false, ending_ = false;
   std::exception_ptr error_;
-  std::thread thread_;
+  std::thread thread_, taker_;
 };
 
 }  // namespace upcycle

@@ -14,7 +14,7 @@ Run::Run(const RunConfig& run_config, Mesh& run_mesh, Setup& run_setup, Watchdog
       setup(run_setup),
       checkpoints(setup.directory / "checkpoints"),
       stage(setup.target.architecture, make_layout(setup.target.architecture, mesh.grid(), config.parallel), mesh, model_settings(config)),
-      saver(checkpoints, mesh, config.checkpoint, [this] { alive(step_, "writing a checkpoint"); }),
+      saver(checkpoints, mesh, config.checkpoint, [this] { alive(step_, "writing a checkpoint"); }, available_host_memory, device),
       watchdog_(watchdog),
       lock_(lock) {
   stage.weights().allocate(compute_dtype(config.train.precision), device, config.parallel.zero);

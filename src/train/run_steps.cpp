@@ -66,6 +66,7 @@ int Steps::to_the_end() {
     }
     if (!pending_) since_ = Clock::now();
     settle(step());
+    if (!std::exchange(took_memory_, true)) run_.saver.take_memory(run_.stage.weights(), optimizer_);
     run_.alive(state_.step, "training");
     if (trace_.ends(state_.step)) {
       settle({});

@@ -58,6 +58,7 @@ class Steps {
   int64_t compared_ = -1;       ///< the step after which replicas last agreed; -1: not compared yet
   int64_t rolled_back_ = 0;
   bool stop_ = false, save_ = false;   ///< some rank was asked for it
+  bool took_memory_ = false;           ///< for checkpoints, see Saver
 };
 
 }  // namespace upcycle

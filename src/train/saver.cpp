@@ -16,23 +16,33 @@ namespace {
 constexpr uint64_t kRing = uint64_t{32} << 20;      // of a save that makes no copy: what a core's cache holds is copied, summed and written faster
 constexpr uint64_t kSlack = uint64_t{256} << 20;    // of a copy: small tensors take more room than they have bytes
 constexpr uint64_t kReserve = uint64_t{256} << 20;  // that a copy leaves free
+constexpr uint64_t kPiece = uint64_t{128} << 20;    // in which a large copy's memory is taken: whoever leaves meanwhile waits for one
 
-// The most that this rank may have to write: all that it holds, and of what is divided its part.
+// What this rank has to write, about: its part of what is divided, and its share of what several ranks hold alike.
 uint64_t state_bytes(const Weights& weights, const Optimizer* optimizer) {
   uint64_t bytes = 0;
   for (const Bucket& bucket : weights.buckets()) {
-    bytes += bucket.values.nbytes();
-    if (bucket.dtype != at::kFloat) bytes += static_cast<uint64_t>(bucket.own.size()) * 4;
-    if (optimizer) bytes += static_cast<uint64_t>(bucket.own.size()) * 8;
+    const auto holders = static_cast<uint64_t>(bucket.place.holders);
+    const uint64_t width = (bucket.dtype != at::kFloat ? 4 : 0) + (optimizer ? 8 : 0);
+    bytes += bucket.values.nbytes() / holders + static_cast<uint64_t>(bucket.own.size()) * width / (bucket.divided() ? 1 : holders);
   }
   return bytes;
+}
+
+void make_room(WriterThread& thread, uint64_t copy) {
+  thread.set_room(copy + kSlack, static_cast<int64_t>(std::clamp(copy / 16, static_cast<uint64_t>(Blocks::kBytes), kPiece)));
 }
 
 }  // namespace
 
 Saver::Saver(std::filesystem::path checkpoints, const Mesh& mesh, const CheckpointSection& settings, std::function<void()> alive,
-             std::function<uint64_t()> available)
-    : checkpoints_(std::move(checkpoints)), mesh_(mesh), settings_(settings), alive_(std::move(alive)), available_(std::move(available)), thread_(kRing) {
+             std::function<uint64_t()> available, c10::Device device)
+    : checkpoints_(std::move(checkpoints)),
+      mesh_(mesh),
+      settings_(settings),
+      alive_(std::move(alive)),
+      available_(std::move(available)),
+      thread_(kRing, device) {
   if (!settings_.asynchronous) return;
   const std::vector<std::string> hosts = mesh.world().all_gather(host_name());
   ranks_here_ = std::count(hosts.begin(), hosts.end(), host_name());
@@ -40,9 +50,26 @@ Saver::Saver(std::filesystem::path checkpoints, const Mesh& mesh, const Checkpoi
 
 Saver::~Saver() = default;
 
-uint64_t Saver::share_of_memory() const {
+// What an earlier copy has taken is there for the next one.
+Saver::Room Saver::room(const Weights& weights, const Optimizer* optimizer) const {
   const uint64_t available = available_();
-  return (available - std::min(available, kReserve)) / static_cast<uint64_t>(ranks_here_);
+  return {state_bytes(weights, optimizer), thread_.held() + (available - std::min(available, kReserve)) / static_cast<uint64_t>(ranks_here_)};
+}
+
+std::string Saver::Room::words() const {
+  if (copies()) return text("from a copy of about ", gigabytes(need, 2), " (", gigabytes(free, 2), " of host memory are free for it)");
+  return text("streamed: a copy of about ", gigabytes(need, 2), " does not fit into the ", gigabytes(free, 2),
+              " of host memory that are free for it, so the next update of the weights waits");
+}
+
+void Saver::take_memory(const Weights& weights, const Optimizer& optimizer) {
+  if (!settings_.asynchronous || settings_.every == 0) return;   // or not known to be needed
+  const Room found = room(weights, &optimizer);
+  mesh_.world().barrier();   // all ranks of a host have looked before any takes
+  log::info("checkpoints will be written behind the steps, " + found.words());
+  if (!found.copies()) return;
+  make_room(thread_, found.need);
+  thread_.take_ahead(found.need);
 }
 
 void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& state, const RunRecord& record, bool removes) {
@@ -51,21 +78,22 @@ void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& st
   WriteOptions options = write_options(settings_);
   options.progress = [this](uint64_t, uint64_t) { alive_(); };
   options.thread = &thread_;
-  const uint64_t need = state_bytes(weights, optimizer), room = share_of_memory();
-  const bool copies = need <= room;
-  thread_.set_room(behind && copies ? need + kSlack : kRing);
+  const Room found = room(weights, optimizer);
+  if (behind && found.copies()) {
+    make_room(thread_, found.need);
+  } else {
+    thread_.set_room(kRing);
+  }
   options.waits = !behind;
-  options.take_later = behind && !copies;
+  options.take_later = behind && !found.copies();
   removes_ = removes;
   taken_ = std::make_shared<std::atomic<bool>>(false);
   writer_ = std::make_unique<CheckpointWriter>(checkpoints_ / step_directory(state.step), mesh_.world(), options);
   manifest_ = add_snapshot(*writer_, mesh_, weights, optimizer, state, record);
   thread_.push([taken = taken_] { *taken = true; });
-  if (!std::exchange(told_, true)) {
-    const std::string how = !behind ? "" : copies ? text(", behind the steps, from a copy of at most ", gigabytes(need, 2), " (", gigabytes(room, 2), " of host memory are free for it)")
-                                                  : text(", behind the steps, streamed: a copy of ", gigabytes(need, 2), " does not fit into the ", gigabytes(room, 2),
-                                                         " of host memory that are free for it, so the next update of the weights waits");
-    log::info(text("checkpoints are written ", name(writer_->transfer()), how));
+  const std::string how = behind ? found.copies() ? "from a copy" : "streamed" : "at once";
+  if (std::exchange(told_, how) != how) {
+    log::info(text("checkpoints are written ", name(writer_->transfer()), behind ? ", behind the steps, " + found.words() : ""));
   }
   if (!behind) finish();
 }

@@ -17,11 +17,20 @@ namespace upcycle {
 /// Between the ranks nothing is said but in step(): all know from a step's own all-reduce who has written.
 class Saver {
  public:
-  /// **Collective.** `alive` is called while there is something to wait for; `available` says how much host memory is free.
+  /// **Collective.** `alive` is called while there is something to wait for; `available` says how much host memory is free. `device`:
+  /// where weights and moments will be.
   Saver(std::filesystem::path checkpoints, const Mesh&, const CheckpointSection&, std::function<void()> alive,
-        std::function<uint64_t()> available = available_host_memory);
+        std::function<uint64_t()> available = available_host_memory, c10::Device device = c10::Device(c10::kCPU));
   /// Drops a save that is not finished: its folder stays a .partial.
   ~Saver();
+
+  /// **Collective.** When the first step has been launched: where checkpoints will be written behind the steps, and the host has room for
+  /// copies, their memory is taken from now on, on a thread of its own. A save that comes before all of it is there waits for it.
+  void take_memory(const Weights&, const Optimizer&);
+  /// Some of it is still to come.
+  bool takes_memory() const { return thread_.takes(); }
+  /// Bytes of host memory that are held for what is to be written.
+  uint64_t memory() const { return thread_.held(); }
 
   /// **Collective.** Stores a checkpoint, or begins to; one in flight is finished first. `removes`: and then removes those that
   /// [checkpoint] does not keep. Throws UserError on all ranks for what went wrong, with this save or the one before.
@@ -42,7 +51,13 @@ class Saver {
   void finish();
 
  private:
-  uint64_t share_of_memory() const;
+  /// Whether a copy fits.
+  struct Room {
+    uint64_t need, free;
+    bool copies() const { return need <= free; }
+    std::string words() const;
+  };
+  Room room(const Weights&, const Optimizer*) const;
   void wait() const;
   void publish();
 
@@ -52,7 +67,7 @@ class Saver {
   std::function<void()> alive_;
   std::function<uint64_t()> available_;
   int64_t ranks_here_ = 1;            ///< on this host
-  bool told_ = false;
+  std::string told_;                  ///< what the log has last said of how checkpoints are written
   std::atomic<int64_t> published_ = -1;
   WriterThread thread_;
   std::unique_ptr<CheckpointWriter> writer_;   ///< of the save in flight

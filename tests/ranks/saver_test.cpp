@@ -89,6 +89,48 @@ TEST_F(Saving, BehindTheStepsIsTheStateOfThatStep) {
   }
 }
 
+TEST_F(Saving, MemoryForCopiesIsTakenAheadWhereThereIsRoom) {
+  CheckpointSection settings;
+  settings.asynchronous = true;
+  for (const uint64_t room : {kMuch, uint64_t{0}}) {
+    SCOPED_TRACE(room);
+    begin();
+    const fs::path checkpoints = folder_ / text("ahead-", room);
+    Saver saver(checkpoints, state_->mesh, settings, [] {}, [=] { return room; });
+    EXPECT_EQ(saver.memory(), 0u) << "not before the first step";
+    saver.take_memory(state_->stage.weights(), *state_->optimizer);
+    const uint64_t taken = saver.memory();
+    EXPECT_EQ(taken > 0, room > 0);
+    saver.save(state_->stage.weights(), &*state_->optimizer, {3, 12, 0}, record_, true);   // at once: it waits
+    saver.before_update();
+    spoil();
+    saver.finish();
+    world().barrier();
+    EXPECT_EQ(digest_of_tensors(read_manifest(checkpoints / "step-00000003").tensors), reference_);
+  }
+  settings.every = 0;   // nothing is known to be saved
+  Saver saver(folder_ / "never", state_->mesh, settings, [] {}, [] { return kMuch; });
+  saver.take_memory(state_->stage.weights(), *state_->optimizer);
+  EXPECT_EQ(saver.memory(), 0u);
+}
+
+// It is not free any more, but it is there for the copy.
+TEST_F(Saving, MemoryThatWasTakenCountsAsRoom) {
+  CheckpointSection settings;
+  settings.asynchronous = true;
+  uint64_t room = kMuch;
+  Saver saver(folder_ / "run", state_->mesh, settings, [] {}, [&] { return room; });
+  saver.take_memory(state_->stage.weights(), *state_->optimizer);
+  room = 0;
+  testing::internal::CaptureStderr();
+  saver.save(state_->stage.weights(), &*state_->optimizer, {3, 12, 0}, record_, true);
+  spoil();   // at once: a copy has been made
+  saver.finish();
+  EXPECT_THAT(testing::internal::GetCapturedStderr(), testing::Not(HasSubstr("streamed")));
+  world().barrier();
+  EXPECT_EQ(digest_of_tensors(read_manifest(folder_ / "run/step-00000003").tensors), reference_);
+}
+
 TEST_F(Saving, ASecondSaveNeverOvertakesTheFirst) {
   CheckpointSection settings;
   settings.asynchronous = true;

@@ -3,8 +3,12 @@
 The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
 (data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save and load, in turn, as many processes write and
 read as many bytes with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
-that. Files are dropped from the page cache before they are read. Extra memory: of a
-rank, beyond its state, of which it writes "MiB a rank". Figures are medians over repeats; --json has all of them."""
+that. Files are dropped from the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
+Figures are medians over repeats; --json has all of them.
+
+--asynchronous: from a copy, behind the steps, its memory taken before; a step waits for the copy alone: "stall". On a GPU machine, from a bundle:
+  tools/bundle bundle build/cuda/upcycle --with build/cuda/checkpoint_io
+  bundle/tools/bench checkpoint --device cuda --asynchronous --layers 28 --ranks 1"""
 import argparse
 import json
 import os
@@ -29,6 +33,7 @@ def options(words):
     parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="default: 1,2,4")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--asynchronous", action="store_true", help="behind the steps: what a step waits for is told, too")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the state lies (default: cpu)")
     parser.add_argument("--transfer", default="auto", choices=["auto", "direct", "buffered", "independent"])
     parser.add_argument("--build", default=str(common.ROOT / "build/cpu"), metavar="DIR", help="build tree (default: build/cpu)")
     parser.add_argument("--scratch", metavar="DIR", help="on the disk to measure (default: the system's for temporary files)")
@@ -47,7 +52,7 @@ def architecture(folder, model, layers):
 
 def measure(program, folder, given, ranks, parallel, path):
     run = folder / "run.toml"
-    run.write_text(f'[source]\narchitecture = "{path}"\n[moe]\nexperts = {given.experts}\ntop_k = 2\n[data]\ntrain = "mock"\n[parallel]\n'
+    run.write_text(f'[run]\ndevice = "{given.device}"\n[source]\narchitecture = "{path}"\n[moe]\nexperts = {given.experts}\ntop_k = 2\n[data]\ntrain = "mock"\n[parallel]\n'
                    + "".join(f"{key} = {value}\n" for key, value in parallel.items())
                    + f'[checkpoint]\ntransfer = "{given.transfer}"\nasynchronous = {str(given.asynchronous).lower()}\n')
     done = common.run(common.on_ranks(ranks, program, run, folder, given.repeats), common.environment(1))
@@ -64,17 +69,20 @@ def row(name, ranks, results, asynchronous):
     cells = [name, ranks, f"{size / 1e9:.2f}", f"{size / median('save_seconds') / 1e9:.2f}", f"{plain / median('save_seconds'):.2f}", f"{100 * common.spread(writes):.0f} %",
              f"{size / median('load_seconds') / 1e9:.2f}", f"{median('plain_read_seconds') / median('load_seconds'):.2f}",
              f"{size / ranks / 2**20:.0f}", f"{median('save_extra_bytes') / 2**20:.0f}", f"{median('load_extra_bytes') / 2**20:.0f}"]
-    return cells + ([f"{median('stall_seconds'):.2f}"] if asynchronous else [])
+    return cells + ([f"{median('stall_seconds'):.2f}", f"{size / ranks / median('stall_seconds') / 1e9:.1f}"] if asynchronous else [])
 
 
 def main(words):
     given = options(words)
     try:
         build = Path(given.build)
-        if not (build / "CMakeCache.txt").exists():
-            raise common.Failed(f"--build {build}: no build tree; tools/setup makes one")
-        subprocess.run(["cmake", "--build", build, "--target", "checkpoint_io"], check=True, stdout=subprocess.DEVNULL)
-        facts = common.machine(build / "upcycle")
+        program = common.ROOT / "checkpoint_io"   # of a bundle
+        if not program.exists():
+            if not (build / "CMakeCache.txt").exists():
+                raise common.Failed(f"--build {build}: no build tree; tools/setup makes one")
+            subprocess.run(["cmake", "--build", build, "--target", "checkpoint_io"], check=True, stdout=subprocess.DEVNULL)
+            program = build / "checkpoint_io"
+        facts = common.machine(program.parent / "upcycle")
         print(common.describe(facts))
         results, rows = [], []
         with tempfile.TemporaryDirectory(prefix="upcycle-bench-", dir=given.scratch) as scratch:
@@ -84,15 +92,15 @@ def main(words):
                 for ranks in map(int, given.ranks.split(",")):
                     if ranks == 1 and rows:
                         continue
-                    common.say(f"  {name}, {ranks} ranks")
-                    found = measure(build / "checkpoint_io", folder, given, ranks, parallel(ranks), path)
+                    found = measure(program, folder, given, ranks, parallel(ranks), path)
                     results += [result | {"layout": name} for result in found]
                     rows.append(row(name, ranks, found, given.asynchronous))
+                    common.say(f"  {name}, {ranks} ranks: saved at {rows[-1][4]} of plain writing, loaded at {rows[-1][7]} of plain reading")   # a run may be cut short
+                    if given.json:
+                        Path(given.json).write_text(json.dumps({"machine": facts, "results": results}, indent=1))
         heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "MiB a rank", "extra memory, MiB: save", "load"]
         print(f"\nCheckpoints, {given.model} with {given.experts} experts, {given.layers} layers, with optimizer state\n")
-        print(common.table(heads + (["stall, s"] if given.asynchronous else []), rows))
-        if given.json:
-            Path(given.json).write_text(json.dumps({"machine": facts, "results": results}, indent=1))
+        print(common.table(heads + (["stall, s", "GB/s a rank"] if given.asynchronous else []), rows))
     except common.Failed as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,5 @@
 // Saves and loads a model's training state beside plain files of the same bytes: what tools/bench checkpoint runs, on several ranks.
-//   checkpoint_io RUN.toml DIRECTORY REPEATS      RUN.toml: architecture, [moe], [parallel], [checkpoint]; prints one JSON line a repeat
+//   checkpoint_io RUN.toml DIRECTORY REPEATS      RUN.toml: run.device, architecture, [moe], [parallel], [checkpoint]; prints one JSON line a repeat
 #include <fcntl.h>
 #include <malloc.h>
 #include <sys/resource.h>
@@ -17,6 +17,7 @@
 #include "checkpoint/durable.hpp"
 #include "checkpoint/writer_thread.hpp"
 #include "config/run_config.hpp"
+#include "device/device.hpp"
 #include "train/saver.hpp"
 #include "train/setup.hpp"
 #include "train/start.hpp"
@@ -81,31 +82,32 @@ void forget_cached(const fs::path& path) {
 }
 
 /// Each rank `bytes` into a part of one new file of its own region, then fsync: what a plain program does.
-double plain_write(const fs::path& path, const Communicator& world, int64_t bytes, const Tensor& memory, int flags) {
+double plain_write(const fs::path& path, const Communicator& world, int64_t bytes, std::span<const std::byte> memory, int flags) {
   const std::vector<int64_t> all = world.all_gather(bytes);
   int64_t begin = 0;
   for (int rank = 0; rank < world.rank(); ++rank) begin += (all[static_cast<size_t>(rank)] + kPiece - 1) / kPiece * kPiece;
   const Stopwatch watch(world);
   const FileDescriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | flags, 0644));
   if (!file) fail_with_errno("opening", path);
-  for (int64_t done = 0; done < bytes; done += kPiece) write_at(file, WriterThread::bytes_of(memory, kPiece), static_cast<uint64_t>(begin + done), path);
+  for (int64_t done = 0; done < bytes; done += kPiece) write_at(file, memory, static_cast<uint64_t>(begin + done), path);
   ::fsync(file.get());
   return watch.seconds();
 }
 
-double plain_read(const fs::path& path, const Communicator& world, int64_t bytes, const Tensor& memory) {
+double plain_read(const fs::path& path, const Communicator& world, int64_t bytes, std::span<std::byte> memory) {
   const std::vector<int64_t> all = world.all_gather(bytes);
   int64_t begin = 0;
   for (int rank = 0; rank < world.rank(); ++rank) begin += (all[static_cast<size_t>(rank)] + kPiece - 1) / kPiece * kPiece;
   forget_cached(path);
   const Stopwatch watch(world);
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  for (int64_t done = 0; done < bytes; done += kPiece) read_at(file, WriterThread::bytes_of(memory, kPiece), static_cast<uint64_t>(begin + done), path);
+  for (int64_t done = 0; done < bytes; done += kPiece) read_at(file, memory, static_cast<uint64_t>(begin + done), path);
   return watch.seconds();
 }
 
 int save_and_load(const std::string& run_file, const fs::path& directory, int repeats) {
   const RunConfig config = read_run(run_file);
+  const c10::Device device = device::choose(config.run.device, host_rank());
   const Mesh mesh(Grid(config.parallel, world_size()));
   const Communicator& world = mesh.world();
   const Architecture dense = read_architecture(config.source.architecture);
@@ -114,7 +116,7 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
   const auto layout = make_layout(architecture, mesh.grid(), config.parallel);
   const auto make = [&] { return std::make_unique<Stage>(architecture, layout, mesh); };
   std::unique_ptr<Stage> stage = make();
-  stage->weights().allocate(compute, at::kCPU, config.parallel.zero);
+  stage->weights().allocate(compute, device, config.parallel.zero);
   fill_masters(stage->weights(), [](const ParameterSpec&, const Box& box, Tensor target) { target.copy_(at::randn(box.size)); });   // rounds: masters are stored
   std::optional<Optimizer> optimizer(std::in_place, stage->weights(), OptimizerSection{}, 1.0);
   for (size_t i = 0; i < stage->weights().buckets().size(); ++i) {
@@ -122,8 +124,8 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
   }
   RunRecord record{"bench", to_hf(architecture, nlohmann::json::object()), nlohmann::json::object(), nlohmann::json::object(), {}};
   WriterThread memories(uint64_t{1} << 30);
-  const Tensor memory = memories.borrow(kPiece);
-  for (int64_t i = 0; i < kPiece; ++i) memory.mutable_data_ptr<uint8_t>()[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+  const std::span<std::byte> memory = memories.borrow(kPiece);
+  for (int64_t i = 0; i < kPiece; ++i) memory[static_cast<size_t>(i)] = static_cast<std::byte>(i * 2654435761u >> 13);
 
   int64_t bytes = 0;   // of the checkpoint
   for (int repeat = 0; repeat < repeats; ++repeat) {
@@ -132,8 +134,13 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
     nlohmann::json told = {{"ranks", world.size()}, {"repeat", repeat}};
     const fs::path step = run / step_directory(1);
     const auto save = [&] {
-      Saver saver(run, mesh, config.checkpoint, [] {});
+      device::synchronize(device);
+      Saver saver(run, mesh, config.checkpoint, [] {}, available_host_memory, device);
       const PeakWatch peak;
+      const Stopwatch taking(world);   // behind the first steps of a run
+      saver.take_memory(stage->weights(), *optimizer);
+      while (saver.takes_memory()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      told["memory_seconds"] = taking.seconds();
       const Stopwatch watch(world);
       saver.save(stage->weights(), &*optimizer, {1, 1, 0}, record, false);
       told["stall_seconds"] = watch.seconds();
@@ -164,6 +171,7 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
       const PeakWatch peak;
       const Stopwatch watch(world);
       restore_checkpoint(CheckpointReader(step), stage->weights(), &*optimizer);
+      device::synchronize(device);
       told["load_seconds"] = watch.seconds();
       told["load_extra_bytes"] = world.all_reduce(peak.extra(), Reduce::max);
     }
