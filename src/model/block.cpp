@@ -76,7 +76,7 @@ Tensor Block::compute(const Tensor& x_TW, const Positions& positions, const Rout
   Remade in_attention(selective), in_feed_forward(selective);
   const auto [attended_TW, h_TW] = attend(x_TW, positions, in_attention);
   in_feed_forward.add(h_TW, [this, x = attended_TW.detach()] { return feed_forward_input(x); });
-  return attended_TW + in_feed_forward.before(feed_forward(h_TW, context, routed, in_feed_forward));
+  return in_feed_forward.before(feed_forward(h_TW, context, routed, in_feed_forward, attended_TW));
 }
 
 Normed Block::attend(const Tensor& x_TW, const Positions& positions, Remade& remade) {
@@ -96,11 +96,14 @@ Tensor Block::feed_forward_input(const Tensor& x_TW) { return rms_norm(x_TW, fee
 Tensor Block::feed_forward(const Tensor& h_TW, const RouterContext& context) {
   Routed routed;
   Remade nothing(false);
-  return feed_forward(h_TW, context, routed, nothing);
+  return feed_forward(h_TW, context, routed, nothing, {});
 }
 
-Tensor Block::feed_forward(const Tensor& h_TW, const RouterContext& context, Routed& routed, Remade& remade) {
-  return dense_ ? dense_->forward(h_TW, remade) : moe_->forward(h_TW, context, routed, remade);
+Tensor Block::feed_forward(const Tensor& h_TW, const RouterContext& context, Routed& routed, Remade& remade,
+                           const Tensor& onto_TW) {
+  if (moe_) return moe_->forward(h_TW, context, routed, remade, onto_TW);
+  const Tensor y_TW = dense_->forward(h_TW, remade);
+  return onto_TW.defined() ? onto_TW + y_TW : y_TW;
 }
 
 }  // namespace upcycle

@@ -53,7 +53,8 @@ class Block {
  private:
   /// x + attention(norm(x)) beside its own norm, which feed_forward_input gives, too.
   Normed attend(const Tensor& x_TW, const Positions& positions, Remade& remade);
-  Tensor feed_forward(const Tensor& h_TW, const RouterContext& context, Routed& routed, Remade& remade);
+  /// Onto `onto_TW`, unless it is undefined.
+  Tensor feed_forward(const Tensor& h_TW, const RouterContext& context, Routed& routed, Remade& remade, const Tensor& onto_TW);
   Tensor compute(const Tensor& x_TW, const Positions& positions, const RouterContext& context, Routed& routed);
 
   int64_t layer_;

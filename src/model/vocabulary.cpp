@@ -73,8 +73,9 @@ Tensor vocabulary_loss(const Communicator& tensor, const Tensor& x_NW, Parameter
       }
       if (!learns) continue;
       matrix_product_into(here(dx_NW), logits, value_VW);
-      add_weight_gradient(head_VW.main_grad, logits, here(x));
+      add_weight_gradient(head_VW.main_grad, logits, here(x), head_VW.overwrites());
     }
+    if (learns && rows == 0) head_VW.sums();
     total = loss_N.sum(at::kDouble);
   }
   return record(total, {x_NW}, [dx_NW, &head_VW, dtype = x_NW.scalar_type()](const std::vector<Tensor>& d) -> Gradients {

@@ -142,19 +142,19 @@ Tensor Dispatcher::weights(const Tensor& weight_TK, const Route& route) const {
   return how_ == Dispatch::all_gather ? weight_N1 : travel(weight_N1, route);
 }
 
-Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route) const {
+Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD) const {
   const TraceRange range("combine");
   if (how_ == Dispatch::all_gather) {
     const Tensor partial = sum_rows(y_RD, route.order, at::kFloat);
     const Tensor y_TD = reduce_scatter_rows(experts_, reduce_scatter_rows(expert_tensor_, partial, route.rows_P), route.tokens_S);
-    return y_TD.to(y_RD.scalar_type());
+    return (onto_TD.defined() ? onto_TD + y_TD : y_TD).to(y_RD.scalar_type());
   }
   Tensor y_ND = y_RD;
   if (route.by_expert_R.defined()) {
     const Splits home{route.splits.receive, route.splits.send};
     y_ND = exchange(experts_, reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P), home);
   }
-  return sum_rows(y_ND, route.order);
+  return onto_TD.defined() ? add_rows(onto_TD, y_ND, route.order) : sum_rows(y_ND, route.order);
 }
 
 }  // namespace upcycle

@@ -48,8 +48,8 @@ class Dispatcher {
   /// each choice its gradient, summed over the ranks that share its expert's width.
   Tensor weights(const Tensor& weight_TK, const Route& route) const;
   /// **Collective** over both groups. y_TD = sum_k y; `y_RD` in the order of dispatch's rows, weighed; each expert_tensor rank's are its
-  /// part of a sum.
-  Tensor combine(const Tensor& y_RD, const Route& route) const;
+  /// part of a sum. With `onto_TD`, onto + that.
+  Tensor combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD = {}) const;
 
   /// The one in use; Dispatch::automatic was decided when it was made.
   Dispatch how() const noexcept { return how_; }

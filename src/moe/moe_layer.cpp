@@ -2,7 +2,7 @@
 
 namespace upcycle {
 
-Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Routed& routed, Remade& remade) {
+Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Routed& routed, Remade& remade, const Tensor& onto_TD) {
   RouterContext told = context;
   told.expert_TK = routed.expert_TK;
   const Routing routing = router_.forward(x_TD, told);
@@ -13,7 +13,7 @@ Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Route
     remade.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
   }
   const Tensor weight_R1 = dispatcher_.weights(routing.weight_TK, routed.route);
-  return dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route);
+  return dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route, onto_TD);
 }
 
 Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context) {

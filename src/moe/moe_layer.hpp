@@ -27,8 +27,8 @@ class MoeLayer {
 
   /// **Collective** over the expert, expert_tensor and sharing groups. `x` [T, D] -> [T, D]. Experts have a capacity where the context
   /// knows the tokens' numbers, which is in training. Decides the ways, or goes those of `routed`. Adds what it can make again to
-  /// `remade`, from x on.
-  Tensor forward(const Tensor& x_TD, const RouterContext& context, Routed& routed, Remade& remade);
+  /// `remade`, from x on. `onto_TD`, unless it is undefined: what the experts' sum is added onto.
+  Tensor forward(const Tensor& x_TD, const RouterContext& context, Routed& routed, Remade& remade, const Tensor& onto_TD = {});
   /// The same, deciding anew and keeping everything.
   Tensor forward(const Tensor& x_TD, const RouterContext& context);
   Router& router() noexcept { return router_; }

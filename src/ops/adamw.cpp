@@ -43,10 +43,6 @@ AdamWBuffer::AdamWBuffer(Tensor masters, Tensor gradients, Tensor exp_avg, Tenso
   if (masters_.is_cuda()) stretches_ = at::tensor(table, at::kDouble).view({-1, 3}).to(masters_.device());
 }
 
-bool AdamWBuffer::zeroes_gradients() const {
-  return masters_.is_cuda() && (!values_.defined() || values_.scalar_type() == at::kBFloat16);
-}
-
 void AdamWBuffer::step_written_out(const AdamW& settings, const Tensor& step, const Tensor& gradient_divisor, const Tensor& skip) const {
   const Unrecorded guard;
   std::vector<AdamWRun> left = runs_;
@@ -68,13 +64,14 @@ void AdamWBuffer::step_written_out(const AdamW& settings, const Tensor& step, co
 }
 
 void AdamWBuffer::step(const AdamW& settings, const Tensor& step, const Tensor& gradient_divisor, const Tensor& skip) const {
-  if (!zeroes_gradients()) return step_written_out(settings, step, gradient_divisor, skip);
+  const bool kernel_takes = masters_.is_cuda() && (!values_.defined() || values_.scalar_type() == at::kBFloat16);
+  if (!kernel_takes) return step_written_out(settings, step, gradient_divisor, skip);
   const auto scalar = [&](const Tensor& x) {
     if (x.numel() != 1 || x.device() != masters_.device()) throw std::logic_error("what decides over a step is a scalar on its device");
     return x.const_data_ptr<float>();
   };
   cuda::AdamW p{};
-  p.masters = masters_.mutable_data_ptr<float>(), p.gradients = gradients_.mutable_data_ptr<float>();
+  p.masters = masters_.mutable_data_ptr<float>(), p.gradients = gradients_.const_data_ptr<float>();
   p.exp_avg = exp_avg_.mutable_data_ptr<float>(), p.exp_avg_sq = exp_avg_sq_.mutable_data_ptr<float>();
   p.values = values_.defined() ? values_.mutable_data_ptr() : nullptr;
   p.size = masters_.numel();

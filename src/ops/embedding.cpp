@@ -39,7 +39,7 @@ Tensor embedding(const Tensor& ids, Parameter& weight) {
   }
   // No input is differentiable; record() puts the op into the graph all the same.
   return record(y, {}, [ids, &weight](const std::vector<Tensor>& dy) -> Gradients {
-    add_embedding_gradient(weight.main_grad, dy[0].reshape({-1, weight.value.size(1)}), ids.reshape({-1}));
+    add_embedding_gradient(weight.sums(), dy[0].reshape({-1, weight.value.size(1)}), ids.reshape({-1}));
     weight.ready();
     return {};
   });

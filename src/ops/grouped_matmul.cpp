@@ -114,16 +114,19 @@ Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, con
   return dx_RI;
 }
 
-void add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E, GroupedKernel wish) {
+void add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E, GroupedKernel wish,
+                                 bool overwrite) {
   const GroupedKernel kernel = choose(GroupedProduct::weight_gradient, dy_RO, main_grad_EOI, {dy_RO, x_RI, main_grad_EOI}, wish);
   if (kernel == one_by_one) {
     for_each_expert(end_E, [&](int64_t expert, int64_t begin, int64_t rows) {
-      if (rows > 0) add_weight_gradient(main_grad_EOI[expert], dy_RO.narrow(0, begin, rows), x_RI.narrow(0, begin, rows));
+      add_weight_gradient(main_grad_EOI[expert], dy_RO.narrow(0, begin, rows), x_RI.narrow(0, begin, rows), overwrite);
     });
   } else if (kernel == aten) {
-    main_grad_EOI.add_(at::_grouped_mm(dy_RO.t(), x_RI, end_E));  // its output is bf16; the sum over micro-batches is fp32
+    const Tensor products = at::_grouped_mm(dy_RO.t(), x_RI, end_E);   // in bf16; the sum over micro-batches is fp32
+    overwrite ? main_grad_EOI.copy_(products) : main_grad_EOI.add_(products);
   } else {
-    multiply_ours(GroupedProduct::weight_gradient, kernel, dy_RO, x_RI, main_grad_EOI, end_E, main_grad_EOI.size(1), main_grad_EOI.size(2));
+    const GroupedProduct product = overwrite ? GroupedProduct::weight_gradient : GroupedProduct::added_weight_gradient;
+    multiply_ours(product, kernel, dy_RO, x_RI, main_grad_EOI, end_E, main_grad_EOI.size(1), main_grad_EOI.size(2));
   }
 }
 
@@ -135,7 +138,7 @@ Tensor grouped_matmul(const Tensor& x, Parameter& weight, const Tensor& end_E, G
   }
   return record(y, {x}, [x = x.detach(), end_E, kernels, &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_RO = dy[0].contiguous();
-    add_grouped_weight_gradient(weight.main_grad, dy_RO, x, end_E, kernels.weight_gradient);
+    add_grouped_weight_gradient(weight.main_grad, dy_RO, x, end_E, kernels.weight_gradient, weight.overwrites());
     weight.ready();
     return {grouped_input_gradient(dy_RO, weight.value, end_E, kernels.input_gradient)};
   });

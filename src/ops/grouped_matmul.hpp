@@ -27,8 +27,8 @@ Tensor grouped_matmul(const Tensor& x_RI, Parameter& weight_EOI, const Tensor& e
 Tensor grouped_product(const Tensor& x_RI, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {});
 Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {});
 /// main_grad [E, O, I] (fp32) += each expert's dy^T x. Ours adds in fp32 without a temporary; ATen's makes the products of this micro-batch
-/// in bf16 first. An expert without rows keeps its gradient.
+/// in bf16 first. An expert without rows keeps its gradient. `overwrite`: main_grad = those products, zeros without rows, whatever was there.
 void add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E,
-                                 GroupedKernel kernel = {});
+                                 GroupedKernel kernel = {}, bool overwrite = false);
 
 }  // namespace upcycle

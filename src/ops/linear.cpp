@@ -31,14 +31,16 @@ void matrix_product_into(Tensor out_TO, const Tensor& x_TI, const Tensor& matrix
   }
 }
 
-void add_weight_gradient(Tensor main_grad_OI, const Tensor& dy_TO, const Tensor& x_TI) {
-  if (x_TI.size(0) == 0) return;
-  if (x_TI.scalar_type() == at::kFloat) {
-    main_grad_OI.addmm_(dy_TO.t(), x_TI);
+void add_weight_gradient(Tensor main_grad_OI, const Tensor& dy_TO, const Tensor& x_TI, bool overwrite) {
+  const int beta = overwrite ? 0 : 1;   // 0: what was there is not read, whatever it is
+  if (x_TI.size(0) == 0) {
+    if (overwrite) main_grad_OI.zero_();
+  } else if (x_TI.scalar_type() == at::kFloat) {
+    main_grad_OI.addmm_(dy_TO.t(), x_TI, beta);
   } else if (x_TI.is_cuda()) {
-    at::addmm_out(main_grad_OI, main_grad_OI, dy_TO.t(), x_TI, at::kFloat);  // in cuBLAS's epilogue: bf16 in, fp32 out, beta = 1
+    at::addmm_out(main_grad_OI, main_grad_OI, dy_TO.t(), x_TI, at::kFloat, beta);  // in cuBLAS's epilogue: bf16 in, fp32 out
   } else {
-    main_grad_OI.addmm_(dy_TO.to(at::kFloat).t(), x_TI.to(at::kFloat));
+    main_grad_OI.addmm_(dy_TO.to(at::kFloat).t(), x_TI.to(at::kFloat), beta);
   }
 }
 
@@ -51,7 +53,7 @@ Tensor linear(const Tensor& x, Parameter& weight) {
   }
   return record(y, {x}, [x = x.detach(), &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_TO = dy[0].reshape({-1, dy[0].size(-1)});
-    add_weight_gradient(weight.main_grad, dy_TO, x.reshape({-1, x.size(-1)}).to(dy_TO.scalar_type()));
+    add_weight_gradient(weight.main_grad, dy_TO, x.reshape({-1, x.size(-1)}).to(dy_TO.scalar_type()), weight.overwrites());
     weight.ready();
     return {matrix_product(dy[0], weight.value).to(x.scalar_type())};
   });

@@ -14,7 +14,8 @@ void matrix_product_into(Tensor out_TO, const Tensor& x_TI, const Tensor& matrix
 /// weight.main_grad.
 Tensor linear(const Tensor& x, Parameter& weight);
 
-/// main_grad [O, I] (fp32) += dy^T x, for dy [T, O] and x [T, I]; products of bf16 are summed and added in fp32.
-void add_weight_gradient(Tensor main_grad_OI, const Tensor& dy_TO, const Tensor& x_TI);
+/// main_grad [O, I] (fp32) += dy^T x, for dy [T, O] and x [T, I]; products of bf16 are summed and added in fp32. `overwrite`: = dy^T x,
+/// whatever was there.
+void add_weight_gradient(Tensor main_grad_OI, const Tensor& dy_TO, const Tensor& x_TI, bool overwrite = false);
 
 }  // namespace upcycle

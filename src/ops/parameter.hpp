@@ -13,6 +13,14 @@ struct Parameter {
   Tensor master;     ///< fp32; the same storage as `value` where that is fp32; undefined when only inference is wanted
   Tensor main_grad;  ///< fp32, summed over micro-batches; undefined when nothing is trained
 
+  /// main_grad still holds the sums of an earlier step, and the next addition takes their place: what a matrix product fills anyway, nobody
+  /// need zero, nor read to add to it.
+  bool outdated = false;
+  /// For an op that can overwrite main_grad instead of adding to it: whether it must; the one who asks does so.
+  bool overwrites();
+  /// For any other op: main_grad, to add to.
+  const Tensor& sums();
+
   /// Called by backward after each addition into main_grad (all micro-batches).
   void ready() {
     ++additions;

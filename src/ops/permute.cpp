@@ -28,12 +28,13 @@ Tensor copies_by_kernel(const Tensor& of, const Tensor& row_TK, const Tensor& ch
   return y;
 }
 
-/// [T, D]: the sums over the rows row[t, 0], row[t, 1], ..
-Tensor sums_by_kernel(const Tensor& of, const Tensor& row_TK, at::ScalarType dtype) {
+/// [T, D]: the sums over the rows row[t, 0], row[t, 1], .., and of `onto`, of that dtype, unless it is undefined.
+Tensor sums_by_kernel(const Tensor& of, const Tensor& row_TK, at::ScalarType dtype, const Tensor& onto = {}) {
   const Tensor y = of.contiguous(), row = row_TK.contiguous();
   const Tensor x = at::empty({row.size(0), y.size(1)}, y.options().dtype(dtype == y.scalar_type() ? dtype : at::kFloat));
-  cuda::sum_rows({y.const_data_ptr(), row.const_data_ptr<int64_t>(), x.mutable_data_ptr(), row.size(0), row.size(1), y.size(0), y.size(1),
-                  is_bf16(y), is_bf16(x)},
+  const Tensor other = onto.defined() ? onto.to(x.scalar_type()).contiguous() : onto;
+  cuda::sum_rows({y.const_data_ptr(), row.const_data_ptr<int64_t>(), other.defined() ? other.const_data_ptr() : nullptr, x.mutable_data_ptr(),
+                  row.size(0), row.size(1), y.size(0), y.size(1), is_bf16(y), is_bf16(x)},
                  device::current_stream(of.device()));
   return x.to(dtype);
 }
@@ -47,12 +48,13 @@ Tensor copies(const Tensor& x_TD, const RowOrder& order, bool kernel) {
   return (order.every_row ? x_TD : with_nothing(x_TD)).index_select(0, token_R);
 }
 
-Tensor sums(const Tensor& y_RD, const RowOrder& order, at::ScalarType dtype, bool kernel) {
-  if (kernel) return sums_by_kernel(y_RD, order.row_TK, dtype);
+Tensor sums(const Tensor& y_RD, const RowOrder& order, at::ScalarType dtype, bool kernel, const Tensor& onto_TD = {}) {
+  if (kernel) return sums_by_kernel(y_RD, order.row_TK, dtype, onto_TD);
   const Tensor y = order.every_choice ? y_RD : with_nothing(y_RD);
   const auto rows_of_choice = [&](int64_t k) { return y.index_select(0, order.row_TK.select(1, k)); };
   const Tensor sum_TD = rows_of_choice(0).to(at::kFloat);
   for (int64_t k = 1; k < order.row_TK.size(1); ++k) sum_TD.add_(rows_of_choice(k));
+  if (onto_TD.defined()) sum_TD.add_(onto_TD);
   return sum_TD.to(dtype);
 }
 
@@ -78,6 +80,17 @@ Tensor sum(const Tensor& y_RD, const RowOrder& order, std::optional<at::ScalarTy
   });
 }
 
+Tensor sum_onto(const Tensor& onto_TD, const Tensor& y_RD, const RowOrder& order, bool kernel) {
+  Tensor y_TD;
+  {
+    const Unrecorded guard;
+    y_TD = sums(y_RD, order, onto_TD.scalar_type(), kernel, onto_TD);
+  }
+  return record(y_TD, {onto_TD, y_RD}, [order, kernel, dtype = y_RD.scalar_type()](const std::vector<Tensor>& d) -> Gradients {
+    return {d[0], copies(d[0].to(dtype), order, kernel)};
+  });
+}
+
 }  // namespace
 
 Tensor spread_rows(const Tensor& x_TD, const RowOrder& order) { return spread(x_TD, order, kernels_take(x_TD, order)); }
@@ -88,6 +101,13 @@ Tensor sum_rows(const Tensor& y_RD, const RowOrder& order, std::optional<at::Sca
 }
 Tensor sum_rows_written_out(const Tensor& y_RD, const RowOrder& order, std::optional<at::ScalarType> dtype) {
   return sum(y_RD, order, dtype, false);
+}
+
+Tensor add_rows(const Tensor& onto_TD, const Tensor& y_RD, const RowOrder& order) {
+  return sum_onto(onto_TD, y_RD, order, kernels_take(y_RD, order));
+}
+Tensor add_rows_written_out(const Tensor& onto_TD, const Tensor& y_RD, const RowOrder& order) {
+  return sum_onto(onto_TD, y_RD, order, false);
 }
 
 // As sums of one row each, and copies to one row each.

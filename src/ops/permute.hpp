@@ -39,6 +39,9 @@ Tensor spread_rows(const Tensor& x_TD, const RowOrder& order);
 /// token's gradient: one is the other's transpose.
 Tensor sum_rows(const Tensor& y_RD, const RowOrder& order, std::optional<at::ScalarType> dtype = {});
 
+/// onto + sum_rows(y), rounded once to the dtype of `onto` [T, D], which is added last. Backward hands the gradient on to both.
+Tensor add_rows(const Tensor& onto_TD, const Tensor& y_RD, const RowOrder& order);
+
 /// x[permutation]; `permutation` int64 [R] is a permutation of the rows. Backward goes the other way.
 Tensor permute_rows(const Tensor& x_RD, const Tensor& permutation_R);
 
@@ -48,5 +51,6 @@ RowOrder slots_by_expert_written_out(const Tensor& expert_TK, int64_t first, int
 Tensor count_choices_written_out(const Tensor& expert_TK, int64_t experts, int64_t first);
 Tensor spread_rows_written_out(const Tensor& x_TD, const RowOrder& order);
 Tensor sum_rows_written_out(const Tensor& y_RD, const RowOrder& order, std::optional<at::ScalarType> dtype = {});
+Tensor add_rows_written_out(const Tensor& onto_TD, const Tensor& y_RD, const RowOrder& order);
 
 }  // namespace upcycle

@@ -91,8 +91,8 @@ Tensor backward_by_kernel(const Split& split, const Tensor& qkv, const std::vect
   float* const sums = partial.mutable_data_ptr<float>();
   cuda::qk_norm_rope_backward(
       {.qkv = qkv.const_data_ptr(), .d_qkv = d_qkv.data_ptr(), .row = qkv.size(1),
-       .q = {q.heads, q_norm.value.const_data_ptr(), sums, q_norm.main_grad.mutable_data_ptr<float>(), blocks.q},
-       .k = {k.heads, k_norm.value.const_data_ptr(), sums + blocks.q * split.head_dim, k_norm.main_grad.mutable_data_ptr<float>(), blocks.k},
+       .q = {q.heads, q_norm.value.const_data_ptr(), sums, q_norm.sums().mutable_data_ptr<float>(), blocks.q},
+       .k = {k.heads, k_norm.value.const_data_ptr(), sums + blocks.q * split.head_dim, k_norm.sums().mutable_data_ptr<float>(), blocks.k},
        .v = v.heads, .cos = split.rotary.cos_SD.const_data_ptr<float>(), .sin = split.rotary.sin_SD.const_data_ptr<float>(),
        .tokens = qkv.size(0), .positions = split.positions, .head_dim = static_cast<int>(split.head_dim),
        .eps = static_cast<float>(split.eps), .bf16 = is_bf16(qkv)},

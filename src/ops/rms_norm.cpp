@@ -57,7 +57,7 @@ Tensor backward_by_kernel(const Tensor& d_stream, const Tensor& dy, const Tensor
   const Tensor partial = at::empty({cuda::rms_norm_partials(rows, width, is_bf16(x)), width}, scale.options());
   cuda::rms_norm_backward({.x = numbers(x_rows), .scale = scale.const_data_ptr<float>(), .weight = numbers(weight.value),
                            .dy = numbers(dy_rows), .stream = numbers(stream_rows), .dx = numbers(dx),
-                           .partial = partial.mutable_data_ptr<float>(), .weight_sum = weight.main_grad.mutable_data_ptr<float>(),
+                           .partial = partial.mutable_data_ptr<float>(), .weight_sum = weight.sums().mutable_data_ptr<float>(),
                            .rows = rows, .width = static_cast<int>(width), .bf16 = is_bf16(x)},
                           device::current_stream(x.device()));
   return dx;
@@ -105,7 +105,7 @@ Tensor inverse_rms(const Tensor& x, double eps) { return x.to(at::kFloat).square
 
 Tensor rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& scale, Parameter& weight) {
   const Tensor dy32 = dy.to(at::kFloat), unit = x.to(at::kFloat) * scale;
-  weight.main_grad.add_((dy32 * unit).reshape({-1, x.size(-1)}).sum(0));
+  weight.sums().add_((dy32 * unit).reshape({-1, x.size(-1)}).sum(0));
   // d/dx of x * scale(x): the part of the gradient along x itself is taken out.
   const Tensor d_unit = dy32 * weight.value.to(at::kFloat);
   const Tensor along = (d_unit * unit).mean(-1, true);

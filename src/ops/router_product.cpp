@@ -125,7 +125,7 @@ Tensor router_product(const Tensor& x, Parameter& weight) {
   }
   return record(y, {x}, [x_TD = x_TD.detach(), sizes = x.sizes().vec(), &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor terms_TF = terms_of_gradient(dy[0].reshape({-1, dy[0].size(-1)}).contiguous(), x_TD.options());
-    add_gradient_of_weight(weight.main_grad, terms_TF, x_TD);
+    add_gradient_of_weight(weight.sums(), terms_TF, x_TD);
     weight.ready();
     return {gradient_of_rows(terms_TF, weight.value.contiguous()).view(sizes)};
   });

@@ -1,15 +1,23 @@
 #include "train/optimizer.hpp"
 
+#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <utility>
+#include <stdexcept>
 
 #include "base/autograd.hpp"
+#include "base/error.hpp"
 #include "base/trace_range.hpp"
 #include "ops/sum_of_squares.hpp"
 
 namespace upcycle {
+namespace {
+
+// Their ops add sums of rows; all others' write matrix products.
+bool only_adds(const ParameterSpec& spec) { return spec.role == Role::norm || spec.role == Role::router; }
+
+}  // namespace
 
 Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double router_lr_scale)
     : weights_(weights), settings_(settings) {
@@ -35,11 +43,29 @@ Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double 
     } else {
       for (const AdamWRun& run : runs) sum(buffers_.back().gradients().narrow(0, run.begin, run.end - run.begin));
     }
+    Range open;   // neighbours are zeroed together, with what lies between them
+    const auto close = [&] {
+      if (open.size() > 0) zeroed_.push_back(bucket.gradients.narrow(0, open.begin, open.size()));
+      open = {};
+    };
+    for (size_t i = 0; i < bucket.weights.size(); ++i) {
+      Weight& weight = weights.all()[bucket.weights[i]];
+      if (only_adds(weight.spec())) {
+        open = {open.size() > 0 ? open.begin : bucket.runs[i].begin, bucket.runs[i].end};
+      } else {
+        close();
+        overwritten_.push_back(&weight.parameter);
+      }
+    }
+    close();
   }
   updates_ = at::zeros({}, weights.buckets().front().gradients.options());
 }
 
 Tensor Optimizer::squared_norm_share() const {
+  for (const Weight& weight : weights_.all()) {
+    if (weight.parameter.outdated) throw std::logic_error(text("nothing was added to the gradient of ", weight.spec().name, " in this step"));
+  }
   if (squared_.empty()) return at::zeros({}, updates_.options().dtype(at::kDouble));
   return sum_of_squares(squared_, shares_);
 }
@@ -58,7 +84,6 @@ void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted
   const AdamW settings{.lr = lr, .beta1 = settings_.betas[0], .beta2 = settings_.betas[1], .eps = settings_.eps,
                        .weight_decay = settings_.weight_decay};
   for (const AdamWBuffer& buffer : buffers_) buffer.step(settings, updates_, divisor, skip);
-  stepped_ = true;
 }
 
 void Optimizer::forget() {
@@ -69,16 +94,8 @@ void Optimizer::forget() {
 
 void Optimizer::zero_gradients() {
   const Unrecorded guard;
-  const bool own_are_zero = std::exchange(stepped_, false);   // where the step does so; of others' parts of a bucket nobody knows
-  for (size_t index = 0; index < buffers_.size(); ++index) {
-    const Bucket& bucket = weights_.buckets()[index];
-    if (!own_are_zero || !buffers_[index].zeroes_gradients()) {
-      bucket.gradients.zero_();
-    } else if (bucket.divided()) {
-      bucket.gradients.narrow(0, 0, bucket.own.begin).zero_();
-      bucket.gradients.narrow(0, bucket.own.end, bucket.size - bucket.own.end).zero_();
-    }
-  }
+  for (Parameter* parameter : overwritten_) parameter->outdated = true;
+  if (!zeroed_.empty()) at::_foreach_zero_(zeroed_);
 }
 
 }  // namespace upcycle

@@ -16,15 +16,15 @@ class Optimizer {
   Optimizer(Weights&, const OptimizerSection&, double router_lr_scale);
 
   /// This rank's share of the squared norm of the whole model's gradient, fp64 scalar: a slice that several ranks hold counts once
-  /// over all of them, so that the plain sum over the world is the squared norm.
+  /// over all of them, so that the plain sum over the world is the squared norm. std::logic_error where a weight had no addition.
   Tensor squared_norm_share() const;
 
   /// One update with the (reduced) gradients: clipped to the configured norm, at learning rate `lr`; skipped, with nothing
   /// changed, where `squared_norm` (fp64 scalar, of the whole model) is not finite, or `wanted` (bool scalar; undefined: yes) is false.
-  /// Values become the masters, rounded. What the gradients are afterwards is undefined.
+  /// Values become the masters, rounded. What the gradients are afterwards is undefined: see zero_gradients.
   void step(double lr, const Tensor& squared_norm, const Tensor& wanted = {});
-  /// Before the first addition of a step, each time. Costs nothing where the step before has left them zero (on a GPU, with the numbers in
-  /// hand), whether or not it was skipped; a pass over them where there was none, or additions since that no step has used.
+  /// Before the first addition of a step, each time. Only what ops add to is zeroed, norms and routers; a matrix is left as it is and told
+  /// so (Parameter::outdated): the first product of the step overwrites it. Until then main_grad is not to be looked at.
   void zero_gradients();
   /// Moments and the number of updates as they were before the first one.
   void forget();
@@ -43,7 +43,8 @@ class Optimizer {
   std::vector<Tensor> squared_;                ///< gradients whose squares are summed: all that this rank owns
   std::vector<double> shares_;                 ///< of each: 1 / the ranks that own the same elements
   Tensor updates_;
-  bool stepped_ = false;                       ///< since gradients were zeroed, and nothing was added since
+  std::vector<Parameter*> overwritten_;        ///< whose first addition in a step overwrites
+  std::vector<Tensor> zeroed_;                 ///< all other gradients: stretches of buckets
 };
 
 }  // namespace upcycle

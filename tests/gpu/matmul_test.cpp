@@ -3,6 +3,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -118,6 +119,16 @@ TEST(GroupedProducts, WeightGradientsAreAddedByEveryKernel) {
       const Tensor again = before.clone();
       add_two(again, kernel, at::kBFloat16);
       EXPECT_TRUE(again.equal(main_grad)) << "not the same bits";
+
+      // Overwriting what is no number is adding to nothing, also where an expert has no rows, and only inside.
+      const Tensor x = rows_before_nan(c.rows(), c.in, 10).to(at::kBFloat16), dy = rows_before_nan(c.rows(), c.out, 20).to(at::kBFloat16);
+      const Tensor sum = at::zeros_like(before);
+      add_grouped_weight_gradient(sum, dy, x, end, kernel);
+      main_grad.fill_(kNaN);
+      add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/true);
+      EXPECT_TRUE(main_grad.equal(sum)) << "overwritten";
+      EXPECT_TRUE(memory.narrow(0, 0, margin).eq(1234.5).all().item<bool>()) << "it wrote in front of the gradient";
+      EXPECT_TRUE(memory.narrow(0, margin + numbers, margin).eq(1234.5).all().item<bool>()) << "it wrote behind the gradient";
     }
   }
 }
@@ -184,6 +195,12 @@ TEST(LinearWeightGradient, IsAddedInFp32) {
       }
       EXPECT_TRUE(main_grad[0].equal(before[0]));
       EXPECT_LE(distance(main_grad[1] - before[1], expected - before[1].to(at::kDouble)), dtype == at::kFloat ? 1e-5 : 1e-4);
+      for (const Tensor& d : {dy, across, same}) {
+        const Tensor overwritten = at::full(before.sizes(), kNaN, before.options());
+        add_weight_gradient(overwritten[1], d, x, /*overwrite=*/true);
+        EXPECT_TRUE(overwritten[0].isnan().all().item<bool>());
+        EXPECT_LE(distance(overwritten[1], at::mm(d.to(at::kDouble).t(), x.to(at::kDouble))), dtype == at::kFloat ? 1e-5 : 1e-4);
+      }
     }
   }
 }
@@ -207,7 +224,7 @@ TEST(GroupedProducts, DISABLED_Times) {
     const auto row = [&](const char* product, const std::function<void(GroupedKernel)>& call) {
       std::printf("%3ld, %6ld, %5ld -> %5ld %8s %-16s", l.experts, l.rows, l.in, l.out, "", product);
       for (const GroupedKernel kernel : {one_by_one, aten, wide, square}) {
-        if (kernel == square && product[0] != 'w') continue;
+        if (kernel == square && product[0] != 'w' && product[0] != 'a') continue;
         const double ms = milliseconds([&] { call(kernel); });
         std::printf("  %5.2f (%3.0f)", ms, 2e-9 * l.rows * l.in * l.out / ms);
       }
@@ -215,7 +232,8 @@ TEST(GroupedProducts, DISABLED_Times) {
     };
     row("forward", [&](GroupedKernel kernel) { grouped_product(x, weight, end, kernel); });
     row("input gradient", [&](GroupedKernel kernel) { grouped_input_gradient(dy, weight, end, kernel); });
-    row("weight gradient", [&](GroupedKernel kernel) { add_grouped_weight_gradient(main_grad, dy, x, end, kernel); });
+    row("added gradient", [&](GroupedKernel kernel) { add_grouped_weight_gradient(main_grad, dy, x, end, kernel); });
+    row("weight gradient", [&](GroupedKernel kernel) { add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/true); });
   }
 }
 

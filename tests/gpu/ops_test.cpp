@@ -55,6 +55,10 @@ Results with_gradients(const Place& place, const std::function<Tensor(const Resu
                        const std::vector<Shape>& inputs, const std::vector<Shape>& weights) {
   std::vector<Parameter> w;
   for (size_t i = 0; i < weights.size(); ++i) w.push_back(place.weight(weights[i], 900 + i));
+  for (Parameter& parameter : w) {   // as an earlier step has left it, a bad one
+    parameter.main_grad.fill_(NAN);
+    parameter.outdated = true;
+  }
   Results out;
   for (uint64_t pass = 0; pass < 2; ++pass) {
     Results x;

@@ -129,6 +129,9 @@ TEST(RowsOnGpu, CopiesAndSumsAreTheSameBits) {
         expect_same_bits("spread", [](const Tensor& x, const RowOrder& o) { return spread_rows(x, o); }, x_TD, order);
         expect_same_bits("sum", [](const Tensor& x, const RowOrder& o) { return sum_rows(x, o); }, y_RD, order);
         expect_same_bits("sum in fp32", [](const Tensor& x, const RowOrder& o) { return sum_rows(x, o, at::kFloat); }, y_RD, order);
+        const Tensor onto_TD = normal({tokens, width}, 6, dtype);
+        expect_same_bits("onto", [&](const Tensor& y, const RowOrder& o) { return add_rows(onto_TD.to(y.device()), y, o); }, y_RD, order);
+        expect_same_bits("through", [&](const Tensor& x, const RowOrder& o) { return add_rows(x, y_RD.to(x.device()), o); }, onto_TD, order);
         const Tensor weight_N1 = normal({tokens * choices, 1}, 4, dtype);
         expect_same_bits("weights", [](const Tensor& x, const RowOrder& o) { return spread_rows(x, by_choice(o)); }, weight_N1, order);
       }
@@ -150,6 +153,7 @@ TEST(RowsOnGpu, RowsMayBeginAnywhere) {
     const Tensor x = normal({40, 64}, 2, dtype), y = normal({80, 64}, 3, dtype);
     expect_same_bits("spread", [&](const Tensor& x, const RowOrder& o) { return spread_rows(shifted(x.detach()), o) + x.sum() * 0; }, x, order);
     expect_same_bits("sum", [&](const Tensor& y, const RowOrder& o) { return sum_rows(shifted(y.detach()), o) + y.sum() * 0; }, y, order);
+    expect_same_bits("onto", [&](const Tensor& y, const RowOrder& o) { return add_rows(shifted(x.to(y.device())), y, o); }, y, order);
     const Tensor gate_up = normal({40, 64}, 4, dtype).to(kGpu);
     EXPECT_LE(distance(swiglu(shifted(gate_up)), swiglu(gate_up)), 1e-6);
   }

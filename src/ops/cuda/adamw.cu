@@ -23,16 +23,15 @@ struct Step {
   bool skip;
 };
 
-__device__ __forceinline__ void update(float& master, float& gradient, float& m, float& v, const Step& s, const Factors& f, float beta1,
+__device__ __forceinline__ void update(float& master, float gradient, float& m, float& v, const Step& s, const Factors& f, float beta1,
                                        float beta2, float eps) {
-  float g = gradient / s.divisor;
+  const float g = gradient / s.divisor;
   if (f.decay != 0) master -= f.lr * f.decay * master;
   m = std::fma(beta1, m, std::fma(-beta1, g, g));
   v = std::fma(beta2, v, std::fma(-beta2, g * g, g * g));
   const float step_size = f.lr / s.bias1;
   const float denominator = (std::sqrt(v) / s.bias2_root) + eps;
   master -= step_size * m / denominator;
-  gradient = 0.0f;
 }
 
 template <bool kAligned>
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(AdamW p) {
   }
   __syncthreads();
   const Step s = shared;
+  if (s.skip) return;
 
   int stretch = s.stretch;
   const auto end_of = [&] {
@@ -124,10 +124,6 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(AdamW p) {
   for (int j = 0; j < kVectors; ++j) {
     const int64_t i = at(j);
     if (i >= p.size) break;
-    if (s.skip) {
-      store<kAligned>(p.gradients, i, p.size, Vector<float>{});
-      continue;
-    }
     if (i >= end) {
       do {
         ++stretch;
@@ -142,7 +138,6 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(AdamW p) {
     store<kAligned>(p.masters, i, p.size, master[j]);
     store<kAligned>(p.exp_avg, i, p.size, m[j]);
     store<kAligned>(p.exp_avg_sq, i, p.size, v[j]);
-    store<kAligned>(p.gradients, i, p.size, gradient[j]);
     if (p.values) store<kAligned>(static_cast<__nv_bfloat16*>(p.values), i, p.size, master[j]);
   }
 }

@@ -7,7 +7,8 @@ namespace upcycle::cuda {
 
 /// See AdamWBuffer in ops/adamw.hpp.
 struct AdamW {
-  float *masters, *gradients, *exp_avg, *exp_avg_sq;   ///< [size]
+  float *masters, *exp_avg, *exp_avg_sq;   ///< [size]
+  const float* gradients;   ///< [size]
   void* values;             ///< bf16 [size]; null where masters are the values
   int64_t size;
   const double* stretches;  ///< [num_stretches, 3]: first element, a multiple of 4; factor of lr; of weight_decay, 0 or 1
@@ -16,8 +17,7 @@ struct AdamW {
   const float *step, *divisor, *skip;   ///< scalars
 };
 
-/// One pass: reads gradient, master and both moments, writes master, moments, value, and zero into the gradient: 34 bytes an element. Where
-/// skip is 1 the gradient becomes zero and nothing else is written.
+/// One pass: reads gradient, master and both moments, writes master, moments and value: 30 bytes an element. Where skip is 1 nothing is written.
 void adamw(const AdamW&, CUstream_st*);
 
 }  // namespace upcycle::cuda

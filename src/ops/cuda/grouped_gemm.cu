@@ -25,9 +25,18 @@ bool has_grouped_gemm() {
 int64_t grouped_gemm_workspace(int experts) { return bytes_of_groups(experts) + bytes_of_descriptors(processors()); }
 
 void grouped_gemm(GroupedProduct product, GroupedTile tile, const GroupedGemm& g) {
-  if (product == GroupedProduct::weight_gradient) return (tile == GroupedTile::wide ? weight_gradient_wide : weight_gradient_square)(g, processors());
-  if (tile != GroupedTile::wide) throw std::logic_error("grouped_gemm: rows are multiplied with wide tiles only");
-  return (product == GroupedProduct::forward ? forward_wide : input_gradient_wide)(g, processors());
+  const bool wide = tile == GroupedTile::wide;
+  const auto kernel = [&] {
+    switch (product) {
+      case GroupedProduct::forward: return wide ? forward_wide : nullptr;
+      case GroupedProduct::input_gradient: return wide ? input_gradient_wide : nullptr;
+      case GroupedProduct::weight_gradient: return wide ? weight_gradient_wide : weight_gradient_square;
+      case GroupedProduct::added_weight_gradient: return wide ? added_weight_gradient_wide : added_weight_gradient_square;
+    }
+    throw std::logic_error("grouped_gemm: no such product");
+  }();
+  if (!kernel) throw std::logic_error("grouped_gemm: rows are multiplied with wide tiles only");
+  kernel(g, processors());
 }
 
 }  // namespace upcycle::cuda

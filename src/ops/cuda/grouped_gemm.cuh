@@ -95,6 +95,8 @@ struct Matrices<GroupedProduct::weight_gradient> {
   using B = RowMajor;      // rows of x
   using Result = float;
 };
+template <>
+struct Matrices<GroupedProduct::added_weight_gradient> : Matrices<GroupedProduct::weight_gradient> {};
 
 template <GroupedTile tile>
 struct Schedule;
@@ -134,7 +136,7 @@ struct GroupedKernel {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename S::Shape, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float,
       float, void, RowMajor*, kResultAlignment, typename M::Result, RowMajor*, kResultAlignment, typename S::Epilogue,
       cutlass::epilogue::fusion::LinearCombination<typename M::Result, float, void>>::CollectiveOp;
-  using Epilogue = typename std::conditional_t<product == GroupedProduct::weight_gradient, Adding<Storing>, std::type_identity<Storing>>::type;
+  using Epilogue = typename std::conditional_t<product == GroupedProduct::added_weight_gradient, Adding<Storing>, std::type_identity<Storing>>::type;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BFloat16, typename M::A*, kAlignment, BFloat16, typename M::B*, kAlignment, float,
       typename S::Shape, Cluster, cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
@@ -169,8 +171,31 @@ inline Groups groups_in(void* memory, int experts) {
   groups.stride_d = reinterpret_cast<int64_t*>(take());
   return groups;
 }
+
+__device__ inline int rows_of(const GroupedGemm& g, int expert) { return g.end[expert] - (expert == 0 ? 0 : g.end[expert - 1]); }
+
+/// What no tile will overwrite.
+__device__ inline void zero_experts_without_rows(const GroupedGemm& g) {
+  const int64_t vectors = g.in * g.out / 4, step = int64_t{gridDim.x} * blockDim.x;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int first = 0; first < g.experts; first += threads) {
+    const int own = first + static_cast<int>(threadIdx.x);
+    if (!__syncthreads_or(own < g.experts && rows_of(g, own) == 0)) continue;
+    for (int e = first; e < g.experts && e < first + threads; ++e) {
+      if (rows_of(g, e) > 0) continue;
+      float4* const matrix = reinterpret_cast<float4*>(static_cast<float*>(g.result) + e * g.in * g.out);
+      for (int64_t i = int64_t{blockIdx.x} * threads + threadIdx.x; i < vectors; i += step) matrix[i] = float4{};
+    }
+  }
+}
+
+/// One block describes; for weight gradients that are written all blocks zero what has no rows.
 template <GroupedProduct product>
 __global__ void describe_groups(GroupedGemm g, Groups groups) {
+  if constexpr (product == GroupedProduct::weight_gradient) {
+    zero_experts_without_rows(g);
+    if (blockIdx.x > 0) return;
+  }
   const auto* left = static_cast<const BFloat16*>(g.left);
   const auto* right = static_cast<const BFloat16*>(g.right);
   const int in = static_cast<int>(g.in), out = static_cast<int>(g.out);
@@ -188,7 +213,7 @@ __global__ void describe_groups(GroupedGemm g, Groups groups) {
       groups.b[e] = right + matrix, groups.stride_b[e] = in;
       groups.d[e] = static_cast<BFloat16*>(g.result) + begin * in, groups.stride_d[e] = in;
     } else {
-      // No tiles at all where there is nothing to add.
+      // No tiles at all where there is no row.
       groups.size[e] = rows > 0 ? cute::make_shape(out, in, rows) : cute::make_shape(0, 0, 0);
       groups.a[e] = left + begin * out, groups.stride_a[e] = out;
       groups.b[e] = right + begin * in, groups.stride_b[e] = in;
@@ -227,14 +252,16 @@ struct GroupedLaunch {
 
   static void run(const GroupedGemm& g, int processors) {
     const Groups groups = groups_in(g.workspace, g.experts);
-    describe_groups<product><<<1, g.experts < 256 ? (g.experts + 31) / 32 * 32 : 256, 0, g.stream>>>(g, groups);
+    const bool zeroes = product == GroupedProduct::weight_gradient;
+    const int threads = zeroes || g.experts > 256 ? 256 : (g.experts + 31) / 32 * 32;
+    describe_groups<product><<<zeroes ? processors : 1, threads, 0, g.stream>>>(g, groups);
     check_launch("describe_groups");
     const auto args = arguments(g, groups, processors);
     if (static_cast<int64_t>(Kernel::get_workspace_size(args)) > bytes_of_descriptors(processors)) {
       throw std::logic_error("grouped_gemm: CUTLASS wants more memory than it is given");
     }
     auto params = Kernel::to_underlying_arguments(args, static_cast<char*>(g.workspace) + bytes_of_groups(g.experts));
-    if constexpr (product == GroupedProduct::weight_gradient) {
+    if constexpr (std::is_same_v<typename Matrices<product>::Result, float>) {
       using Shape = typename Kernel::TileShape;
       const auto tiles = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
       params.scheduler.log_swizzle_size_ =

@@ -11,7 +11,8 @@ namespace upcycle::cuda {
 enum class GroupedProduct {
   forward,          ///< y [R, O] bf16 = x [R, I] times weight [E, O, I] transposed
   input_gradient,   ///< dx [R, I] bf16 = dy [R, O] times weight [E, O, I]
-  weight_gradient   ///< main_grad [E, O, I] fp32 += dy [R, O] transposed times x [R, I]; where an expert has no rows it is not touched
+  weight_gradient,  ///< main_grad [E, O, I] fp32 = dy [R, O] transposed times x [R, I]; zeros where an expert has no rows
+  added_weight_gradient   ///< main_grad += the same; where an expert has no rows it is not touched
 };
 
 /// How much of a result one block makes at a time.

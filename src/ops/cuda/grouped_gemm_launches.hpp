@@ -13,5 +13,7 @@ void forward_wide(const GroupedGemm&, int processors);
 void input_gradient_wide(const GroupedGemm&, int processors);
 void weight_gradient_wide(const GroupedGemm&, int processors);
 void weight_gradient_square(const GroupedGemm&, int processors);
+void added_weight_gradient_wide(const GroupedGemm&, int processors);
+void added_weight_gradient_square(const GroupedGemm&, int processors);
 
 }  // namespace upcycle::cuda

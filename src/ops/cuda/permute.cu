@@ -1,5 +1,5 @@
 // Both ways go token by token, so that the side with fewer rows is touched once. Bytes moved for T tokens of K rows of D numbers of w
-// bytes: (1 + K) T D w, and 8 T K for the rows' numbers.
+// bytes: (1 + K) T D w, and 8 T K for the rows' numbers; T D w more where sums are added onto something.
 #include "ops/cuda/permute.hpp"
 
 #include <algorithm>
@@ -52,16 +52,18 @@ struct UnitOf<4> : std::type_identity<uint32_t> {};
 template <>
 struct UnitOf<2> : std::type_identity<uint16_t> {};
 
-/// An item is kLanes numbers of a row of x: their sums over the token's rows.
+/// An item is kLanes numbers of a row of x: their sums over the token's rows, and what they are added onto.
 template <typename In, typename Out, int kLanes>
-__global__ void __launch_bounds__(kThreads, 5) sum_kernel(const In* __restrict__ y, const int64_t* __restrict__ row, Out* __restrict__ x,
-                                                       uint32_t items, Division units, int choices, int rows) {
+__global__ void __launch_bounds__(kThreads, 5) sum_kernel(const In* __restrict__ y, const int64_t* __restrict__ row,
+                                                       const Out* __restrict__ onto, Out* __restrict__ x, uint32_t items, Division units, int choices, int rows) {
   const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
   if (item >= items) return;
   const uint32_t token = units.of(item), column = item - token * units.by();
   const int64_t* const of_token = row + static_cast<int64_t>(token) * choices;
   using Unit = typename UnitOf<sizeof(In) * kLanes>::type;
   const Unit* const parts = reinterpret_cast<const Unit*>(y);
+  Lanes<Out, kLanes> last;
+  if (onto) last = reinterpret_cast<const Lanes<Out, kLanes>*>(onto)[item];   // on its way meanwhile
   float sum[kLanes] = {};
 #pragma unroll 1
   for (int first = 0; first < choices; first += kAtOnce) {
@@ -79,6 +81,10 @@ __global__ void __launch_bounds__(kThreads, 5) sum_kernel(const In* __restrict__
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) sum[i] += as_float(reinterpret_cast<const Lanes<In, kLanes>&>(part[k]).lane[i]);
     }
+  }
+  if (onto) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) sum[i] += as_float(last.lane[i]);
   }
   Lanes<Out, kLanes> out;
 #pragma unroll
@@ -117,11 +123,13 @@ void sum_kinds(const RowSums& s, CUstream_st* stream) {
     const Division units(static_cast<uint32_t>(width));
     in_slices(s.tokens, width, [&](int64_t first, uint32_t items) {
       sum_kernel<In, Out, kLanes><<<blocks_of(items, kThreads), kThreads, 0, stream>>>(
-          static_cast<const In*>(s.y), s.row + first * s.choices, static_cast<Out*>(s.x) + first * s.width, items, units,
+          static_cast<const In*>(s.y), s.row + first * s.choices, s.onto ? static_cast<const Out*>(s.onto) + first * s.width : nullptr,
+          static_cast<Out*>(s.x) + first * s.width, items, units,
           static_cast<int>(s.choices), static_cast<int>(s.rows));
     });
   };
-  if (in_vectors(s.y, s.width * static_cast<int64_t>(sizeof(In))) && in_vectors(s.x, s.width * static_cast<int64_t>(sizeof(Out)))) {
+  if (in_vectors(s.y, s.width * static_cast<int64_t>(sizeof(In))) && in_vectors(s.x, s.width * static_cast<int64_t>(sizeof(Out))) &&
+      in_vectors(s.onto, s.width * static_cast<int64_t>(sizeof(Out)))) {
     by_lanes.template operator()<kVectorLanes<In>>();
   } else {
     by_lanes.template operator()<1>();

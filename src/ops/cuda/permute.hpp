@@ -17,10 +17,11 @@ struct RowCopies {
 };
 void copy_rows(const RowCopies&, CUstream_st*);
 
-/// x[t] = the sum of y[row] over the token's choices in their order, in fp32, rounded once.
+/// x[t] = the sum of y[row] over the token's choices in their order, and of onto[t], in fp32, rounded once.
 struct RowSums {
   const void* y;             ///< [R, D], bf16 or fp32
   const int64_t* row;        ///< [T, K]
+  const void* onto;          ///< [T, D], of x's kind; null: nothing is added
   void* x;                   ///< [T, D], of y's kind or fp32
   int64_t tokens, choices, rows, width;
   bool bf16, bf16_out;

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
 
 #include "unit/ops/reference.hpp"
@@ -51,6 +52,21 @@ TEST(SpreadRows, GivesEachRowItsTokenAndSumsBack) {
     expect_matches({{{tokens, width}}, {}, 1}, [&](const auto& x, auto&) { return spread_rows(x[0], order); },
                    [&](const auto& x, const auto&) { return x[0].repeat_interleave(choices, 0).index_select(0, order.choice_R); });
   }
+}
+
+TEST(AddRows, AddsTheSumsOntoWhatIsThere) {
+  for (const auto& [tokens, choices, width] : kForms) {
+    const RowOrder order = sort_by_expert(random_choice(tokens, 9, choices, 2), 9);
+    expect_matches({{{tokens, width}, {tokens * choices, width}}, {}, 1}, [&](const auto& x, auto&) { return add_rows(x[0], x[1], order); },
+                   [&](const auto& x, const auto&) {
+                     return x[0] + x[1].index_select(0, order.row_TK.reshape({-1})).view({tokens, choices, width}).sum(1);
+                   });
+  }
+  // Rounded once: 2^-8 + 2^-17, were it rounded to bf16 on its way, would be 2^-8, and 1 + 2^-8 is 1.
+  const Tensor one = at::full({1, 1}, 1.0, at::kBFloat16), parts = at::tensor({0x1p-8F, 0x1p-17F}).to(at::kBFloat16).view({2, 1});
+  const RowOrder order = sort_by_expert(at::tensor({0, 1}, at::kLong).view({1, 2}), 2);
+  EXPECT_EQ(one.add(sum_rows(parts, order)).item<float>(), 1.0F);
+  EXPECT_EQ(add_rows(one, parts, order).item<float>(), 1.0F + 0x1p-7F);
 }
 
 TEST(SumRows, BringsRowsHome) {

@@ -1,6 +1,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 
 #include "support/numbers.hpp"
@@ -18,7 +19,7 @@ struct Problem {
 };
 
 /// Holds `op` against `formula`, which ATen differentiates by itself in fp64 from the very same (rounded) numbers: the value,
-/// the gradients of all inputs, and main_grad after two passes, forward and backward. In fp32 and in bf16, where each rounding
+/// the gradients of all inputs, and main_grad after two passes, forward and backward, before which it was outdated: full of NaN. In fp32 and in bf16, where each rounding
 /// is at most 2^-8 of an element.
 inline void expect_matches(const Problem& problem, const Op& op, const Formula& formula) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
@@ -29,6 +30,8 @@ inline void expect_matches(const Problem& problem, const Op& op, const Formula& 
     for (size_t i = 0; i < problem.weights.size(); ++i) {
       weights.push_back(trained(normal(problem.weights[i], 900 + i, dtype)));
       weights64.push_back(weights[i].value.to(at::kDouble).requires_grad_());
+      weights[i].main_grad.fill_(NAN);
+      weights[i].outdated = true;
     }
     for (uint64_t pass = 0; pass < 2; ++pass) {
       SCOPED_TRACE(testing::Message() << "pass " << pass);

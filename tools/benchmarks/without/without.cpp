@@ -24,8 +24,8 @@
 namespace upcycle {
 namespace {
 
-const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "grouped_matmul", "qk_norm_rope", "rms_norm", "router",
-                                              "rows", "sum_of_squares", "swiglu"};
+const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "grouped_matmul", "overwriting", "qk_norm_rope", "rms_norm",
+                                              "router", "rows", "sum_of_squares", "swiglu"};
 
 bool listed(const std::string& technique) {
   const char* given = std::getenv("WITHOUT");
@@ -107,6 +107,11 @@ Tensor wrap_sum(const Tensor&, const RowOrder&, std::optional<at::ScalarType>)
 Tensor wrap_sum(const Tensor& y, const RowOrder& order, std::optional<at::ScalarType> dtype) {
   return WITHOUT(rows) ? sum_rows_written_out(y, order, dtype) : real_sum(y, order, dtype);
 }
+Tensor real_add(const Tensor&, const Tensor&, const RowOrder&) asm("__real__ZN7upcycle8add_rowsERKN2at6TensorES3_RKNS_8RowOrderE");
+Tensor wrap_add(const Tensor&, const Tensor&, const RowOrder&) asm("__wrap__ZN7upcycle8add_rowsERKN2at6TensorES3_RKNS_8RowOrderE");
+Tensor wrap_add(const Tensor& onto, const Tensor& y, const RowOrder& order) {
+  return WITHOUT(rows) ? add_rows_written_out(onto, y, order) : real_add(onto, y, order);
+}
 Tensor real_grouped(const Tensor&, Parameter&, const Tensor&, GroupedKernels) asm("__real__ZN7upcycle14grouped_matmulERKN2at6TensorERNS_9ParameterES3_NS_14GroupedKernelsE");
 Tensor wrap_grouped(const Tensor&, Parameter&, const Tensor&, GroupedKernels) asm("__wrap__ZN7upcycle14grouped_matmulERKN2at6TensorERNS_9ParameterES3_NS_14GroupedKernelsE");
 Tensor wrap_grouped(const Tensor& x, Parameter& weight, const Tensor& end, GroupedKernels kernels) {
@@ -143,8 +148,13 @@ void wrap_step(const AdamWBuffer*, const AdamW&, const Tensor&, const Tensor&, c
 void wrap_step(const AdamWBuffer* buffer, const AdamW& settings, const Tensor& step, const Tensor& divisor, const Tensor& skip) {
   WITHOUT(adamw) ? buffer->step_written_out(settings, step, divisor, skip) : real_step(buffer, settings, step, divisor, skip);
 }
-bool real_zeroes(const AdamWBuffer*) asm("__real__ZNK7upcycle11AdamWBuffer16zeroes_gradientsEv");
-bool wrap_zeroes(const AdamWBuffer*) asm("__wrap__ZNK7upcycle11AdamWBuffer16zeroes_gradientsEv");
-bool wrap_zeroes(const AdamWBuffer* buffer) { return !WITHOUT(adamw) && real_zeroes(buffer); }
+// Gradients of matrices: zeroed, and added to.
+bool real_overwrites(Parameter*) asm("__real__ZN7upcycle9Parameter10overwritesEv");
+bool wrap_overwrites(Parameter*) asm("__wrap__ZN7upcycle9Parameter10overwritesEv");
+bool wrap_overwrites(Parameter* parameter) {
+  if (!WITHOUT(overwriting)) return real_overwrites(parameter);
+  parameter->sums();
+  return false;
+}
 
 }  // namespace upcycle

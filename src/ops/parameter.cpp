@@ -1,0 +1,14 @@
+#include "ops/parameter.hpp"
+
+#include <utility>
+
+namespace upcycle {
+
+bool Parameter::overwrites() { return std::exchange(outdated, false); }
+
+const Tensor& Parameter::sums() {
+  if (std::exchange(outdated, false)) main_grad.zero_();
+  return main_grad;
+}
+
+}  // namespace upcycle
