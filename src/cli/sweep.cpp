@@ -127,20 +127,20 @@ class Progress {
       std::cout << text(arm.name, ": stopped at step ", std::max<int64_t>(0, progress.saved), " of ", arm.steps(), "\n");
     } else {
       worst_ = std::max(worst_, end.code == kExitMistake ? kExitMistake : kExitFault);
-      failed_.push_back(arm.name);
+      failed_.push_back(end.arm);
       std::cout << text(arm.name, ": failed with code ", end.code, ", after step ", std::max<int64_t>(0, progress.saved), ":\n",
                         what_went_wrong(fs::path(sweep_.directory) / "logs" / (arm.name + ".log")));
     }
     std::cout << std::flush;
   }
-  const std::vector<std::string>& failed() const { return failed_; }
+  const std::vector<size_t>& failed() const { return failed_; }
   int worst() const { return worst_; }
 
  private:
   const SweepFile& sweep_;
   const std::vector<SweepArm>& arms_;
   size_t jobs_, begun_ = 0;
-  std::vector<std::string> failed_;
+  std::vector<size_t> failed_;
   int worst_ = kExitDone;
 };
 
@@ -242,11 +242,13 @@ int run_sweep(const Arguments& arguments) {
   size_t complete = 0;
   for (const SweepArm& arm : arms) complete += arm.cannot.empty() && done(arm);
   std::string failures;
-  for (const std::string& name : progress.failed()) failures += (failures.empty() ? "; failed: " : ", ") + name;
+  for (const size_t arm : progress.failed()) {
+    if (!done(arms[arm])) failures += (failures.empty() ? "; failed: " : ", ") + arms[arm].name;   // another job may have been at it, and be through
+  }
   std::cout << text(complete, " of ", arms.size(), " arms are done (", finished, " were before)", unable ? text("; ", unable, " can't run") : "", failures,
                     "\ntools/report ", sweep.directory, " compares them\n");
   if (stopped) return kRequeue;
-  return progress.worst();
+  return failures.empty() ? kExitDone : progress.worst();
 }
 
 }  // namespace upcycle

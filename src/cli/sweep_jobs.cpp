@@ -1,12 +1,15 @@
 #include "cli/sweep_jobs.hpp"
 
 #include <fcntl.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <fstream>
@@ -29,12 +32,15 @@ struct Running {
   Clock::time_point since;
 };
 
-/// This process's environment, with `gpus` as CUDA_VISIBLE_DEVICES unless empty.
+/// This process's environment, with `gpus` as CUDA_VISIBLE_DEVICES unless empty; without SLURM_NTASKS, which train holds its ranks against:
+/// an arm takes a part of a job.
 std::vector<std::string> environment_with(const std::string& gpus) {
   constexpr const char* kName = "CUDA_VISIBLE_DEVICES=";
   std::vector<std::string> lines;
   for (char** line = environ; *line; ++line) {
-    if (gpus.empty() || !std::string_view(*line).starts_with(kName)) lines.emplace_back(*line);
+    const std::string_view variable(*line);
+    if (variable.starts_with("SLURM_NTASKS=") || (!gpus.empty() && variable.starts_with(kName))) continue;
+    lines.emplace_back(variable);
   }
   if (!gpus.empty()) lines.push_back(kName + gpus);
   return lines;
@@ -48,25 +54,30 @@ std::vector<char*> pointers_to(std::vector<std::string>& words) {
   return pointers;
 }
 
-/// The new process's id; 0 when it can't be started, which its log then says.
+/// In the new process, between fork and exec: system calls alone, since other threads may hold locks. Does not return.
+[[noreturn]] void become(const char* log, pid_t parent, const std::vector<char*>& words, const std::vector<char*>& lines) {
+  setpgid(0, 0);
+  // Were this process killed, the job would go on unseen and hold its run directory: it is asked to stop, as below.
+  prctl(PR_SET_PDEATHSIG, SIGUSR2);
+  const int nothing = open("/dev/null", O_RDONLY), out = open(log, O_WRONLY | O_CREAT | O_APPEND, 0666);
+  if (getppid() == parent && nothing >= 0 && out >= 0) {
+    dup2(nothing, STDIN_FILENO);
+    dup2(out, STDOUT_FILENO);
+    dup2(out, STDERR_FILENO);
+    execvpe(words.front(), words.data(), lines.data());
+    dprintf(STDERR_FILENO, "can't start %s: %s\n", words.front(), std::strerror(errno));
+  }
+  _exit(127);
+}
+
+/// The new process's id; 0 when there can't be one. One that can't be the job says so in its log, and ends with 127.
 pid_t start(const SweepJob& job, const std::string& gpus) {
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
-  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, job.log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0666);
-  posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
-  posix_spawnattr_t attributes;
-  posix_spawnattr_init(&attributes);
-  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-  posix_spawnattr_setpgroup(&attributes, 0);
   std::vector<std::string> words = job.command, lines = environment_with(gpus);
-  pid_t pid = 0;
-  const int error = posix_spawnp(&pid, words.front().c_str(), &actions, &attributes, pointers_to(words).data(), pointers_to(lines).data());
-  posix_spawnattr_destroy(&attributes);
-  posix_spawn_file_actions_destroy(&actions);
-  if (error == 0) return pid;
-  std::ofstream(job.log, std::ios::app) << "can't start " << job.command.front() << ": " << std::strerror(error) << "\n";
-  return 0;
+  const std::vector<char*> arguments = pointers_to(words), environment = pointers_to(lines);
+  const pid_t parent = getpid(), pid = fork();
+  if (pid == 0) become(job.log.c_str(), parent, arguments, environment);
+  if (pid < 0) std::ofstream(job.log, std::ios::app) << "can't start " << job.command.front() << ": " << std::strerror(errno) << "\n";
+  return std::max<pid_t>(pid, 0);
 }
 
 int code_of(int status) { return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status); }

@@ -24,7 +24,7 @@ struct JobEnd {
 /// Runs `jobs` in order, `at_once` at a time, each with its share of the GPUs (gpu_slots.hpp), and tells `ended` of each end as it comes, `started` of each start. When this process is
 /// asked to stop (base/shutdown.hpp), running jobs get USR2, as Slurm would send it, and no further ones are started; returns whether it
 /// was. A job that can't be started ends with code 127 and a line in its log. The jobs' process groups are their own: a terminal's ^C
-/// reaches this process alone, which is to be listened for.
+/// reaches this process alone, which is to be listened for. They get USR2, too, when this process is killed: call it from the main thread.
 bool run_jobs(const std::vector<SweepJob>& jobs, size_t at_once, const std::function<void(const SweepJob&)>& started,
               const std::function<void(const JobEnd&)>& ended);
 

@@ -40,7 +40,7 @@ void open_sources(const RunConfig&, Setup&, bool speaks);
 /// Then: what the checkpoints say of where they come from. A resumed run goes on with the record of its checkpoint.
 void make_record(const RunConfig&, Setup&);
 
-/// The validation stream of a run: data.validation, or the second share of data.train. Throws UserError like Sampler's constructor.
+/// The validation stream of a run: data.validation, or the second share of data.train; the same sequences whatever the run's seeds. Throws UserError like Sampler's constructor.
 Sampler open_validation(const RunConfig&, int64_t vocab);
 
 /// The compute dtype of a precision.

@@ -2,6 +2,7 @@
 """upcycle sweep through the executable: plans, runs, is stopped and goes on, says what failed. Usage: sweep.py UPCYCLE [unittest arguments]"""
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -12,6 +13,13 @@ import unittest.mock
 
 import tiny_run
 from tiny_run import MPIRUN, TrainCase, checkpoint, steps_of
+
+
+def command(process):
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:   # it has ended
+        return b""
 
 
 class Sweep(TrainCase):
@@ -42,6 +50,8 @@ class Sweep(TrainCase):
         self.assertEqual(json.loads((runs / "sweep.json").read_text())["arms"], list(arms.values()))
         first = {name: steps_of(runs / name)[0]["loss"] for name in names}
         self.assertEqual(len(set(f"{loss:.4f}" for loss in first.values())), 1, "all arms start as the dense model, on the same batch")
+        validated = [next(json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines() if '"validation"' in line) for name in names]
+        self.assertEqual(len({f"{line['loss']:.4f}" for line in validated}), 1, "and are judged on the same sequences, whatever the seed")
         before = self.tree()
         said = self.upcycle("sweep", path)
         self.assertIn("6 of 6 arms are done (6 were before)", said)
@@ -55,14 +65,34 @@ class Sweep(TrainCase):
         self.refused("sweep", path, words=["belongs to another sweep", "experts-2_granularity-1_top_k-2_seed-1"])
         self.assertEqual({f: c for f, c in self.tree().items() if f != path}, {f: c for f, c in before.items() if f != path})
 
-    def test_stopped_and_goes_on(self):
-        path, runs = self.sweep_file("[[arms]]\nmoe.experts = [2, 4]\nmoe.top_k = 2\n", steps=150)
+    def amid_an_arm(self, path, runs):
+        """The process of a sweep whose first mixture has trained some steps."""
         job = subprocess.Popen([tiny_run.UPCYCLE, "sweep", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root)
         self.addCleanup(lambda: (job.poll() is None and job.kill(), job.wait(), job.stdout.close()))
         deadline = time.monotonic() + 120
         while len(steps_of(runs / "experts-2_top_k-2")) < 5:
             self.assertTrue(job.poll() is None and time.monotonic() < deadline)
             time.sleep(0.01)
+        return job
+
+    def test_killed_its_arm_stops_and_goes_on(self):
+        """Nobody is there to ask the arm to stop: it does by itself, and holds its directory no longer."""
+        path, runs = self.sweep_file("[[arms]]\nmoe.experts = 2\nmoe.top_k = 2\n", steps=300)
+        job = self.amid_an_arm(path, runs)
+        job.kill()
+        job.wait()
+        deadline = time.monotonic() + 60
+        while any(str(runs).encode() in command(process) for process in pathlib.Path("/proc").glob("[0-9]*")):
+            self.assertLess(time.monotonic(), deadline, "its arm goes on")
+            time.sleep(0.1)
+        stopped = len(steps_of(runs / "experts-2_top_k-2"))
+        self.assertTrue(5 <= stopped < 300 and checkpoint(runs / "experts-2_top_k-2", stopped).is_dir(), stopped)
+        said = self.upcycle("sweep", path)
+        self.assertIn("2 of 2 arms are done (1 were before)", said)
+
+    def test_stopped_and_goes_on(self):
+        path, runs = self.sweep_file("[[arms]]\nmoe.experts = [2, 4]\nmoe.top_k = 2\n", steps=150)
+        job = self.amid_an_arm(path, runs)
         job.send_signal(signal.SIGTERM)
         said = job.communicate(timeout=100)[0]
         self.assertEqual(job.returncode, 75, said)
