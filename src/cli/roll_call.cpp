@@ -157,9 +157,11 @@ void RollCall::call(std::unique_lock<std::mutex>& lock) {
     return;
   }
   if (!still_alone(lock, grace)) return answers.take_back(rank_);
-  for (int lower = 0; lower < rank_; ++lower) {
-    if (answers.of(lower, rank_).empty()) continue;
-    if (!still_alone(lock, 2 * kFileSystem)) return answers.take_back(rank_);   // else that rank has ended all
+  // A lower rank speaks, or has spoken: it has removed what this rank left.
+  bool heard = answers.of(rank_, rank_).empty();
+  for (int lower = 0; lower < rank_ && !heard; ++lower) heard = !answers.of(lower, rank_).empty();
+  if (heard) {
+    if (!still_alone(lock, 2 * kFileSystem)) return answers.take_back(rank_);
     abort_all_ranks(kExitFault);
   }
   std::vector<std::string> answered;

@@ -48,7 +48,7 @@ class RollCall {
 /// For `check` on several ranks, as its --wait says; null for everything else.
 std::unique_ptr<RollCall> call_roll(const Arguments&);
 
-/// "ranks 4-5 (node n3) and 7 (node n4)": those that have not `answered`, which is the node's name for those that have. `expected` is the node of each
+/// "ranks 4-6 (node n3) and rank 7 (node n4)": those that have not `answered`, which is the node's name for those that have. `expected` is the node of each
 /// rank where that is known, and believed only as far as it agrees with the answers; else those that have answered are named. Pure.
 std::string who_is_missing(const std::vector<std::string>& answered, const std::vector<std::string>& expected);
 

@@ -254,29 +254,33 @@ class Check(Cluster):
 
     def test_a_time_limit_shorter_than_a_save(self):
         path, _ = self.run_file("run", MOE)
-        (self.root / "giant.json").write_text(json.dumps(CONFIG | dict(hidden_size=16384, num_hidden_layers=2000, num_attention_heads=128, head_dim=128,
-                                                                       intermediate_size=65536, vocab_size=100000)))
-        giant, _ = self.run_file("giant", source=f'architecture = "{self.root}/giant.json"')
 
-        def check(*arguments, expect, ranks=2):
-            os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 3600)
-            self.addCleanup(os.environ.pop, "SLURM_JOB_END_TIME", None)
-            return self.upcycle("check", *arguments, ranks=ranks, expect=expect)
+        def check(*arguments, seconds=3600, **environment):
+            return self.here(*arguments, **environment, SLURM_JOB_END_TIME=str(int(time.time()) + seconds))
 
-        report = json.loads(check(path, "--save-within", 180, "--json", expect=0))
+        code, said = check(path, "--save-within", 180, "--json")
+        report = json.loads(said)
+        self.assertEqual(code, 0)
         self.assertTrue(3500 < report["seconds_left"] <= 3600, report)
         self.assertTrue(0 < report["seconds_to_save"] < 60, report)
         self.assertEqual([note for note in report["notes"] if "Slurm" in note], [])
-        self.assertIn("; Slurm ends this job in 60 min, and asks it to save 3 min before the end", check(path, "--save-within", 180, expect=0))
-        self.assertIn("asked as soon as it has begun", check(path, "--save-within", 4000, expect=0))
-        said = check(giant, "--set", "moe.max_parameters=1e15", "--save-within", 180, expect=2)
-        self.assertRegex(said, r"the time limit is shorter than a save: a checkpoint \([0-9.]+ GB\) takes about [0-9.]+ (h|min) at the [0-9.]+ GB/s of all nodes, "
-                               r"and Slurm ends this job in (60|59) min: give it more time")
-        del os.environ["SLURM_JOB_END_TIME"]
-        said = self.upcycle("check", giant, "--set", "moe.max_parameters=1e15", "--save-within", 180, expect=2)
-        self.assertNotIn("shorter than a save", said)
-        self.assertRegex(said, r"note: a checkpoint .*only 3 min before it ends the job.*--signal=B:USR2@\d+")
-        self.assertIn("--wait x: a positive number of seconds", self.upcycle("check", path, "--wait", "x", expect=2))
+        self.assertRegex(check(path, "--save-within", 180)[1], r"; Slurm ends this job in (60|59) min, and asks it to save 3 min before the end")
+        self.assertIn("asked as soon as it has begun", check(path, "--save-within", 4000)[1])
+
+        # A checkpoint of 0.4 GB on a disk that takes 8 MB in 3 s.
+        (self.root / "wide.json").write_text(json.dumps(CONFIG | dict(vocab_size=1_000_000)))
+        wide, _ = self.run_file("wide", source=f'architecture = "{self.root}/wide.json"')
+        library = self.root / "slow.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).parent.parent / "slurm/slow.c"], check=True)
+        slow = dict(LD_PRELOAD=str(library), SLOW_WRITES="3000")
+        code, said = check(wide, "--save-within", 60, seconds=90, **slow)
+        self.assertEqual(code, 2, said)
+        self.assertRegex(said, r"the time limit is shorter than a save: a checkpoint \(0\.[0-9] GB\) takes about [0-9]+ (s|min) at the 0\.00[0-9.]+ GB/s of all nodes, "
+                               r"and Slurm ends this job in [0-9]+ s: give it more time")
+        code, said = check(wide, "--save-within", 60, seconds=36000, **slow)
+        self.assertEqual(code, 0, said)
+        self.assertRegex(said, r"note: a checkpoint .*only 60 s before it ends the job.*--signal=B:USR2@\d+")
+        self.assertIn("--wait x: a positive number of seconds", self.here(path, "--wait", "x")[1])
 
     def test_more_tasks_than_gpus(self):
         path, _ = self.run_file("run", MOE, global_batch=24)

@@ -16,7 +16,7 @@ constexpr uint64_t kGigabyte = 1'000'000'000;
 
 CheckReport weighed(uint64_t bytes, const TimeLimit& limit, const std::vector<std::optional<double>>& disks = {1.5, 0.5}) {
   CheckReport report;
-  for (const auto& speed : disks) report.nodes.push_back({.host = "n", .ranks = {}, .disk = speed});
+  for (const auto& speed : disks) report.nodes.emplace_back().disk = speed;
   weigh_time(report, bytes, limit);
   return report;
 }

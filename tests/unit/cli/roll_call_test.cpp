@@ -15,8 +15,8 @@ namespace {
 TEST(RollCall, WhoIsMissing) {
   using Names = std::vector<std::string>;
   const Names nodes = {"n1", "n1", "n2", "n2", "n3", "n3"};
-  EXPECT_EQ(who_is_missing({"n1", "n1", "n2", "n2", "", ""}, nodes), "ranks 4-5 (node n3)");
-  EXPECT_EQ(who_is_missing({"n1", "", "n2", "n2", "", ""}, nodes), "rank 1 (node n1) and ranks 4-5 (node n3)");
+  EXPECT_EQ(who_is_missing({"n1", "n1", "n2", "n2", "", ""}, nodes), "ranks 4,5 (node n3)");
+  EXPECT_EQ(who_is_missing({"n1", "", "n2", "n2", "", ""}, nodes), "rank 1 (node n1) and ranks 4,5 (node n3)");
   EXPECT_EQ(who_is_missing({"", "n1", "", "n2", "", "n3"}, nodes), "rank 0 (node n1), rank 2 (node n2) and rank 4 (node n3)");
   // Slurm has dealt them out one by one: what it says is not where they are.
   EXPECT_EQ(who_is_missing({"n1", "n2", "n3", "n1", "", "n3"}, nodes), "rank 4; the others are on n1, n2 and n3");
