@@ -7,6 +7,7 @@
 #include <map>
 
 #include "checkpoint/boxes.hpp"
+#include "checkpoint/tensor_file.hpp"
 
 namespace upcycle {
 namespace {
