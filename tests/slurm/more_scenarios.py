@@ -152,7 +152,7 @@ class NoScontrol(More):
     def test(self):
         missing = "scontrol() { command no-scontrol-here; }"
         place = self.place(slow_steps=6, site=missing)
-        job = place.submit("--nodes=1", arguments=[place.run_file.name, "--set", 'run.name="two words"'])
+        job = place.submit("--nodes=1", arguments=[place.run_file.name, "--set", 'data.train=[[1.0, "mock"]]'])
         job.wait_for_step(3)
         place.write_site(more=missing)
         job.signal("USR2", "--batch")
