@@ -49,12 +49,12 @@ class OldCheckpoints(unittest.TestCase):
 
         self.upcycle("export", step, "exported")
         exported = load_file(self.root / "exported/model.safetensors")
-        with h5py.File(step / "weights.h5") as file:
+        with h5py.File(step / "weights.h5") as file, h5py.File(step / "masters.h5") as masters:
             names = []
-            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) and name != ".checksums" else None)
             seen = 0
             for name in names:
-                stored, dotted = torch.from_numpy(file[name].astype("float32")[...]), name.replace("/", ".")
+                stored, dotted = torch.from_numpy((masters if name in masters else file)[name].astype("float32")[...]), name.replace("/", ".")
                 of_experts = dotted.partition(".experts.")
                 parts = {dotted: stored} if not of_experts[1] else {f"{of_experts[0]}.experts.{e}.{of_experts[2]}": stored[e] for e in range(len(stored))}
                 for part, value in parts.items():
