@@ -20,6 +20,7 @@ std::vector<Tensor> after_steps(int64_t experts, Recompute recompute) {
   run.train.steps = 20, run.train.sequence = 640, run.train.global_batch = 6, run.train.micro_batch = 3, run.train.recompute = recompute;
   run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
   run.balance.aux = 0.05, run.balance.z = 0.01;
+  run.parallel.zero = 0;
   TinyTraining training(model, run, at::Device(at::kCUDA, 0), Transport::mpi);
   std::vector<Tensor> results;
   for (int step = 0; step < 3; ++step) {

@@ -31,6 +31,7 @@ TinyTraining train(int64_t experts, Precision precision, at::Device device, int6
   run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant;
   run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = scope;
   run.balance.bias_rate = 1e-3, run.balance.jitter = 0.01;
+  run.parallel.zero = 0;
   return TinyTraining(model, run, device, Transport::mpi);
 }
 

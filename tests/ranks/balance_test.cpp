@@ -72,7 +72,7 @@ TinyTraining train(const BalanceSection& balance) {
   run.train.precision = Precision::fp32;
   run.optimizer.lr = 1e-4, run.optimizer.schedule = Schedule::constant;
   run.balance = balance;
-  run.parallel.expert = world_size();
+  run.parallel.expert = world_size(), run.parallel.zero = 0;
   model.weights = [](const ParameterSpec& spec, const Box& box, Tensor target) {
     Tensor x = normal(spec.shape, Random(3, spec.name).bits(0)) / std::sqrt(static_cast<double>(spec.shape.back()));
     if (spec.role == Role::norm) x = 1 + 0.2 * x;

@@ -72,7 +72,7 @@ Outcome train(const Case& c, const ParallelSection& parallel) {
   run.optimizer.eps = 1e-6;   // a gradient that is zero but for rounding moves nothing
   run.balance.aux = 0.05, run.balance.z = 0.01;
   run.data.documents = c.borders;
-  run.parallel = parallel;
+  run.parallel = parallel, run.parallel.zero = 0;   // everyone has whole gradients
   const Scratch scratch;
   if (c.masked) write_mask(scratch, mask());
   run.data.train = {{1.0, write_documents(scratch, documents())}};

@@ -42,7 +42,7 @@ RunConfig run_of(const Case& c, int64_t expert) {
   run.balance.aux = 0.05, run.balance.z = 0.01, run.balance.scope = c.scope, run.balance.bias_rate = c.bias_rate;
   run.balance.capacity_factor = c.capacity_factor;
   if (c.capacity_factor > 0 && world_size() > 1) run.train.recompute = Recompute::full;
-  run.parallel.expert = expert;
+  run.parallel.expert = expert, run.parallel.zero = 0;
   return run;
 }
 

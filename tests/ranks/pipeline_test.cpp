@@ -41,7 +41,7 @@ RunConfig run_of(const Model& m, const ParallelSection& parallel) {
   run.train.precision = Precision::fp32;
   run.optimizer.lr = 1e-3, run.optimizer.schedule = Schedule::constant, run.optimizer.clip = 1.0;
   run.balance.aux = 0.05, run.balance.z = 0.01;
-  run.parallel = parallel;
+  run.parallel = parallel, run.parallel.zero = 0;
   return run;
 }
 
