@@ -1,5 +1,6 @@
 #include "checkpoint/block_reads.hpp"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -11,6 +12,8 @@
 namespace upcycle {
 
 BlockReads::BlockReads(std::vector<Read> reads, bool for_gpu) : reads_(std::move(reads)) {
+  const size_t threads = static_cast<size_t>(std::clamp(at::get_num_threads() - 1, 1, 4));
+  slots_ = std::vector<Slot>(2 + 2 * threads);
   int64_t largest = 0;
   for (const Read& read : reads_) largest = std::max(largest, read.target.empty() ? bytes_of(read) : 0);
   for (Slot& slot : slots_) {
@@ -18,8 +21,8 @@ BlockReads::BlockReads(std::vector<Read> reads, bool for_gpu) : reads_(std::move
     slot.memory = for_gpu ? device::host_buffer(largest) : at::empty({largest}, at::kByte);
     slot.lent = static_cast<std::byte*>(slot.memory.mutable_data_ptr());
   }
-  for (size_t index = 0; index < kAhead; ++index) expect(index);
-  if (reads_.size() > 1) thread_ = std::thread([this] { work(); });
+  for (size_t index = 0; index < slots_.size(); ++index) expect(index);
+  for (size_t i = 0; i < threads && i + 1 < reads_.size(); ++i) threads_.emplace_back([this] { work(); });
 }
 
 BlockReads::~BlockReads() {
@@ -28,14 +31,14 @@ BlockReads::~BlockReads() {
     ending_ = true;
   }
   changed_.notify_all();
-  if (thread_.joinable()) thread_.join();
+  for (std::thread& thread : threads_) thread.join();
 }
 
 std::span<const std::byte> BlockReads::next() {
   std::unique_lock lock(mutex_);
   const size_t index = taken_++;   // from here on the slot of the read before is free
   changed_.notify_all();
-  Slot& slot = slots_[index % kAhead];
+  Slot& slot = slots_[index % slots_.size()];
   while (!slot.done) {
     if (!read_one(lock)) changed_.wait(lock, [&] { return slot.done; });
   }
@@ -57,7 +60,7 @@ void BlockReads::work() {
 }
 
 // Not into the slot of what the caller was given last, read taken_ - 1.
-bool BlockReads::may_begin() const { return begun_ < reads_.size() && begun_ + 1 < std::max<size_t>(taken_, 1) + kAhead; }
+bool BlockReads::may_begin() const { return begun_ < reads_.size() && begun_ + 1 < std::max<size_t>(taken_, 1) + slots_.size(); }
 
 bool BlockReads::read_one(std::unique_lock<std::mutex>& lock) {
   if (!may_begin()) return false;
@@ -65,18 +68,18 @@ bool BlockReads::read_one(std::unique_lock<std::mutex>& lock) {
   lock.unlock();
   read(index);
   lock.lock();
-  slots_[index % kAhead].done = true;
+  slots_[index % slots_.size()].done = true;
   changed_.notify_all();
   return true;
 }
 
 // Nobody else touches the slot until it is done.
 void BlockReads::read(size_t index) noexcept {
-  Slot& slot = slots_[index % kAhead];
+  Slot& slot = slots_[index % slots_.size()];
   const Read& wanted = reads_[index];
   slot.error = nullptr;
   slot.complaint.clear();
-  expect(index + kAhead);
+  expect(index + slots_.size());
   try {
     std::span<std::byte> bytes = wanted.target;
     if (bytes.empty()) {

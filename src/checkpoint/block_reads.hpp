@@ -11,8 +11,8 @@
 
 namespace upcycle {
 
-/// Blocks of stored files, read and checked in a fixed order by two threads: the caller's, and one that works ahead of it, so that the
-/// disk does not wait for checksums. That thread calls neither MPI nor HDF5 nor LibTorch.
+/// Blocks of stored files, read and checked in a fixed order by several threads: the caller's, and one to four that work ahead of it, as
+/// LibTorch's number allows, so that neither the disk nor a GPU waits for checksums. Those threads call neither MPI nor HDF5 nor LibTorch.
 class BlockReads {
  public:
   struct Read {
@@ -42,8 +42,6 @@ class BlockReads {
     std::exception_ptr error = {};
     bool done = false;
   };
-  static constexpr size_t kAhead = 4;   // slots: bounds the memory that is lent
-
   int64_t bytes_of(const Read& read) const;
   void work();
   bool may_begin() const;
@@ -52,12 +50,12 @@ class BlockReads {
   void expect(size_t index) const noexcept;
 
   const std::vector<Read> reads_;
-  Slot slots_[kAhead];   // read i uses slot i modulo kAhead
+  std::vector<Slot> slots_;   // read i uses slot i modulo their number, which bounds the memory that is lent
   size_t begun_ = 0, taken_ = 0;
   bool ending_ = false;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::thread thread_;
+  std::vector<std::thread> threads_;
 };
 
 }  // namespace upcycle

@@ -106,6 +106,7 @@ Tensor backward_written_out(const Split& split, const Tensor& qkv, const std::ve
     const Tensor here = split.of(d_qkv, part);
     if (!dy.defined()) {
       here.zero_();
+      if (norm) norm->sums();   // nothing is added to them
     } else if (norm == nullptr) {
       here.copy_(dy);
     } else {

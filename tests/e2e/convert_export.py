@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 from transformers.utils import logging
 
 from check_schema import digest_of
+from seal import seal
 
 UPCYCLE = None
 MPIRUN = os.environ.get("UPCYCLE_MPIRUN", "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1").split()
@@ -263,6 +264,7 @@ train = "mock"
         self.refused("export", self.root / "foreign", self.root / "x", "--dense", words=["--dense", "no recipe", "not grown"])
         clusters = self.root / "fp32-clusters-4/checkpoints/step-00000000/clusters.json"
         clusters.write_text(clusters.read_text().replace("[", "{", 1))
+        seal(clusters.parent)
         self.refused("export", self.root / "fp32-clusters-4", self.root / "x", "--dense", words=["clusters.json", "hidden units of layer 0"])
 
     def grow(self, directory, granularity, precision, upcycle, ranks, source=None, moe=True):

@@ -11,6 +11,7 @@ import unittest
 import numpy as np
 import tiny_run
 from safetensors.numpy import load_file
+from seal import seal
 from tiny_run import LAYERS, MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, dense_tensors, make_dense, steps_of, write_tokens
 
 ON_TWO = MOE + "[parallel]\nexpert = 2\n"
@@ -153,6 +154,7 @@ class StepZero(TrainCase):
         self.assertIn("certificate passed", self.upcycle("verify", run))
         stored = checkpoint(run, 1) / "certificate.json"
         stored.write_text(stored.read_text().replace('"verdict": "passed"', '"verdict": "failed"'))
+        seal(stored.parent)
         self.assertIn("the certificate failed", self.upcycle("verify", run, expect=1))
 
 

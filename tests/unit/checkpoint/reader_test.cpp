@@ -1,5 +1,6 @@
 #include "checkpoint/reader.hpp"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
@@ -95,6 +96,35 @@ TEST(Reader, LargeTensorsGoInPieces) {
   const Tensor value = at::arange(9'000'000, at::kFloat).reshape({3000, 3000});  // 36 MB: more than one slab
   const CheckpointReader reader(write(scratch / "step-00000001", {all_of("w", value.t())}));
   EXPECT_TRUE(at::equal(read_all(reader, "w", at::kFloat), value.t()));
+}
+
+// However many blocks are on their way at a time, each lands where it belongs, whole blocks and parts of them, and damage is told of the first.
+TEST(Reader, AnyNumberOfThreadsReadsTheSame) {
+  const Scratch scratch;
+  const Tensor value = at::randn({16 * 1024, 1024});   // 67 MB: 16 blocks
+  const fs::path step = write(scratch / "step-00000001", {all_of("w", value)});
+  const int before = at::get_num_threads();
+  for (const bool damaged : {false, true}) {
+    if (damaged) {
+      std::string file = contents(step / kWeightsFile);
+      const size_t data = file.find(std::string(static_cast<const char*>(value.const_data_ptr()), 64));
+      for (const int64_t row : {5000, 9000, 15000}) file[data + 4 * 1024 * row] ^= 1;
+      store(step / kWeightsFile, file);
+    }
+    const CheckpointReader reader(step);
+    for (const int threads : {1, 3, 8}) {
+      at::set_num_threads(threads);
+      for (int again = 0; again < 3; ++again) {
+        const std::string complaint = user_error([&] {
+          EXPECT_TRUE(at::equal(read_all(reader, "w", at::kFloat), value));
+          EXPECT_TRUE(at::equal(read_all(reader, "w", at::kBFloat16), value.to(at::kBFloat16))) << "through memory that is lent";
+        });
+        if (!damaged) EXPECT_EQ(complaint, "");
+        if (damaged) EXPECT_THAT(complaint, HasSubstr(text("elements ", 4 * 1024 * 1024, " to ", 5 * 1024 * 1024 - 1)));
+      }
+    }
+  }
+  at::set_num_threads(before);
 }
 
 TEST(Reader, RefusesWhatDisagrees) {
