@@ -138,16 +138,25 @@ bool RollCall::still_alone(std::unique_lock<std::mutex>& lock, double seconds) {
   return !changed_.wait_for(lock, std::chrono::duration<double>(seconds), [this, before = met_] { return over_ || met_ != before; });
 }
 
+double RollCall::grace() const { return std::min(5.0, patience_ / 3); }
+
 void RollCall::wait() {
+  using Seconds = std::chrono::duration<double>;
   std::unique_lock lock(mutex_);
   while (!over_) {
-    if (still_alone(lock, patience_)) call(lock);
+    const auto begin = std::chrono::steady_clock::now();
+    if (!still_alone(lock, patience_)) continue;
+    if (Seconds(std::chrono::steady_clock::now() - begin).count() < patience_ + grace()) {
+      call(lock);
+    } else if (still_alone(lock, 2 * kFileSystem)) {   // this process stood still meanwhile, and the roll is over: an answer would be left behind
+      abort_all_ranks(kExitFault);
+    }
   }
 }
 
 /// Returns when they have met after all.
 void RollCall::call(std::unique_lock<std::mutex>& lock) {
-  const double patience = patience_, grace = std::min(5.0, patience / 3);
+  const double patience = patience_, grace = this->grace();
   const std::string me = text("rank ", rank_, " (node ", slurm::node_name(), ")");
   const Deadline deadline(grace + 4 * kFileSystem, text(me, ": the run directory's file system does not answer"), kExitFault);
   const fs::path directory = directory_();

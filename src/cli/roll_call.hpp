@@ -32,6 +32,7 @@ class RollCall {
 
  private:
   void wait();
+  double grace() const;   ///< seconds that the others have to answer
   void call(std::unique_lock<std::mutex>&);
   bool still_alone(std::unique_lock<std::mutex>&, double seconds);
 
