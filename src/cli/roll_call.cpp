@@ -9,6 +9,7 @@
 
 #include "base/cpu_binding.hpp"
 #include "base/error.hpp"
+#include "base/lines.hpp"
 #include "checkpoint/durable.hpp"
 #include "cli/deadline.hpp"
 #include "cli/slurm_job.hpp"
@@ -65,13 +66,6 @@ class Answers {
   const fs::path directory_;
   const std::string name_;
 };
-
-/// "a", "a and b", "a, b and c".
-std::string in_a_row(const std::vector<std::string>& words) {
-  std::string out;
-  for (size_t i = 0; i < words.size(); ++i) out += text(i == 0 ? "" : i + 1 == words.size() ? " and " : ", ", words[i]);
-  return out;
-}
 
 std::string counted(const std::vector<int>& numbers) { return text(numbers.size() == 1 ? "rank " : "ranks ", ranges(numbers)); }
 

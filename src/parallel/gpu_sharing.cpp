@@ -16,15 +16,13 @@ std::vector<std::string> shared_gpus(const Communicator& world, const std::strin
 }
 
 std::vector<std::string> shared_gpus(const std::vector<std::string>& places) {
-  std::map<std::string, std::vector<size_t>> owners;
-  for (size_t rank = 0; rank < places.size(); ++rank) owners[places[rank]].push_back(rank);
+  std::map<std::string, std::vector<std::string>> owners;
+  for (size_t rank = 0; rank < places.size(); ++rank) owners[places[rank]].push_back(std::to_string(rank));
   std::vector<std::string> lines;
   for (const auto& [where, ranks] : owners) {
     if (ranks.size() < 2) continue;
-    std::string names;
-    for (size_t i = 0; i < ranks.size(); ++i) names += text(i == 0 ? "" : i + 1 == ranks.size() ? " and " : ", ", ranks[i]);
     const size_t gap = where.rfind(' ');
-    lines.push_back(text("ranks ", names, " of host ", where.substr(0, gap), " share one GPU (", where.substr(gap + 1), ")"));
+    lines.push_back(text("ranks ", in_a_row(ranks), " of host ", where.substr(0, gap), " share one GPU (", where.substr(gap + 1), ")"));
   }
   return lines;
 }

@@ -6,16 +6,10 @@
 #include <stdexcept>
 
 #include "support/numbers.hpp"
+#include "support/small_architecture.hpp"
 
 namespace upcycle {
 namespace {
-
-Architecture small() {
-  Architecture a;
-  a.hidden = 24, a.layers = 2, a.heads = 4, a.kv_heads = 2, a.head_dim = 6, a.ffn = 48, a.vocab = 101;
-  a.experts = 8, a.top_k = 2, a.expert_ffn = 10, a.dense_layers = {0};
-  return a;
-}
 
 OptimizerSection clipping() {
   OptimizerSection settings;
