@@ -4,7 +4,8 @@
 #include <cuda_runtime_api.h>
 #endif
 
-#include <cstdlib>
+#include <sys/mman.h>
+
 #include <new>
 #include <utility>
 
@@ -31,8 +32,11 @@ std::string lock_pages([[maybe_unused]] std::span<std::byte> bytes, [[maybe_unus
 
 HostPages::HostPages(int64_t bytes, c10::Device device) {
   const size_t size = (static_cast<size_t>(bytes) + kPage - 1) / kPage * kPage;
-  auto* const memory = static_cast<std::byte*>(std::aligned_alloc(kPage, size));
-  if (!memory) throw std::bad_alloc();
+  if (size == 0) return;
+  // From the kernel, not malloc: which keeps what is freed, even gigabytes, if something behind it is still in use.
+  void* const mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  auto* const memory = static_cast<std::byte*>(mapped);
   bytes_ = {memory, size};
   for (size_t at = 0; at < size; at += kPage) const_cast<volatile std::byte&>(memory[at]) = std::byte{0};
   if (!device.is_cuda()) return;
@@ -58,7 +62,7 @@ void HostPages::release() noexcept {
 #ifdef UPCYCLE_CUDA
   if (locked_) static_cast<void>(cudaHostUnregister(bytes_.data()));   // at the end of the process the driver may be gone before us
 #endif
-  std::free(bytes_.data());
+  if (!bytes_.empty()) munmap(bytes_.data(), bytes_.size());
 }
 
 }  // namespace upcycle::device
