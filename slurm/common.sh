@@ -34,8 +34,9 @@ cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE * SLURM_NNODES / tasks))}
 
 # Slurm sends $signal before the time limit, to this shell alone (--signal=B:...), which passes it on. TERM comes with scancel, at the time
 # limit and at the end of a preemption's grace: the ranks have it too, and Slurm decides what becomes of the job.
-launcher='' watcher='' asked=no ended=no
-trap 'asked=yes; pass_on' USR1 USR2
+launcher='' watcher='' asked=no ended=no checking=no
+# The check is let finish: it is short, and what it refuses is to be refused, however early the signal comes.
+trap 'asked=yes; [[ $checking == yes ]] || pass_on' USR1 USR2
 trap 'ended=yes; pass_on' TERM
 pass_on() { [[ -z $launcher ]] || kill "-$signal" "$launcher" 2>/dev/null; }
 alive() { [[ -n $1 ]] && kill -0 "$1" 2>/dev/null; }
@@ -114,11 +115,11 @@ train() {
   queue_successor "$script" "$@"
 
   check "$@"
+  if ((rc == 2)); then drop_successor; leave 2 "the pre-flight check failed: nothing was started"; fi
   if [[ $asked$ended == *yes* ]]; then
     say "asked to leave before training began"
     rc=75
   else
-    if ((rc == 2)); then drop_successor; leave 2 "the pre-flight check failed: nothing was started"; fi
     if ((rc != 0)); then drop_successor; leave "$rc" "the pre-flight check could not run, twice (code $rc): nothing was started"; fi
     train_on "$@"
   fi
@@ -130,14 +131,16 @@ check() {
   local try
   rc=0
   [[ ${UPCYCLE_CHECK:-} != off ]] || return 0
+  checking=yes
   for try in 1 2; do
     # Words, on purpose: several options in one setting.
     # shellcheck disable=SC2086
     launch check "$@" ${lead:+--save-within "$lead"} ${UPCYCLE_CHECK:-}
     finish
-    if ((try == 2 || rc == 0 || rc == 2)) || [[ $asked$ended == *yes* ]]; then return; fi
+    if ((try == 2 || rc == 0 || rc == 2)) || [[ $asked$ended == *yes* ]]; then break; fi
     say "the pre-flight check could not run (code $rc): once more"
   done
+  checking=no
 }
 
 # The training step. Once more if no rank came as far as its first heartbeat: on a node that has crashed, Slurm's PMIx plugin trips over a

@@ -254,7 +254,7 @@ class Mpirun(More):
         script.write_text("#!/bin/bash\nsource slurm/site.env job\n"
                           "for ranks in 2 4; do mpirun --bind-to none -np $ranks $UPCYCLE check run.toml; echo \"check on $ranks: code $?\"; done\n"
                           "mpirun --bind-to none -np 2 $UPCYCLE verify run; echo \"verify on 2: code $?\"\n"
-                          "$UPCYCLE check run.toml; echo \"check on 1: code $?\"\n")
+                          "$UPCYCLE check run.toml --set parallel.expert=1; echo \"check on 1: code $?\"\n")
         part = Job(place, place.shell("sbatch --parsable --nodes=2 --ntasks-per-node=2 --output=part-%j.out part.sh"))
         self.assertEqual(part.ends(), "COMPLETED", part.log())
         self.said(part, "mpirun started 2 ranks, but this Slurm job has 4 tasks (SLURM_NTASKS = 4)", "check on 2: code 2", "check on 4: code 0", "verify on 2: code 0",
