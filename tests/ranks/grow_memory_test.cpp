@@ -53,7 +53,7 @@ class MemoryLimit {
   rlimit before_;
 };
 
-/// Nearly all of it is feed-forwards: 48 of 54 MiB in bf16.
+/// Nearly all of it is feed-forwards: 48 of 52 MiB in bf16.
 Architecture dense_model() {
   Architecture a;
   a.hidden = 256, a.layers = 8, a.heads = 4, a.kv_heads = 4, a.head_dim = 64, a.ffn = 4096, a.vocab = 512, a.tied = true;
