@@ -141,6 +141,8 @@ Outcome head(at::Device device, at::ScalarType dtype, at::ScalarType rounded, in
   const auto draw = [&](const Shape& shape, uint64_t seed) { return normal(shape, seed).to(rounded).to(dtype).to(device); };
   // Logits of std 2 at width 64: where they are rounded to bf16, softmax moves by half a percent.
   Parameter weight = trained(draw({vocab, width}, 1) * 0.25);
+  weight.main_grad.fill_(NAN);   // of an earlier step: the first chunk's product takes its place
+  weight.outdated = true;
   const Tensor x = draw({tokens, width}, 2).requires_grad_(), labels = at::randint(vocab, {tokens}, at::detail::createCPUGenerator(3), at::kLong).to(device);
   Tensor learned = at::full({tokens}, 1.0 / static_cast<double>(tokens));
   if (tokens > 2) learned[1] = 0.0;

@@ -59,9 +59,12 @@ std::vector<Case> cases() {
   std::vector<int> many, one_of_many(70, 0);
   for (int e = 0; e < 70; ++e) many.push_back(e % 9 == 4 ? 0 : (e * 37) % 150);
   one_of_many[41] = 333;
+  std::vector<int> crowd;   // more than a block has threads
+  for (int e = 0; e < 300; ++e) crowd.push_back(e % 7 == 3 ? 0 : e % 3);
   return {{64, 48, {16, 0, 37, 1}},    {40, 8, {0, 0, 0, 20}},      {8, 8, {1}},           {136, 264, {1, 0, 0, 0}},
           {520, 1032, {129, 513, 64}}, {256, 512, {0, 0, 700, 0}},  {2048, 1536, {3, 130, 0, 65, 1, 128}},
-          {768, 512, {4099, 1, 4096}}, {96, 200, many},             {128, 128, one_of_many}};
+          {768, 512, {4099, 1, 4096}}, {96, 200, many},             {128, 128, one_of_many},
+          {16, 24, crowd}};
 }
 
 bool runs_here(GroupedKernel kernel) { return kernel == aten || cuda::has_grouped_gemm(); }
