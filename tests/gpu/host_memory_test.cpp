@@ -1,16 +1,24 @@
-// Memory that checkpoints are copied into: page-locked whichever thread takes it, and the GPU's bytes arrive in it.
+// Host memory between checkpoints and a GPU: page-locked whichever thread takes it, and bytes arrive, in it and out of it.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
 #include <thread>
+#include <vector>
 
+#include "checkpoint/reader.hpp"
+#include "checkpoint/writer.hpp"
 #include "checkpoint/writer_thread.hpp"
 #include "device/device.hpp"
 #include "device/host_pages.hpp"
+#include "support/numbers.hpp"
+#include "support/scratch.hpp"
+#include "support/tensors.hpp"
 
 namespace upcycle {
 namespace {
@@ -47,6 +55,37 @@ TEST(HostMemory, TakenAheadItTakesWhatTheGpuHas) {
   writer.push([&] { expect_values_in(writer.scratch(8 * kMiB)); });   // as a save that makes no copy takes them
   writer.finish();
   EXPECT_EQ(writer.held(), static_cast<uint64_t>(64 * kMiB));
+}
+
+// Blocks are lent in turns while threads read ahead: nothing is lent again before the GPU has taken it.
+TEST(HostMemory, BlocksThatAreReadAheadReachTheGpu) {
+  const c10::Device gpu = device::choose("cuda", 0);
+  const Scratch scratch;
+  const Communicator alone;
+  const Shape shape = {16 * 1024, 1024};   // 67 MB: 16 blocks, more than are lent at a time
+  const Tensor value = normal(shape, 1);
+  {
+    CheckpointWriter writer(scratch / "step-00000001", alone);
+    const Piece piece{"w", shape, whole(shape), value.to(gpu)};
+    writer.add(kWeightsFile, std::span(&piece, 1));
+    writer.commit({.step = 1});
+  }
+  const CheckpointReader reader(scratch / "step-00000001");
+  const Box box{{1000, 3}, {9000, 1000}};
+  const Tensor part = value.narrow(0, 1000, 9000).narrow(1, 3, 1000);
+  const int before = at::get_num_threads();
+  for (const int threads : {1, 3, 8}) {
+    at::set_num_threads(threads);
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      SCOPED_TRACE(testing::Message() << dtype << ", " << threads << " threads");
+      const auto room = [&](const Shape& size) { return at::zeros(size, at::TensorOptions(dtype).device(gpu)); };
+      std::vector<Piece> pieces = {{"w", shape, whole(shape), room(shape)}, {"w", shape, box, room(box.size)}, {"w", shape, box, room({1000, 9000}).t()}};
+      reader.fill(kWeightsFile, pieces);
+      EXPECT_TRUE(same_bits(pieces[0].local.cpu(), value.to(dtype)));
+      for (const size_t i : {1u, 2u}) EXPECT_TRUE(same_bits(pieces[i].local.cpu(), part.to(dtype))) << "piece " << i;
+    }
+  }
+  at::set_num_threads(before);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ if(UPCYCLE_CUDA)
   gpu_test(rows upcycle_ops)              # the rows of the mixture: their order, copies and sums, and what is computed of each
   gpu_test(loss upcycle_model)            # the loss with its gradient
   gpu_test(optimizer upcycle_train)
-  gpu_test(host_memory upcycle_checkpoint)   # what checkpoints are copied into
+  gpu_test(host_memory upcycle_checkpoint)   # what checkpoints are copied into and read through
 endif()
 
 # A rank's failure while the other's GPU waits in NCCL.
