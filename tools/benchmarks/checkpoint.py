@@ -7,6 +7,7 @@ that. Files are dropped from the page cache before they are read. Extra memory: 
 Figures are medians over repeats; --json has all of them.
 
 --asynchronous: from a copy, behind the steps, its memory taken before; a step waits for the copy alone: "stall". On a GPU machine, from a bundle:
+  cmake --build build/cuda --target upcycle checkpoint_io
   tools/bundle bundle build/cuda/upcycle --with build/cuda/checkpoint_io
   bundle/tools/bench checkpoint --device cuda --asynchronous --layers 28 --ranks 1"""
 import argparse

@@ -1,8 +1,11 @@
 """tools/bench gpu: all that a GPU machine is asked, from a bundle or a clone, in one go: tests first, then ops, moe-layer and step; their
 tables at the end once more. What follows a test that fails is not measured. --out DIR gets the JSON of every part, and all output as log.txt.
 
+  cmake --build build/cuda --target upcycle gpu_tests
   tools/bundle bundle build/cuda/upcycle --with build/cuda/gpu_bench build/cuda/tests/gpu_ops build/cuda/tests/gpu_step
-  bundle/tools/bench gpu --tests gpu_ops gpu_step --out results"""
+  bundle/tools/bench gpu --tests gpu_ops gpu_step --out results
+
+--parts ... without needs --with build/cuda/upcycle_without, too."""
 import argparse
 import subprocess
 import sys
