@@ -11,7 +11,7 @@ import xxhash
 
 SCHEMA = Path(__file__).resolve().parents[2] / "checkpoints-schema"
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
-KEYWORDS = {"$schema", "title", "type", "required", "properties", "additionalProperties", "items", "const", "enum", "minimum", "minLength"}
+KEYWORDS = {"$schema", "title", "type", "required", "properties", "additionalProperties", "items", "const", "enum", "minimum", "minLength", "maxItems"}
 
 
 def violations(value, schema, where):
@@ -30,6 +30,8 @@ def violations(value, schema, where):
         found.append(f"{where}: {value} is below {schema['minimum']}")
     if "minLength" in schema and len(value) < schema["minLength"]:
         found.append(f"{where}: too short")
+    if "maxItems" in schema and len(value) > schema["maxItems"]:
+        found.append(f"{where}: {len(value)} items, more than {schema['maxItems']}")
     if isinstance(value, list):
         for i, item in enumerate(value):
             found += violations(item, schema.get("items", {}), f"{where}[{i}]")
@@ -97,13 +99,13 @@ def check_sums(path, form):
         return found + ([f"{path.name}: more checksums than blocks"] if next(sums, None) is not None else [])
 
 
-def check_file(path, rules, schema, stated):
-    problems, names, total = [], set(), 0
+def check_file(path, rules, schema):
+    """Problems of one file, and its tensors: their bytes by name."""
+    problems, names = [], {}
     for place, dataset in tensors_of(path):
         name, dtype = place.replace("/", "."), dtype_of(dataset, schema["dtypes"])
         where = f"{path.name}: {name}"
-        names.add(name)
-        total += dataset.id.get_type().get_size() * dataset.size
+        names[name] = dataset.id.get_type().get_size() * dataset.size
         allowed = ["float32"] if re.search(schema["always_float32"], name) else rules["dtypes"]
         if dtype not in allowed:
             problems.append(f"{where}: {dtype} is none of {allowed}")
@@ -113,10 +115,36 @@ def check_file(path, rules, schema, stated):
             problems.append(f"{where}: attributes say {dict(dataset.attrs)}")
         if dataset.chunks or dataset.compression or dataset.id.get_offset() is None:
             problems.append(f"{where}: not contiguous")
-    problems += check_sums(path, schema["checksums"])
-    if {key: stated[key] for key in ("count", "bytes")} != {"count": len(names), "bytes": total}:
-        problems.append(f"{path.name}: {len(names)} tensors of {total} bytes, the manifest says {stated}")
-    return problems, names
+    return problems + check_sums(path, schema["checksums"]), names
+
+
+def check_index(path, parts):
+    """Of tensors that are divided among `parts`, each its file and names: nothing but a link to each."""
+    links = {}
+    with h5py.File(path) as file:
+        file.visititems_links(lambda place, link: None if isinstance(link, h5py.HardLink) and isinstance(file[place], h5py.Group)
+                              else links.update({place: (getattr(link, "filename", None), getattr(link, "path", None))}))
+    wanted = {name.replace(".", "/"): (part.name, "/" + name.replace(".", "/")) for part, names in parts for name in names}
+    return [] if links == wanted else [f"{path.name}: its links are {links}, not {wanted}"]
+
+
+def check_kind(checkpoint, file, rules, schema, stated):
+    """Problems of one kind of tensor, in one file or in several behind an index, and the names."""
+    problems, parts, bytes_by_name = [], [], {}
+    several = sorted(checkpoint.glob(f"{Path(file).stem}-?????-of-?????.h5"))
+    for part in several or [checkpoint / file]:
+        found, names = check_file(part, rules, schema)
+        problems += found + [f"{part.name}: {name} is in two files" for name in names.keys() & bytes_by_name.keys()]
+        parts.append((part, names))
+        bytes_by_name |= names
+    if several:
+        problems += check_index(checkpoint / file, parts)
+        if [path.name for path in several] != [f"{Path(file).stem}-{i + 1:05}-of-{len(several):05}.h5" for i in range(len(several))]:
+            problems.append(f"{file}: its parts are {[path.name for path in several]}")
+    total = {"count": len(bytes_by_name), "bytes": sum(bytes_by_name.values())}
+    if {key: stated[key] for key in total} != total:
+        problems.append(f"{file}: {total}, the manifest says {stated}")
+    return problems, bytes_by_name.keys()
 
 
 def check(checkpoint):
@@ -136,11 +164,11 @@ def check(checkpoint):
     if len({name in files for name in schema["together"]}) != 1:
         problems.append(f"only one of {schema['together']} is there")
     names = {}
-    for file in sorted(name for name in files if name.endswith(".h5")):
+    for file in sorted(name for name in files if name.endswith(".h5") and not re.search(r"-\d{5}-of-\d{5}\.h5$", name)):
         if file not in schema["files"]:
             problems.append(f"{file} is not in tensors.json")
             continue
-        found, names[file] = check_file(checkpoint / file, schema["files"][file], schema, manifest["tensors"].get(file))
+        found, names[file] = check_kind(checkpoint, file, schema["files"][file], schema, manifest["tensors"].get(file))
         problems += found
     for file, rules in schema["files"].items():
         if file not in names:

@@ -92,6 +92,33 @@ class CheckpointTools(unittest.TestCase):
                     stored = file[name.replace(".", "/")].astype("float32")[...]
                 self.assertTrue(torch.equal(torch.from_numpy(stored), value.float()), name)
 
+    def test_tensors_divided_among_files(self):
+        run = self.run_directory / "run.toml"
+        run.write_text((self.good.parents[2] / "run.toml").read_text().replace(str(self.good.parents[1]), str(self.run_directory / "divided"))
+                       + "[checkpoint]\nfile_size = 2e-5\n")
+        self.upcycle("convert", run)
+        step = self.run_directory / "divided/checkpoints/step-00000000"
+        self.assertGreater(len(list(step.glob("weights-*.h5"))), 3)
+        self.assertEqual(check(step), [])
+
+        # As the schema's README reads a checkpoint.
+        def datasets(group):
+            for item in group.values():
+                yield from datasets(item) if isinstance(item, h5py.Group) else [item]
+
+        with h5py.File(step / "weights.h5") as index, h5py.File(self.good / "weights.h5") as whole:
+            divided, together = ({d.attrs["name"].decode(): d.astype("float32")[...] for d in datasets(file) if "name" in d.attrs}
+                                 for file in (index, whole))
+        self.assertEqual(divided.keys(), together.keys())
+        for name, value in together.items():
+            self.assertEqual(divided[name].tobytes(), value.tobytes(), name)
+
+        # A link that leads elsewhere is seen.
+        with h5py.File(step / "weights.h5", "r+") as file:
+            del file["model/norm/weight"]
+            file["model/norm/weight"] = h5py.ExternalLink("weights-00001-of-00002.h5", "/model/norm/weight")
+        self.assertIn("weights.h5: its links are", "\n".join(check(step)))
+
     def test_the_schema_check_sees_damage(self):
         self.manifest(step=-1, surprise=1, layout={"ranks": 0}, training=3)
         problems = "\n".join(check(self.step))
