@@ -46,6 +46,7 @@ class Upcycle(CMakePackage, CudaPackage):
     with when("+cuda"):
         depends_on("cuda@13:")
         depends_on("nccl")
+        depends_on("cutlass@4:", type="build")   # its headers
         depends_on("py-torch +cuda +distributed +nccl")   # with NCCL, so that both load one and the same
         for arch in CudaPackage.cuda_arch_values:
             depends_on(f"py-torch cuda_arch={arch}", when=f"cuda_arch={arch}")
@@ -58,6 +59,9 @@ class Upcycle(CMakePackage, CudaPackage):
         depends_on("py-safetensors")
         depends_on("py-h5py +mpi")
         depends_on("py-matplotlib")
+        depends_on("py-pyarrow")
+        depends_on("py-jinja2")
+        depends_on("py-tqdm")
 
     conflicts("cuda_arch=none", when="+cuda", msg="name the GPUs to build for: cuda_arch=90a for H100 and H200")
     conflicts("%gcc@:11", msg="C++20 as GCC 12 has it is needed")

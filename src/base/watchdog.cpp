@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "base/error.hpp"
+#include "base/exit_code.hpp"
 
 namespace upcycle {
 namespace {
@@ -197,7 +198,7 @@ void Watchdog::leave() const {
     done = true;
   }
   for (int i = 0; i < 100 && !done; ++i) std::this_thread::sleep_for(Seconds(0.05));
-  _exit(1);
+  _exit(kExitFault);
 }
 
 }  // namespace upcycle

@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "base/error.hpp"
-#include "base/gigabytes.hpp"
+#include "base/quantities.hpp"
 
 namespace upcycle {
 namespace fs = std::filesystem;

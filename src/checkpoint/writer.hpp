@@ -14,10 +14,10 @@ namespace upcycle {
 // the same names, those of the model's parameters ("model.layers.0.mlp.experts.up_proj.weight"), so a piece's name is
 // never decorated:
 //   weights.h5      what the model computes with: bfloat16 or float32; routers always float32. Always there.
-//   masters.h5      float32 masters, only of those parameters whose stored weight is not exactly the master. Absent
-//   when there are none. exp_avg.h5      float32, Adam's first moments, of every parameter. Absent at step 0 and after
-//   convert. exp_avg_sq.h5   float32, Adam's second moments, likewise. manifest.json, certificate.json, and small text
-//   files (config.json, run.toml, tokenizer files) through add_text.
+//   masters.h5      float32 masters, only of those parameters whose stored weight is not exactly the master. Absent when there are none.
+//   exp_avg.h5      float32, Adam's first moments, of every parameter. Absent at step 0 and after convert.
+//   exp_avg_sq.h5   float32, Adam's second moments, likewise.
+// Beside them manifest.json, and small text files (certificate.json, config.json, tokenizer files) through add_text.
 
 /// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank whole blocks of rows (WritePlan), with a
 /// checksum for each. Whole or absent: all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer

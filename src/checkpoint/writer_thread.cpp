@@ -6,8 +6,8 @@
 #include <new>
 
 #include "base/error.hpp"
-#include "base/gigabytes.hpp"
 #include "base/log.hpp"
+#include "base/quantities.hpp"
 
 namespace upcycle {
 

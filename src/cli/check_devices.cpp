@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
-#include "base/gigabytes.hpp"
+#include "base/quantities.hpp"
 #include "cli/check_parts.hpp"
 #include "device/device.hpp"
 #include "parallel/gpu_sharing.hpp"

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "base/gigabytes.hpp"
+#include "base/quantities.hpp"
 #include "checkpoint/durable.hpp"
 #include "cli/check_parts.hpp"
 #include "train/room_plan.hpp"

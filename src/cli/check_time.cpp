@@ -4,7 +4,7 @@
 #include <ctime>
 #include <iomanip>
 
-#include "base/gigabytes.hpp"
+#include "base/quantities.hpp"
 #include "cli/check_parts.hpp"
 
 namespace upcycle {

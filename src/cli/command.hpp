@@ -5,15 +5,11 @@
 #include <string>
 #include <vector>
 
+#include "base/exit_code.hpp"
 #include "base/log.hpp"
 #include "base/progress_watch.hpp"
 
 namespace upcycle {
-
-/// Exit codes: done, a fault of the program or the machine, the user's mistake. `train` also returns 75 (run me again).
-inline constexpr int kExitDone = 0;
-inline constexpr int kExitFault = 1;
-inline constexpr int kExitMistake = 2;
 
 /// `sample`'s own options.
 struct SampleOptions {

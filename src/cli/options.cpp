@@ -77,10 +77,10 @@ po::options_description options_of(const Usage* usage) {
   if (usage && usage->command == "inspect") {
     add("tensors", po::bool_switch(), "every tensor in a line of its own, instead of one line for those of all layers");
   }
-  if (usage && usage->command != "watch") add("json", po::bool_switch(), "print JSON to standard output");
+  if (usage && usage->command != "watch" && usage->command != "train") add("json", po::bool_switch(), "print JSON to standard output");
   if (usage)
     add("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
-        "debug, info, warning, error or off");
+        "debug (also: groups of ranks, buckets of gradients), info, warning, error or off");
   add("help", po::bool_switch(), "show this page and leave");
   if (!usage)
     add("version", po::bool_switch(), "show the versions of the program, its libraries and transports, and leave");

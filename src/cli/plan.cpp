@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
-#include "base/gigabytes.hpp"
 #include "base/lines.hpp"
+#include "base/quantities.hpp"
 #include "checkpoint/manifest.hpp"
 #include "cli/command.hpp"
 #include "data/sampler.hpp"

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "base/quantities.hpp"
 #include "cli/plan.hpp"
 
 namespace upcycle {
@@ -11,28 +12,9 @@ namespace {
 
 using nlohmann::ordered_json;
 
-/// 89650000000 -> "89.65 G": four digits and a decimal prefix.
-std::string with_prefix(double number) {
-  constexpr std::array<const char*, 7> kPrefixes = {"", "k", "M", "G", "T", "P", "E"};
-  size_t power = 0;
-  while (number >= 999.95 && power + 1 < kPrefixes.size()) number /= 1000, ++power;
-  char out[32];
-  const int decimals = power == 0 ? 0 : number < 9.9995 ? 3 : number < 99.995 ? 2 : 1;
-  std::snprintf(out, sizeof out, "%.*f %s", decimals, number, kPrefixes[power]);
-  return out;
-}
-
 constexpr std::array<const char*, 3> kRecompute = {"none", "selective", "full"};
 
 std::string bytes(int64_t number) { return with_prefix(static_cast<double>(number)) + "B"; }
-
-/// Parameters as the field writes them: "89.65 B", "5.38 M".
-std::string parameter_count(int64_t number) {
-  char out[32];
-  const bool small = number < 1000000000;
-  std::snprintf(out, sizeof out, "%.2f %s", static_cast<double>(number) / (small ? 1e6 : 1e9), small ? "M" : "B");
-  return out;
-}
 
 std::string describe_model(const Architecture& a) {
   std::string out =

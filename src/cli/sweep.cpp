@@ -17,7 +17,6 @@
 #include "cli/command.hpp"
 #include "cli/sweep_arms.hpp"
 #include "cli/sweep_jobs.hpp"
-#include "train/run.hpp"
 
 namespace upcycle {
 namespace {
@@ -123,7 +122,7 @@ class Progress {
     const bool saved = end.wished && end.code != kExitMistake;   // asked to stop: whatever the launcher made of code 75
     if (end.code == kExitDone && progress.saved >= arm.steps()) {
       std::cout << text(arm.name, ": done, ", static_cast<int64_t>(end.seconds), " s", progress.validation ? text(", validation loss ", *progress.validation) : "", "\n");
-    } else if (end.code == kRequeue || saved) {
+    } else if (end.code == kExitRequeue || saved) {
       std::cout << text(arm.name, ": stopped at step ", std::max<int64_t>(0, progress.saved), " of ", arm.steps(), "\n");
     } else {
       worst_ = std::max(worst_, end.code == kExitMistake ? kExitMistake : kExitFault);
@@ -247,7 +246,7 @@ int run_sweep(const Arguments& arguments) {
   }
   std::cout << text(complete, " of ", arms.size(), " arms are done (", finished, " were before)", unable ? text("; ", unable, " can't run") : "", failures,
                     "\ntools/report ", sweep.directory, " compares them\n");
-  if (stopped) return kRequeue;
+  if (stopped) return kExitRequeue;
   return failures.empty() ? kExitDone : progress.worst();
 }
 

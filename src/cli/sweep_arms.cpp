@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/error.hpp"
+#include "base/quantities.hpp"
 #include "checkpoint/manifest.hpp"
 #include "checkpoint/writer.hpp"
 
@@ -98,15 +99,6 @@ void match_flops(std::vector<SweepArm>& arms, const SweepFile& sweep) {
   }
 }
 
-std::string engineering(double number) {
-  constexpr const char* kPrefixes[] = {"", "k", "M", "G", "T", "P", "E", "Z"};
-  size_t power = 0;
-  while (number >= 999.5 && power < 7) number /= 1000, ++power;
-  char out[32];
-  std::snprintf(out, sizeof out, "%.3g %s", number, kPrefixes[power]);
-  return out;
-}
-
 }  // namespace
 
 void set_steps(SweepArm& arm, const SweepFile& sweep, int64_t steps) {
@@ -184,9 +176,9 @@ std::string sweep_table(const std::vector<SweepArm>& arms, double teraflops) {
     char hours[32] = "-";
     if (teraflops > 0) std::snprintf(hours, sizeof hours, "%.3g", flops / (teraflops * 1e12 * 3600));
     std::snprintf(line, sizeof line, "%3zu  %-*s %10s %10s %8lld %10s %11s %8s\n", i, static_cast<int>(width), arm.name.c_str(),
-                  engineering(static_cast<double>(arm.plan->parameters.total)).c_str(),
-                  engineering(static_cast<double>(arm.plan->parameters.active)).c_str(), static_cast<long long>(arm.steps()),
-                  engineering(tokens).c_str(), engineering(flops).c_str(), hours);
+                  parameter_count(arm.plan->parameters.total).c_str(),
+                  parameter_count(arm.plan->parameters.active).c_str(), static_cast<long long>(arm.steps()),
+                  with_prefix(tokens).c_str(), with_prefix(flops).c_str(), hours);
     out += line;
   }
   return out;

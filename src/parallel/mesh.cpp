@@ -76,8 +76,9 @@ Mesh::Mesh(Grid grid) : grid_(grid), here_(grid.at(world_rank())) {
   if (world_size() == 1) return;
   world_ = Communicator::everyone();
   for (size_t axis = 0; axis < kAxes; ++axis) {
-    const int first = grid.peers(static_cast<Axis>(axis), world_rank())[0];
-    axes_[axis] = world_.split(first, world_rank());  // peers are in ascending order on every axis
+    const std::vector<int> peers = grid.peers(static_cast<Axis>(axis), world_rank());   // in ascending order on every axis
+    axes_[axis] = world_.split(peers[0], world_rank());
+    if (peers.size() > 1) log::debug(text("rank 0's group of axis ", name(static_cast<Axis>(axis)), " (", peers.size(), " ranks): ", c10::ArrayRef<int>(peers)));
   }
 }
 

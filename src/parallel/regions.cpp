@@ -29,20 +29,6 @@ class Incoming {
   at::TensorOptions options_;
 };
 
-Tensor reduced(const Communicator& group, const Tensor& x) {
-  Tensor sum = x.clone(at::MemoryFormat::Contiguous);
-  group.all_reduce(sum);
-  return sum;
-}
-
-Tensor own_slice(const Communicator& group, const Tensor& x, int64_t dim) {
-  if (x.size(dim) % group.size() != 0) {
-    throw std::logic_error(text("scatter_along: ", group.size(), " ranks do not divide dim ", dim, " of ", x.sizes()));
-  }
-  const int64_t part = x.size(dim) / group.size();
-  return x.narrow(dim, group.rank() * part, part).contiguous();
-}
-
 /// `rows` of all ranks as blocks of one height.
 struct Blocks {
   const Rows& rows;
@@ -95,30 +81,11 @@ Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
 
 }  // namespace
 
-Tensor copy_into(const Communicator& group, const Tensor& x) {
-  if (group.size() == 1) return x;
-  return region(
-      x, [](const Tensor& x) { return x; }, [&group](const Tensor& dy) { return reduced(group, dy); });
-}
-
-Tensor reduce_from(const Communicator& group, const Tensor& partial) {
-  if (group.size() == 1) return partial;
-  return region(
-      partial, [&group](const Tensor& x) { return reduced(group, x); }, [](const Tensor& dy) { return dy; });
-}
-
 Tensor gather_along(const Communicator& group, const Tensor& x, int64_t dim) {
   if (group.size() == 1) return x;
   return region(
       x, [&](const Tensor& x) { return group.all_gather(x, dim); },
       [&group, dim](const Tensor& dy) { return group.reduce_scatter(dy, dim); });
-}
-
-Tensor scatter_along(const Communicator& group, const Tensor& x, int64_t dim) {
-  if (group.size() == 1) return x;
-  return region(
-      x, [&](const Tensor& x) { return own_slice(group, x, dim); },
-      [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
 }
 
 Tensor reduce_scatter_along(const Communicator& group, const Tensor& x, int64_t dim) {

@@ -9,14 +9,11 @@ struct Splits {
   std::vector<int64_t> send;     ///< rows to each rank of the group
   std::vector<int64_t> receive;  ///< rows from each
 };
-//                                                                            forward        | backward
-Tensor copy_into(const Communicator&, const Tensor& x);                    // x              | all-reduce
-Tensor reduce_from(const Communicator&, const Tensor& partial);            // all-reduce     | dy
-Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim);    // all-gather     | reduce-scatter
-Tensor scatter_along(const Communicator&, const Tensor& x, int64_t dim);   // own slice      | all-gather
-Tensor reduce_scatter_along(const Communicator&, const Tensor&, int64_t dim);  // reduce-scatter | all-gather
-Tensor gather_sequence(const Communicator&, const Tensor& x_BC);           // all-gather     | reduce-scatter
-Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);   // all-to-all     | its reverse
+//                                                                                   forward        | backward
+Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim);           // all-gather     | reduce-scatter
+Tensor reduce_scatter_along(const Communicator&, const Tensor& x, int64_t dim);   // reduce-scatter | all-gather
+Tensor gather_sequence(const Communicator&, const Tensor& x_BC);                  // all-gather     | reduce-scatter
+Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);          // all-to-all     | its reverse
 // gather_sequence: a context rank's positions, [B, C, ...], become the whole sequence's, [B, S, ...], in its order (zigzag.hpp).
 
 // The same along dim 0 where ranks have different numbers of rows: rows[r] of rank r, the same list on all of them. They travel

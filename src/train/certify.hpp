@@ -12,6 +12,6 @@ namespace upcycle {
 /// in the run's precision. One feed-forward of the source (of a mixture, one expert) at a time is read; no second model comes about. The verdict, by the recipe's class,
 /// is the same on all ranks. `alive` is called after each weight and layer.
 Certificate certify(Stage& stage, const Mesh& mesh, const Recipe& recipe, const ReadDense& read, const Sampler& tokens,
-                    const RunConfig& config, const std::function<void()>& alive = [] {});
+                    const RunConfig& config, const std::function<void()>& alive);
 
 }  // namespace upcycle

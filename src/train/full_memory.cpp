@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "base/gigabytes.hpp"
+#include "base/quantities.hpp"
 #include "train/memory_plan.hpp"
 
 namespace upcycle {

@@ -6,7 +6,6 @@
 
 #include "base/fault.hpp"
 #include "base/log.hpp"
-#include "train/run.hpp"
 #include "train/words.hpp"
 
 namespace upcycle {
@@ -217,7 +216,7 @@ void Metrics::end(const TrainingState& state, const PeakMemory& memory, double s
   write({{"kind", "end"}, {"step", state.step}, {"time", utc_now()}, {"seconds", seconds}});
   log::info(summarize(history_, {.name = config_.run.name, .step = state.step, .steps = config_.train.steps, .skipped = state.skipped,
                                  .seconds = seconds, .scale = scale_, .memory = memory, .experts = experts, .directory = directory_,
-                                 .checkpoint = checkpoint, .tensorboard = config_.log.tensorboard, .requeue_code = kRequeue}));
+                                 .checkpoint = checkpoint, .tensorboard = config_.log.tensorboard}));
 }
 
 }  // namespace upcycle

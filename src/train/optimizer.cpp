@@ -8,6 +8,7 @@
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "base/log.hpp"
 #include "base/trace_range.hpp"
 #include "ops/sum_of_squares.hpp"
 
@@ -22,10 +23,13 @@ bool only_adds(const ParameterSpec& spec) { return spec.role == Role::norm || sp
 Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double router_lr_scale)
     : weights_(weights), settings_(settings) {
   weights.start_training();
+  log::debug(text(weights.buckets().size(), " buckets of gradients, in backward's order:"));
   const bool flat = weights.buckets().front().gradients.is_cuda();   // a CPU sums weight by weight: in fp32, and so fewer at a time
   for (const Bucket& bucket : weights.buckets()) {
     exp_avg_.push_back(at::zeros_like(bucket.masters));
     exp_avg_sq_.push_back(at::zeros_like(bucket.masters));
+    log::debug(text("  ", weights.all()[bucket.weights.front()].spec().name, " to ", weights.all()[bucket.weights.back()].spec().name, ": ", bucket.dtype,
+                    ", ", bucket.size, " elements, ", bucket.own.size(), " of them updated here; ", bucket.place.holders, " ranks add theirs"));
     const auto own_of = [&](const Tensor& whole) { return whole.narrow(0, bucket.own.begin, bucket.own.size()); };
     std::vector<AdamWRun> runs;
     for (size_t i = 0; i < bucket.weights.size(); ++i) {

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "base/exit_code.hpp"
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
 #include "checkpoint/first_rank.hpp"
@@ -76,7 +77,7 @@ int run_training(const RunConfig& config, Mesh& mesh, Watchdog& watchdog, bool a
     }).string());
     if (unfinished) unfinished->begun();
     if (world.rank() == 0) mark_finished(setup->directory, 0);
-    return kDone;
+    return kExitDone;
   }
   watchdog.beat(-1, "connecting");
   mesh.prepare(device, config.run.transport);                            // 4. who talks to whom, by what

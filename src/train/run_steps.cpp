@@ -1,5 +1,6 @@
 #include "train/run_steps.hpp"
 
+#include "base/exit_code.hpp"
 #include "base/fault.hpp"
 #include "base/log.hpp"
 #include "base/shutdown.hpp"
@@ -9,7 +10,6 @@
 #include "train/agreement.hpp"
 #include "train/memory_plan.hpp"
 #include "train/restore.hpp"
-#include "train/run.hpp"
 
 namespace upcycle {
 
@@ -106,7 +106,7 @@ int Steps::to_the_end() {
   requests_.published(run_.saver.published());
   if (!stopped && run_.mesh.world().rank() == 0) mark_finished(run_.setup.directory, state_.step);
   metrics_->end(state_, memory, run_.since.seconds(), run_.setup.target.architecture.experts, run_.checkpoints / step_directory(state_.step));
-  return stopped ? kRequeue : kDone;
+  return stopped ? kExitRequeue : kExitDone;
 }
 
 PendingReport Steps::step() {

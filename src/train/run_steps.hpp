@@ -19,7 +19,7 @@ class Steps {
   /// `profile`: the file of StepTrace; empty: none.
   explicit Steps(Run&, const std::filesystem::path& profile = {});
 
-  /// **Collective.** To the last step, or to the request to stop. The exit code: kDone or kRequeue. A CommonFault when steps are bad too
+  /// **Collective.** To the last step, or to the request to stop. The exit code: kExitDone or kExitRequeue. A CommonFault when steps are bad too
   /// often, or replicas differ.
   int to_the_end();
 

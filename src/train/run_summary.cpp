@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/error.hpp"
+#include "base/exit_code.hpp"
 #include "train/words.hpp"
 
 namespace upcycle {
@@ -91,12 +92,12 @@ std::string summarize(const RunHistory& history, const RunEnd& end) {
   const bool stopped = end.step < end.steps;
   const Steps& steps = history.steps();
   const int64_t tokens = steps.empty() ? 0 : steps.back().tokens;
-  std::string out = stopped ? text("stopped on request (signal) after step ", end.step, " of ", end.steps, ": ", end.name)
+  std::string out = stopped ? text("stopped on request after step ", end.step, " of ", end.steps, ": ", end.name)
                             : text("done: ", end.name, ", ", end.step, " steps");
   const auto row = [&](const char* what, const std::string& value) {
     if (!value.empty()) out += format("\n  %-14s ", what) + value;
   };
-  row("tokens", text(with_commas(tokens), end.skipped > 0 ? text("; ", end.skipped, end.skipped == 1 ? " step" : " steps", " skipped, the gradient was not finite") : ""));
+  row("tokens", text(with_commas(tokens), end.skipped > 0 ? text("; ", end.skipped, end.skipped == 1 ? " step" : " steps", " skipped (gradient not finite, or loss a spike)") : ""));
   row("time", of_time(history, end));
   const std::vector<double> rates = finite(steps, [](const RunHistory::Step& s) { return s.tokens_per_second; });
   if (!rates.empty()) row("speed", of_speed(rates, end.scale));
@@ -114,7 +115,7 @@ std::string summarize(const RunHistory& history, const RunEnd& end) {
                             binary(end.memory.planned)));
   }
   row("checkpoint", end.checkpoint.string());
-  if (stopped) return out + format("\n  %-14s the same command goes on from here (exit code %d)", "next", end.requeue_code);
+  if (stopped) return out + format("\n  %-14s the same command goes on from here (exit code %d)", "next", kExitRequeue);
   row("next", text("upcycle export ", end.directory.string(), " DIRECTORY      for transformers and vLLM"));
   row("", text("tools/plots ", end.directory.string(), " --out ", (end.directory / "plots").string()));
   if (end.tensorboard) row("", text("tensorboard --logdir ", (end.directory / "tensorboard").string()));

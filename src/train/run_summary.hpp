@@ -30,7 +30,6 @@ struct RunEnd {
   int64_t experts = 0;            ///< 0: a dense model
   std::filesystem::path directory, checkpoint;
   bool tensorboard = false;
-  int requeue_code = 75;          ///< of the process, for a run that was stopped
 };
 
 /// The run on one screen, over all its starts: how far, how fast, what came of it, and what to type next. A run that was asked to stop

@@ -5,9 +5,9 @@
 #include <thread>
 
 #include "base/error.hpp"
-#include "base/gigabytes.hpp"
 #include "base/log.hpp"
 #include "base/process.hpp"
+#include "base/quantities.hpp"
 #include "device/device.hpp"
 
 namespace upcycle {

@@ -166,14 +166,6 @@ Manifest add_snapshot(CheckpointWriter& writer, const Mesh& mesh, Weights& weigh
   return manifest;
 }
 
-std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh& mesh, Weights& weights, Optimizer* optimizer,
-                                      const TrainingState& state, const RunRecord& record) {
-  const std::filesystem::path folder = checkpoints / step_directory(state.step);
-  CheckpointWriter writer(folder, mesh.world());
-  writer.commit(add_snapshot(writer, mesh, weights, optimizer, state, record));
-  return folder;
-}
-
 CheckpointBytes checkpoint_bytes(const Architecture& architecture, at::ScalarType compute) {
   CheckpointBytes bytes{0, 0};
   for (const ParameterSpec& spec : catalogue(architecture)) {

@@ -35,10 +35,6 @@ WriteOptions write_options(const CheckpointSection&);
 /// UserError on all ranks when the disk is full.
 Manifest add_snapshot(CheckpointWriter& writer, const Mesh&, Weights&, Optimizer* optimizer, const TrainingState&, const RunRecord&);
 
-/// **Collective.** The same into <checkpoints>/step-NNNNNNNN, at once. Returns the folder; earlier checkpoints stay as they are.
-std::filesystem::path save_checkpoint(const std::filesystem::path& checkpoints, const Mesh&, Weights&, Optimizer* optimizer,
-                                      const TrainingState&, const RunRecord&);
-
 /// Bytes of a checkpoint over all ranks.
 struct CheckpointBytes {
   uint64_t step_zero;   ///< weights only, in the compute dtype
@@ -49,7 +45,7 @@ CheckpointBytes checkpoint_bytes(const Architecture&, at::ScalarType compute);
 /// Fills the moments of all that this rank owns: `fill` gets a box of a parameter, whether it is of the second moment, and an fp32 CPU
 /// tensor of the box's size. Each rank by itself; calls `alive` after each bucket.
 using FillMoment = std::function<void(const ParameterSpec& spec, const Box& box, bool second, Tensor target)>;
-void fill_moments(const Weights&, Optimizer&, const FillMoment& fill, const std::function<void()>& alive = [] {});
+void fill_moments(const Weights&, Optimizer&, const FillMoment& fill, const std::function<void()>& alive);
 
 /// Fills masters and values (and moments, and the number of updates, where there is an optimizer and the checkpoint has them) from
 /// this rank's boxes and what it owns of them, on whatever layout it was written. Each rank by itself.

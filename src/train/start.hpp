@@ -19,7 +19,7 @@ void fill_masters(Weights&, const Fill& fill, const std::function<void()>& alive
 
 /// **Collective** over `world`. Fills recipe.clusters where the recipe asks for them: of each mixture layer, found by one rank and told to
 /// all. `alive` is called after each layer.
-void find_clusters(Recipe&, const ReadDense& read, const Communicator& world, const std::function<void()>& alive = [] {});
+void find_clusters(Recipe&, const ReadDense& read, const Communicator& world, const std::function<void()>& alive);
 
 /// The three ways: grown out of a dense model, taken as they are, random.
 Fill grown(const Recipe&, const ReadDense& read);

@@ -26,7 +26,7 @@ struct StepZero {
 StepZero step_zero_of(const RunConfig&, const Setup& setup);
 
 /// **Collective** over `world`. Writes `step` as checkpoint `folder`, each rank blocks of its own, in memory for a few blocks; the bytes of
-/// tensors are those that save_checkpoint gives for a model filled with them, on any number of ranks. A value that bf16 can't hold is
+/// tensors are those that add_snapshot gives for a model filled with them, on any number of ranks. A value that bf16 can't hold is
 /// looked for first, parameter by parameter, up to the first.
 /// What an attempt of the same `identity` left in <folder>.partial is verified and kept. `alive` is called after each block.
 /// Returns bytes of tensors. Throws UserError on all ranks when the disk is full.

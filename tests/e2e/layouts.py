@@ -29,8 +29,10 @@ class Layouts(TrainCase):
         self.upcycle("train", one)
         many, many_run = self.run_file("many", MOE, steps=8)
         axes = [f"--set=parallel.{axis}=2" for axis in ("tensor", "pipeline", "expert")]
-        said = self.upcycle("train", many, *axes, ranks=8)
+        said = self.upcycle("train", many, *axes, "--log-level=debug", ranks=8)
         self.assertIn("tensor 2", said)
+        self.assertIn("debug: rank 0's group of axis tensor (2 ranks): [0, 1]", said)
+        self.assertRegex(said, r"debug: \d+ buckets of gradients, in backward's order:\n.*debug: +(?:lm_head|model)\.")
         self.assert_close(self.losses(one_run), self.losses(many_run), 1e-5)
         self.assertEqual((one_run / "checkpoints/step-00000000/weights.h5").read_bytes(),
                          (many_run / "checkpoints/step-00000000/weights.h5").read_bytes(), "grown on another layout, the same bytes")

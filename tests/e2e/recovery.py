@@ -10,6 +10,7 @@ import unittest
 import h5py
 import numpy as np
 import tiny_run
+from check_schema import check
 from tiny_run import MOE, SEQUENCE, VOCAB, TrainCase, checkpoint, make_dense, steps_of, write_tokens
 
 CONSTANT = '[optimizer]\nschedule = "constant"\nlr = 1e-3\n'
@@ -183,6 +184,7 @@ class Spikes(TrainCase):
         self.assertTrue(all(line["skipped"] == (line["step"] in spikes) for line in steps_of(straight)))
         self.assertIn(f"step {spikes[0]}: the loss, ", said)
         training = manifest_of(checkpoint(straight, self.STEPS))["training"]
+        self.assertEqual(check(checkpoint(straight, self.STEPS)), [], "what is kept of the losses is as the schema says")
         self.assertEqual((training["skipped"], training["updates"], len(training["losses"])), (len(spikes), self.STEPS - len(spikes), 128))
         # Stopped shortly before a spike, the run still knows what its losses were.
         path, stopped = self.run_of("stopped", spike=6.0)

@@ -18,7 +18,7 @@ endif()
 
 set(fuzz_includes -I${PROJECT_SOURCE_DIR}/src -isystem ${torch_root}/include)
 set(fuzz_sources src/checkpoint/manifest.cpp src/checkpoint/safetensors_header.cpp src/checkpoint/digest.cpp src/checkpoint/blocks.cpp
-                 src/checkpoint/durable.cpp src/base/mapped_file.cpp src/base/gigabytes.cpp src/base/box.cpp)
+                 src/checkpoint/durable.cpp src/base/mapped_file.cpp src/base/quantities.cpp src/base/box.cpp)
 
 # fuzz_object(<source> <variable>): its object file, compiled by clang++.
 function(fuzz_object source variable)

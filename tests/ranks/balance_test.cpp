@@ -12,10 +12,10 @@
 #include "base/error.hpp"
 #include "base/rng.hpp"
 #include "support/numbers.hpp"
+#include "support/save_checkpoint.hpp"
 #include "support/scratch.hpp"
 #include "support/tensors.hpp"
 #include "support/tiny_training.hpp"
-#include "train/snapshot.hpp"
 
 // Shapes: T tokens of this rank, K choices of each, E experts, D width.
 namespace upcycle {

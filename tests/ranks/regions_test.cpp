@@ -68,29 +68,6 @@ class Regions : public testing::Test {
   }
 };
 
-TEST_F(Regions, CopyInto) {
-  // The input is one and the same tensor on all ranks; its gradient is the sum of what each rank's use of it gives.
-  const Tensor shared = whole_numbers(1, {3, 4}).requires_grad_();
-  const Tensor y = copy_into(world, shared);
-  EXPECT_TRUE(at::equal(y.detach(), shared.detach()));
-  (whole_numbers(50 + static_cast<uint64_t>(rank), {3, 4}) * y).sum().backward();
-  Tensor expected = at::zeros({3, 4}, at::kDouble);
-  for (int r = 0; r < size; ++r) expected += whole_numbers(50 + static_cast<uint64_t>(r), {3, 4});
-  EXPECT_TRUE(at::equal(shared.grad(), expected));
-}
-
-TEST_F(Regions, ReduceFrom) {
-  // What follows is the same on all ranks (one loss, not one per rank), so dy is taken as it is.
-  const Tensor mine = whole_numbers(10 + static_cast<uint64_t>(rank), {3, 4}).requires_grad_();
-  const Tensor y = reduce_from(world, mine);
-  Tensor expected = at::zeros({3, 4}, at::kDouble);
-  for (int r = 0; r < size; ++r) expected += whole_numbers(10 + static_cast<uint64_t>(r), {3, 4});
-  EXPECT_TRUE(at::equal(y.detach(), expected));
-  const Tensor dy = whole_numbers(50, {3, 4});
-  (dy * y).sum().backward();
-  EXPECT_TRUE(at::equal(mine.grad(), dy));
-}
-
 TEST_F(Regions, GatherAlong) {
   for (const int64_t dim : {0, 1, 2}) {
     check(
@@ -104,20 +81,6 @@ TEST_F(Regions, ReduceScatterAlong) {
     check(
         all({2 * size, size, 3 * size}), [&](const Tensor& x) { return reduce_scatter_along(world, x, dim); },
         [&](const std::vector<Tensor>& x) { return sum(x).chunk(size, dim); });
-  }
-}
-
-TEST_F(Regions, ScatterAlong) {
-  // The input is one tensor on all ranks: rank r's gradient is all ranks' slices side by side.
-  for (const int64_t dim : {0, 1}) {
-    const Tensor shared = whole_numbers(1, {2 * size, 3 * size}).requires_grad_();
-    const Tensor y = scatter_along(world, shared, dim);
-    EXPECT_TRUE(at::equal(y.detach(), shared.detach().chunk(size, dim)[static_cast<size_t>(rank)]));
-    EXPECT_TRUE(y.is_contiguous());
-    (whole_numbers(50 + static_cast<uint64_t>(rank), y.sizes()) * y).sum().backward();
-    std::vector<Tensor> expected;
-    for (int r = 0; r < size; ++r) expected.push_back(whole_numbers(50 + static_cast<uint64_t>(r), y.sizes()));
-    EXPECT_TRUE(at::equal(shared.grad(), at::cat(expected, dim)));
   }
 }
 
@@ -208,7 +171,7 @@ TEST_F(Regions, AStridedArgumentAndGradientTravelWell) {
 TEST_F(Regions, NothingIsRecordedWithoutAGraph) {
   const Unrecorded guard;
   const Tensor x = whole_numbers(1, {2 * size, 2});
-  EXPECT_FALSE(reduce_from(world, x).requires_grad());
+  EXPECT_FALSE(reduce_scatter_along(world, x, 0).requires_grad());
   EXPECT_FALSE(gather_along(world, x, 0).requires_grad());
 }
 
@@ -216,16 +179,13 @@ TEST_F(Regions, AGroupOfOneReturnsItsArgument) {
   const Communicator alone;
   const Tensor x = whole_numbers(1, {2, 2}).requires_grad_();
   for (const Tensor& y :
-       {copy_into(alone, x), reduce_from(alone, x), gather_along(alone, x, 0), scatter_along(alone, x, 0),
-        reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{2}, {2}}), gather_rows(alone, x, {2}),
-        reduce_scatter_rows(alone, x, {2})}) {
+       {gather_along(alone, x, 0), reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{2}, {2}}), gather_rows(alone, x, {2}), reduce_scatter_rows(alone, x, {2})}) {
     EXPECT_TRUE(y.is_same(x));
   }
 }
 
 TEST_F(Regions, RefusesSlicesThatDoNotDivide) {
   if (size == 1) GTEST_SKIP() << "one rank divides everything";
-  EXPECT_THROW(scatter_along(world, at::zeros({2 * size + 1}), 0), std::logic_error);
   EXPECT_THROW(reduce_scatter_along(world, at::zeros({2 * size + 1}), 0), std::logic_error);
   EXPECT_THROW(gather_rows(world, at::zeros({3}), Rows(static_cast<size_t>(size), 2)), std::logic_error);
   EXPECT_THROW(reduce_scatter_rows(world, at::zeros({2 * size + 1}), Rows(static_cast<size_t>(size), 2)), std::logic_error);

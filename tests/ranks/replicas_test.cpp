@@ -12,8 +12,8 @@
 
 #include "base/error.hpp"
 #include "support/numbers.hpp"
+#include "support/save_checkpoint.hpp"
 #include "train/restore.hpp"
-#include "train/snapshot.hpp"
 #include "train/start.hpp"
 #include "train/trainer.hpp"
 

@@ -7,6 +7,7 @@
 
 #include "parallel/every_layout.hpp"
 #include "support/known_state.hpp"
+#include "support/save_checkpoint.hpp"
 #include "train/layout_check.hpp"
 
 namespace upcycle {

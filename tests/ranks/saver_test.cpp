@@ -8,6 +8,7 @@
 
 #include "checkpoint/digest.hpp"
 #include "support/known_state.hpp"
+#include "support/save_checkpoint.hpp"
 #include "support/scratch.hpp"
 
 namespace upcycle {

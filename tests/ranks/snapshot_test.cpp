@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "support/known_state.hpp"
+#include "support/save_checkpoint.hpp"
 
 namespace upcycle {
 namespace {

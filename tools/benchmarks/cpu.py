@@ -26,10 +26,13 @@ def options(words):
     parser.add_argument("--layers", type=int, metavar="N", help="with fewer layers than it has")
     parser.add_argument("--jobs", nargs="+", choices=conversion.JOBS, default=list(conversion.JOBS), metavar="JOB",
                         help=f"of conversion: {', '.join(conversion.JOBS)} (default: all)")
-    parser.add_argument("--upcycle", type=Path, default=common.ROOT / "build/upcycle", metavar="PROGRAM", help="default: build/upcycle")
+    parser.add_argument("--upcycle", type=Path, metavar="PROGRAM", help="default: the bundle's, or build/upcycle")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
                         help="on the disk to measure; needs 9 times the converted model's size (default: the system's for temporary files)")
     chosen = parser.parse_args(words)
+    if chosen.upcycle is None:
+        bundled = common.ROOT / "upcycle"
+        chosen.upcycle = bundled if bundled.is_file() else common.ROOT / "build/upcycle"
     for name in ("steps", "repeats", "threads"):
         if getattr(chosen, name) < 1:
             parser.error(f"--{name} must be 1 or more")

@@ -129,7 +129,7 @@ TEST(RunSummary, TellsTheRunOverAllItsStarts) {
   }
   EXPECT_EQ(summarize(history, end_at(3)),
             "done: eight, 3 steps\n"
-            "  tokens         300; 1 step skipped, the gradient was not finite\n"
+            "  tokens         300; 1 step skipped (gradient not finite, or loss a spike)\n"
             "  time           2m45s in 2 starts, 1m05s in this one\n"
             "  speed          2,000 tokens/s (the median step), 2.0 TFLOP/s, 25.0 % of the peak\n"
             "  loss           5.0000 at step 1 -> 3.5000 at step 3\n"
@@ -144,8 +144,8 @@ TEST(RunSummary, TellsTheRunOverAllItsStarts) {
             "                 tensorboard --logdir runs/eight/tensorboard");
   history.add(start(2), 0);
   EXPECT_EQ(summarize(history, end_at(2)),
-            "stopped on request (signal) after step 2 of 3: eight\n"
-            "  tokens         200; 1 step skipped, the gradient was not finite\n"
+            "stopped on request after step 2 of 3: eight\n"
+            "  tokens         200; 1 step skipped (gradient not finite, or loss a spike)\n"
             "  time           2m46s in 3 starts, 1m05s in this one\n"
             "  speed          2,000 tokens/s (the median step), 2.0 TFLOP/s, 25.0 % of the peak\n"
             "  loss           5.0000 at step 1 -> 4.0000 at step 2\n"
