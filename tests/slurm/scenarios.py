@@ -76,7 +76,7 @@ class Stop(Scenario):
         job = place.submit("--nodes=4", "--time=4", "--signal=B:USR2@120")   # comes one minute after the start, or two
         job.wait_for_step(1)
         job.wait("requeue", lambda: "back into the queue" in job.log())   # its state is SIGNALING for a moment
-        self.said(job, "stopped on request (signal) after step", "code 75: back into the queue")
+        self.said(job, "stopped on request after step", "code 75: back into the queue")
         place.write_site()   # the rest may be fast, and in one life
         LAB.ask("scontrol", "update", f"jobid={job.id}", "TimeLimit=30")
         self.finished(place, job, restarts=1)
