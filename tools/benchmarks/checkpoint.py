@@ -3,7 +3,8 @@
 The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
 (data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save and load, in turn, as many processes write and
 read as many bytes with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
-that. Files are dropped from the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
+that. Who comes first changes from repeat to repeat: what was written last may still lie in a cache behind the disk. Files are dropped from
+the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
 Figures are medians over repeats; --json has all of them.
 
 --asynchronous: from a copy, behind the steps, its memory taken before; a step waits for the copy alone: "stall". On a GPU machine, from a bundle:
@@ -32,7 +33,7 @@ def options(words):
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="of its layers (default: 4)")
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="default: 1,2,4")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--repeats", type=int, default=4, metavar="N", help="default: 4; with an even number each comes first as often as last")
     parser.add_argument("--asynchronous", action="store_true", help="behind the steps: what a step waits for is told, too")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the state lies (default: cpu)")
     parser.add_argument("--transfer", default="auto", choices=["auto", "direct", "buffered", "independent"])
