@@ -10,6 +10,7 @@ leave() { say "$2"; exit "$1"; }
 
 slurm_folder=$(dirname "${BASH_SOURCE[0]}")
 if [[ -f $slurm_folder/site.env ]]; then
+  bash -n "$slurm_folder/site.env" || leave 2 "$slurm_folder/site.env is no shell script, see above"
   # shellcheck source=/dev/null
   source "$slurm_folder/site.env" job
 else
@@ -19,6 +20,7 @@ fi
 # The program: $UPCYCLE, else a clone's, a bundle's, or the installed one.
 read -ra upcycle <<<"${UPCYCLE:-$(PATH=$PWD/build:$PWD:$PATH command -v upcycle)}"
 ((${#upcycle[@]})) || leave 2 "no upcycle in $PWD/build, $PWD or PATH: name it as UPCYCLE in $slurm_folder/site.env"
+command -v "${upcycle[0]}" >/dev/null || leave 2 "UPCYCLE=${upcycle[*]}: there is no ${upcycle[0]} on $(hostname)"
 
 # The last element of an array has the array's own number: to requeue SLURM_JOB_ID there would start all elements again.
 job=$SLURM_JOB_ID
