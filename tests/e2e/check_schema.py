@@ -44,18 +44,17 @@ def violations(value, schema, where):
     return found
 
 
-def digest_of(manifest):
-    """Of a manifest without its digest, as README.md of the schema says."""
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
-
-
 def digest_of_text(text):
-    """The same of what is written: two programs may write one number in two ways."""
+    """Of a manifest without its digest, as README.md of the schema says; numbers as they are written, since two programs may write one in two ways."""
     rest = json.loads(text, parse_float=lambda number: "\0" + number)
     rest.pop("digest", None)
     plain = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(re.sub(r'"\\u0000([^"]+)"', r"\1", plain).encode())
+
+
+def digest_of(manifest):
+    """The same, of one that is about to be written."""
+    return digest_of_text(json.dumps(manifest))
 
 
 def texts_of(checkpoint):
