@@ -6,7 +6,7 @@ import sys
 
 MAY_INCLUDE = {
     "base": "", "config": "base", "device": "base", "parallel": "base device config", "ops": "base device",
-    "checkpoint": "base device parallel", "data": "base config device", "moe": "base config parallel ops",
+    "checkpoint": "base device parallel", "data": "base config device", "moe": "base config device parallel ops",
     "model": "base config parallel ops moe", "upcycle": "base config model parallel/grid.hpp",
     "train": "base config device parallel ops checkpoint data moe model upcycle",
     "cli": "base config device parallel checkpoint data moe model upcycle train", "": "base config parallel cli",

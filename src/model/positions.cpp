@@ -31,7 +31,7 @@ Segments segments_of(int64_t sequences, int64_t length, const std::vector<Stretc
   }
   const std::vector<Segment> all_causal = {{0, length, 0, length}};
   if (std::all_of(of_sequence.begin(), of_sequence.end(), [&](const auto& segments) { return segments == all_causal; })) return {};
-  return {std::move(of_sequence), sequences, queries, length, device};
+  return {std::move(of_sequence), sequences, queries, length, device, /*recurring=*/!starts.defined()};
 }
 
 }  // namespace upcycle

@@ -10,6 +10,7 @@
 
 #include "base/autograd.hpp"
 #include "base/trace_range.hpp"
+#include "device/device.hpp"
 
 namespace upcycle {
 namespace {
@@ -35,7 +36,21 @@ Tensor by_expert(const std::vector<int64_t>& count_SL, int64_t senders, int64_t 
       for (int64_t row = 0; row < count_SL[block]; ++row) *next++ = begin_SL[block] + row;
     }
   }
-  return permutation.to(device);
+  return device::send(permutation, device);
+}
+
+// Rows leave sorted by expert, so those for rank r's expert l are one run. They arrive as one run of each sender for each local expert:
+// sorted by expert already, or, where other ranks' rows are still to come in between (`by_sender`), as each sender has them.
+Splits runs(const Tensor& sent_E, const Tensor& count_SL, bool by_sender) {
+  const int64_t senders = count_SL.size(0), local = count_SL.size(1);
+  const int64_t *sent = sent_E.const_data_ptr<int64_t>(), *arriving = count_SL.const_data_ptr<int64_t>();
+  Splits splits;
+  for (int64_t expert = 0; expert < sent_E.numel(); ++expert) splits.send.push_back({static_cast<int>(expert / local), sent[expert]});
+  for (int64_t i = 0; i < senders * local; ++i) {
+    const int64_t sender = by_sender ? i / local : i % senders, expert = by_sender ? i % local : i / senders;
+    splits.receive.push_back({static_cast<int>(sender), arriving[sender * local + expert]});
+  }
+  return splits;
 }
 
 }  // namespace
@@ -78,27 +93,30 @@ Route Dispatcher::plan_all_to_all(const Routing& routing) const {
     route.end_L = route.order.end_E;
     return route;
   }
-  // count_SE: how many rows each rank has for each expert. The one place where the host must know: split sizes.
-  const Tensor count_SE = slots > 0 ? at::full({ranks, num_experts_}, slots, at::kLong)
-                                    : experts_.all_gather(routing.count_E.unsqueeze(0), 0).cpu();
+  // count_SE: how many rows each rank has for each expert. The one place where the host must know: split sizes. What the device can do
+  // without the host is asked of it first, so that it has work while the host waits.
+  const Tensor counts = slots > 0 ? at::full({ranks, num_experts_}, slots, at::kLong) : experts_.all_gather(routing.count_E.unsqueeze(0), 0);
+  const device::HostCopy to_host(counts);
+  const auto ends = [&](const Tensor& count_NL) {
+    const Tensor end_L = at::cumsum(count_NL.sum(0), 0, at::kInt);
+    return end_L.device() == device ? end_L : device::send(end_L, device);
+  };
+  if (slots == 0 && routing.capacity == 0) route.order = sort_by_expert(routing.expert_TK, num_experts_);
+  if (peers == 1) route.end_L = ends(counts.narrow(1, experts_.rank() * num_local_, num_local_));
+  const Tensor count_SE = to_host.wait(), sent_E = count_SE[experts_.rank()].contiguous();
   const Tensor count_SL = count_SE.narrow(1, experts_.rank() * num_local_, num_local_).contiguous();
-  const Tensor count_PSL = slots > 0 ? count_SL.expand({peers, ranks, num_local_}).contiguous()
-                                     : expert_tensor_.all_gather(count_SL.unsqueeze(0), 0);
-  const Tensor sent_S = count_SE[experts_.rank()].view({ranks, num_local_}).sum(1);
-  route.splits = {numbers(sent_S), numbers(count_SL.sum(1))};
-  route.rows_P = numbers(count_PSL.flatten(1).sum(1));
+  route.splits = runs(sent_E, count_SL, peers > 1);
   if (slots > 0) {
     route.order = slots_by_expert(routing.expert_TK, 0, num_experts_, slots);
   } else if (routing.capacity > 0) {
-    route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_S.sum().item<int64_t>());
-  } else {
-    route.order = sort_by_expert(routing.expert_TK, num_experts_);
+    route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_E.sum().item<int64_t>());
   }
-  if (ranks * peers > 1) {
-    route.by_expert_R = by_expert(numbers(count_PSL), peers * ranks, num_local_, device);
-    route.by_sender_R = inverse_of(route.by_expert_R);
-  }
-  route.end_L = at::cumsum(count_PSL.flatten(0, 1).sum(0), 0, at::kInt).to(device);
+  if (peers == 1) return route;
+  const Tensor count_PSL = slots > 0 ? count_SL.expand({peers, ranks, num_local_}).contiguous() : expert_tensor_.all_gather(count_SL.unsqueeze(0), 0);
+  route.rows_P = numbers(count_PSL.flatten(1).sum(1));
+  route.by_expert_R = by_expert(numbers(count_PSL), peers * ranks, num_local_, device);
+  route.by_sender_R = inverse_of(route.by_expert_R);
+  route.end_L = ends(count_PSL.flatten(0, 1));
   return route;
 }
 
@@ -124,8 +142,8 @@ Tensor Dispatcher::of_all(const Tensor& x_TD, const Route& route) const {
 }
 
 Tensor Dispatcher::travel(const Tensor& x_ND, const Route& route) const {
-  if (!route.by_expert_R.defined()) return x_ND;
-  return permute_rows(gather_rows(expert_tensor_, exchange(experts_, x_ND, route.splits), route.rows_P), route.by_expert_R);
+  const Tensor arrived = exchange(experts_, x_ND, route.splits);
+  return route.by_expert_R.defined() ? permute_rows(gather_rows(expert_tensor_, arrived, route.rows_P), route.by_expert_R) : arrived;
 }
 
 Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route) const {
@@ -149,11 +167,8 @@ Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor&
     const Tensor y_TD = reduce_scatter_rows(experts_, reduce_scatter_rows(expert_tensor_, partial, route.rows_P), route.tokens_S);
     return (onto_TD.defined() ? onto_TD + y_TD : y_TD).to(y_RD.scalar_type());
   }
-  Tensor y_ND = y_RD;
-  if (route.by_expert_R.defined()) {
-    const Splits home{route.splits.receive, route.splits.send};
-    y_ND = exchange(experts_, reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P), home);
-  }
+  const Tensor own_RD = route.by_sender_R.defined() ? reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P) : y_RD;
+  const Tensor y_ND = exchange(experts_, own_RD, {route.splits.receive, route.splits.send});
   return onto_TD.defined() ? add_rows(onto_TD, y_ND, route.order) : sum_rows(y_ND, route.order);
 }
 

@@ -12,11 +12,11 @@ namespace upcycle {
 struct Route {
   Tensor end_L;         ///< int32: expert l owns rows end[l-1] .. end[l] of those that arrive; on the device of the rows
   RowOrder order;       ///< how choices become rows: all-to-all, of this rank's tokens; all-gather, of everyone's
-  Splits splits;        ///< all-to-all: how many rows go to and come from each rank of the expert group
-  Tensor by_expert_R;   ///< all-to-all: order of arrival -> sorted by local expert; undefined when they arrive sorted (one rank)
+  Splits splits;        ///< all-to-all: the runs of rows that go to and come from each rank of the expert group
+  Tensor by_expert_R;   ///< all-to-all: order of arrival -> sorted by local expert; undefined when they arrive sorted (P = 1)
   Tensor by_sender_R;   ///< its inverse
   Rows tokens_S;        ///< all-gather: the tokens of each rank of the expert group
-  Rows rows_P;          ///< rows that each rank of the expert_tensor group brings: arrived ones (all-to-all), tokens (all-gather)
+  Rows rows_P;          ///< rows that each rank of the expert_tensor group brings: arrived ones (all-to-all, P > 1), tokens (all-gather)
 };
 
 struct DispatcherSettings {

@@ -19,8 +19,8 @@ enum class AttentionKernel {
 
 /// Causal grouped-query attention, softmax(q k^T / sqrt(D)) v, where each query sees the keys of its segment up to its own (without
 /// segments: all up to its own). q [B, S, H, D], k and v [B, P, G, D], one dtype. No mask of S x P lies in memory.
-/// CPU: ATen's flash kernel. CUDA: cuDNN or ATen's flash kernel (with segments always this one) for bf16 and fp16 where D is a multiple of
-/// 8 up to 256; else written out. A shape that cuDNN refuses goes through flash from then on, which is logged once. Where
+/// CPU: ATen's flash kernel. CUDA: cuDNN or ATen's flash kernel (always this one with segments that do not recur) for bf16 and fp16 where D
+/// is a multiple of 8 up to 256; else written out. A shape that cuDNN refuses goes through flash from then on, which is logged once. Where
 /// device::deterministic(), backward is flash's repeatable one. `kernel` other than automatic is for tests and benchmarks; ignored
 /// but on a GPU without segments.
 Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {}, AttentionKernel kernel = {});

@@ -2,26 +2,27 @@
 
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/logaddexp.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "base/autograd.hpp"
+#include "ops/dense_attention.hpp"
 
 namespace upcycle {
 namespace {
 
-// A rectangle of a segment's scores that the CPU's kernel can do. It aligns its causal mask at the first key, not at the last: so a
+// A rectangle of a segment's scores that a dense kernel can do. Those align their causal mask at the first key, not at the last: so a
 // segment that sees earlier keys goes in two parts, those keys without a mask and its own square with one.
 struct Part {
   int64_t k_begin, keys;
   bool causal;
 };
 
-// Some positions of some sequences of x [B, S, H, D], for ATen's kernels.
+// Some positions of some sequences of x [B, S, H, D], for the kernels.
 Tensor block(const Tensor& x, int64_t first, int64_t count, int64_t begin, int64_t size) {
   return heads_first(x.narrow(0, first, count).narrow(1, begin, size));
 }
@@ -35,9 +36,10 @@ std::vector<Part> parts_of(const Segment& s) {
 
 }  // namespace
 
-Attended segments_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
+Attended segments_by_parts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
   const Tensor out = at::empty(q.sizes(), q.options());
   const Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  std::vector<Dense> done;   // of each part, for backward; without its own output
   {
     const Unrecorded guard;
     segments.for_each([&](int64_t first, int64_t count, const Segment& s) {
@@ -45,37 +47,39 @@ Attended segments_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const S
       Tensor merged, merged_lse;
       for (const Part& part : parts_of(s)) {
         const auto keys = [&](const Tensor& x) { return block(x, first, count, part.k_begin, part.keys); };
-        const auto [o, l] = at::_scaled_dot_product_flash_attention_for_cpu(queries(q), keys(k), keys(v), 0.0, part.causal);
+        const Dense dense = dense_attention(queries(q), keys(k), keys(v), part.causal, AttentionKernel::automatic);
+        done.push_back({{}, {}, dense.seed, dense.offset});
         if (!merged.defined()) {
-          merged = o, merged_lse = l;
+          merged = dense.out_BHSD, merged_lse = dense.log_sum_exp_BHS;
           continue;
         }
         // Each part is normalised by its own sum of exponentials; the whole by the sum of both.
-        const Tensor both = at::logaddexp(merged_lse, l);
-        merged = merged * (merged_lse - both).exp_().unsqueeze(-1) + o * (l - both).exp_().unsqueeze(-1);
+        const Tensor both = at::logaddexp(merged_lse, dense.log_sum_exp_BHS);
+        merged = merged * (merged_lse - both).exp_().unsqueeze(-1) + dense.out_BHSD * (dense.log_sum_exp_BHS - both).exp_().unsqueeze(-1);
         merged_lse = both;
       }
       queries(out).copy_(merged);
       lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries()).copy_(merged_lse);
     });
   }
-  auto backward = [q = q.detach(), k = k.detach(), v = v.detach(), out, lse, segments](const std::vector<Tensor>& d) -> Gradients {
-    const Tensor dq = at::zeros(q.sizes(), q.options());
-    const Tensor dk = at::zeros(k.sizes(), k.options()), dv = at::zeros(v.sizes(), v.options());
+  auto backward = [q = q.detach(), k = k.detach(), v = v.detach(), out, lse, done, segments](const std::vector<Tensor>& gradient) -> Gradients {
+    const Tensor d = gradient[0].contiguous();
+    const auto sums = [](const Tensor& x) { return at::zeros(x.sizes(), x.options().dtype(at::kFloat)); };
+    const Tensor dq = sums(q), dk = sums(k), dv = sums(v);
+    auto next = done.begin();
     segments.for_each([&](int64_t first, int64_t count, const Segment& s) {
       const auto queries = [&](const Tensor& x) { return block(x, first, count, s.q_begin, s.queries()); };
-      const Tensor sums = lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries());
       for (const Part& part : parts_of(s)) {
         const auto keys = [&](const Tensor& x) { return block(x, first, count, part.k_begin, part.keys); };
-        // With the whole's output and log-sum-exp, the probabilities that backward computes anew are the whole's.
-        const auto [part_dq, part_dk, part_dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-            queries(d[0]), queries(q), keys(k), keys(v), queries(out), sums, 0.0, part.causal);
+        const Dense whole{queries(out), lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries()).contiguous(), next->seed, next->offset};
+        const auto [part_dq, part_dk, part_dv] = dense_attention_backward(queries(d), queries(q), keys(k), keys(v), whole, part.causal);
         queries(dq).add_(part_dq);
         keys(dk).add_(part_dk);
         keys(dv).add_(part_dv);
+        ++next;
       }
     });
-    return {dq, dk, dv};
+    return {dq.to(q.scalar_type()), dk.to(k.scalar_type()), dv.to(v.scalar_type())};
   };
   return {record(out, {q, k, v}, backward), lse};
 }
@@ -108,7 +112,7 @@ Tensor sum_rows(const Tensor& dx_RGD, const Tensor& x_BSGD, const Segments& segm
 
 // All segments in one call of the kernel for sequences of different lengths, whose causal mask is aligned at the last key. Not cuDNN: ATen
 // 2.11 plans it anew at each call, gives it wrong borders of the log-sum-exp, and logs a line for each backward.
-Attended segments_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
+Attended segments_as_rows(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
   const int64_t sequences = q.size(0), queries = q.size(1), heads = q.size(2);
   const Segments::Rows& rows = segments.rows();
   Tensor q_rows, k_rows, v_rows;
@@ -130,6 +134,16 @@ Attended segments_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const 
   };
   const Tensor lse_HBS = std::get<1>(forward).view({heads, sequences, queries});
   return {record(std::get<0>(forward).view(q.sizes()), {q, k, v}, backward), lse_HBS.transpose(0, 1)};
+}
+
+Attended segment_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
+  bool by_parts = q.is_cpu() || segments.recurring();
+  if (q.is_cuda()) {
+    segments.for_each([&](int64_t, int64_t, const Segment& s) {
+      for (const Part& part : parts_of(s)) by_parts = by_parts && worth_a_plan(q, s.queries(), part.keys);
+    });
+  }
+  return by_parts ? segments_by_parts(q, k, v, segments) : segments_as_rows(q, k, v, segments);
 }
 
 }  // namespace upcycle

@@ -1,15 +1,14 @@
 #pragma once
 #include "ops/attention.hpp"
 
-// `attention` where queries see segments of the keys (not for plain segments), and what it shares with the plain form.
 namespace upcycle {
 
-/// ATen's kernels want heads before positions.
-inline Tensor heads_first(const Tensor& x_BSHD) { return x_BSHD.transpose(1, 2); }
+/// `attention` where queries see segments of the keys (not for plain segments), by kernels.
+Attended segment_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments&);
 
-/// By ATen's flash kernel for the CPU, segment by segment.
-Attended segments_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Segments&);
-/// By ATen's flash kernel for sequences of different lengths, all in one call: bf16 and fp16, D a multiple of 8 up to 256.
-Attended segments_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Segments&);
+/// Part by part, each a rectangle of a segment's scores that dense_attention can do. On a GPU for bf16 and fp16, D a multiple of 8 up to 256.
+Attended segments_by_parts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments&);
+/// By ATen's flash kernel for sequences of different lengths, all in one call, on a GPU: bf16 and fp16, D a multiple of 8 up to 256.
+Attended segments_as_rows(const Tensor& q, const Tensor& k, const Tensor& v, const Segments&);
 
 }  // namespace upcycle

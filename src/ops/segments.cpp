@@ -26,8 +26,8 @@ void check(const std::vector<Segment>& segments, int64_t queries, int64_t keys) 
 }  // namespace
 
 Segments::Segments(std::vector<std::vector<Segment>> of_sequence, int64_t sequences, int64_t queries, int64_t keys,
-                   c10::Device device)
-    : of_sequence_(std::move(of_sequence)), sequences_(sequences), keys_(keys) {
+                   c10::Device device, bool recurring)
+    : of_sequence_(std::move(of_sequence)), sequences_(sequences), keys_(keys), recurring_(recurring) {
   const auto lists = static_cast<int64_t>(of_sequence_.size());
   if (lists != 1 && (lists == 0 || lists != sequences)) {
     throw std::logic_error(text(lists, " lists of segments for ", sequences, " sequences"));

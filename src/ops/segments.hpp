@@ -24,10 +24,13 @@ class Segments {
   /// Plain causal attention: query i of every sequence sees keys 0 .. i.
   Segments() = default;
   /// For each of B sequences its segments, which cover queries 0 .. S-1 in order; one list alone serves all sequences. `device` is
-  /// where attention will run. Throws std::logic_error when queries are left out or keys lie outside of 0 .. P-1.
-  Segments(std::vector<std::vector<Segment>> of_sequence, int64_t sequences, int64_t queries, int64_t keys, c10::Device device);
+  /// where attention will run. `recurring`: further batches have segments of the same lengths, so that kernels may plan for them.
+  /// Throws std::logic_error when queries are left out or keys lie outside of 0 .. P-1.
+  Segments(std::vector<std::vector<Segment>> of_sequence, int64_t sequences, int64_t queries, int64_t keys, c10::Device device,
+           bool recurring = false);
 
   bool plain() const noexcept { return of_sequence_.empty(); }
+  bool recurring() const noexcept { return recurring_; }
 
   /// visit(first sequence, number of sequences, segment): all sequences at once where they are alike. Not for plain ones.
   template <class Visit>
@@ -51,6 +54,7 @@ class Segments {
  private:
   std::vector<std::vector<Segment>> of_sequence_;
   int64_t sequences_ = 0, keys_ = 0;
+  bool recurring_ = false;
   Rows rows_;
 };
 

@@ -102,13 +102,25 @@ bool Communicator::by_nccl(const Tensor& x) const noexcept { return has_nccl() &
 int Communicator::mpi_handle() const { return MPI_Comm_c2f(state_->comm ? state_->comm.get() : MPI_COMM_SELF); }
 
 void Communicator::use_nccl() {
-  if (size() == 1 || has_nccl()) return;
-  std::string id;
+  Communicator* const itself = this;
+  use_nccl_in({&itself, 1});
+}
+
+void Communicator::use_nccl_in(std::span<Communicator* const> groups) const {
+  std::vector<Communicator*> joining;
+  for (Communicator* group : groups) {
+    if (group->size() > 1 && !group->has_nccl()) joining.push_back(group);
+  }
+  std::vector<nccl::Invitation> invitations;
   together([&] {
-    if (rank() == 0) id = nccl::new_id();
+    for (const Communicator* group : joining) invitations.push_back({group->rank() == 0 ? nccl::new_id() : std::string(), group->rank(), group->size()});
   });
-  id = broadcast(id, 0);
-  together([&] { state_->nccl = nccl::join(id, rank(), size()); });
+  for (size_t i = 0; i < joining.size(); ++i) invitations[i].id = joining[i]->broadcast(invitations[i].id, 0);
+  std::vector<nccl::Member> members;
+  together([&] {
+    if (!invitations.empty()) members = nccl::join(invitations);
+  });
+  for (size_t i = 0; i < joining.size(); ++i) joining[i]->state_->nccl = std::move(members[i]);
 }
 
 void Communicator::leave_nccl() noexcept { state_->nccl.reset(); }
@@ -189,33 +201,45 @@ void Communicator::gather_from_own_part(Tensor& x) const {
   if (!x.is_cpu()) x.copy_(all);
 }
 
-Tensor Communicator::all_to_all(const Tensor& x, std::span<const int64_t> send_rows,
-                                std::span<const int64_t> receive_rows) const {
+std::vector<Communicator::Run> Communicator::one_each(std::span<const int64_t> rows) {
+  std::vector<Run> runs;
+  for (const int64_t n : rows) runs.push_back({static_cast<int>(runs.size()), n});
+  return runs;
+}
+
+Tensor Communicator::all_to_all(const Tensor& x, std::span<const Run> sent, std::span<const Run> received) const {
   want_contiguous("all_to_all", x);
-  const auto sum = [](std::span<const int64_t> rows) { return std::accumulate(rows.begin(), rows.end(), int64_t{0}); };
-  const size_t ranks = static_cast<size_t>(size());
-  want(x.dim() > 0 && send_rows.size() == ranks && receive_rows.size() == ranks && sum(send_rows) == x.size(0),
-       "all_to_all", x, "needs one number of rows per rank, and together those of the tensor");
+  const auto sum = [](std::span<const Run> runs) {
+    return std::accumulate(runs.begin(), runs.end(), int64_t{0}, [](int64_t rows, const Run& run) { return rows + run.rows; });
+  };
+  const auto of_group = [this](const Run& run) { return run.peer >= 0 && run.peer < size() && run.rows >= 0; };
+  want(x.dim() > 0 && sum(sent) == x.size(0), "all_to_all", x, "the runs that are sent must be all of the tensor's rows");
+  want(std::all_of(sent.begin(), sent.end(), of_group) && std::all_of(received.begin(), received.end(), of_group), "all_to_all", x,
+       "a run is of no rank of the group, or of less than no rows");
   if (size() == 1) return x;
   const Unrecorded guard;
   const own_time::Call call;
-  if (by_nccl(x)) return nccl::all_to_all(*state_->nccl, x, send_rows, receive_rows);
-
   std::vector<int64_t> sizes = x.sizes().vec();
-  sizes[0] = sum(receive_rows);
+  sizes[0] = sum(received);
+  if (by_nccl(x)) {
+    const Tensor out = at::empty(sizes, x.options());
+    nccl::all_to_all(*state_->nccl, x, sent, out, received);
+    return out;
+  }
+
   const Tensor host = on_host(x), out = host_room(x, sizes);
   const int64_t row =
       x.element_size() * std::accumulate(sizes.begin() + 1, sizes.end(), int64_t{1}, std::multiplies<>());
-  const auto cut = [row](const Tensor& whole, std::span<const int64_t> rows) {
-    std::vector<Block> blocks;
+  const auto cut = [row](const Tensor& whole, std::span<const Run> runs) {
+    std::vector<mpi::Peer> blocks;
     std::byte* at = block_of(whole).data;
-    for (const int64_t n : rows) {
-      blocks.push_back({at, n * row});
-      at += n * row;
+    for (const auto& [peer, rows] : runs) {
+      blocks.push_back({peer, {at, rows * row}});
+      at += rows * row;
     }
     return blocks;
   };
-  mpi::exchange(state_->handle(), cut(host, send_rows), cut(out, receive_rows), piece_bytes);
+  mpi::exchange_runs(state_->handle(), cut(host, sent), cut(out, received), piece_bytes);
   return back_to(x, out);
 }
 

@@ -48,9 +48,17 @@ class Communicator {
   void reduce_into_own_part(Tensor& x) const;
   /// **Collective.** Fills the other parts of `x` with their ranks' own.
   void gather_from_own_part(Tensor& x) const;
-  /// **Collective.** `x` [sum(send_rows), ...]: the first send_rows[0] rows go to rank 0, ...; the result
-  /// [sum(receive_rows), ...] is ordered by sender. Zero rows are fine.
-  Tensor all_to_all(const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows) const;
+  /// Neighbouring rows of a tensor, all for one rank of the group or all from it.
+  struct Run {
+    int peer;
+    int64_t rows;
+  };
+  /// One run for each rank, in their order.
+  static std::vector<Run> one_each(std::span<const int64_t> rows);
+  /// **Collective.** `x` [rows sent, ...] goes run by run, as `sent` cuts it, to the runs' peers (this rank may be one); the result
+  /// [rows received, ...] is made of the runs `received`, in that order. Runs from one rank to another are taken in the order in which
+  /// both list them, and must be of as many rows. Empty runs are fine.
+  Tensor all_to_all(const Tensor& x, std::span<const Run> sent, std::span<const Run> received) const;
   /// **Collective.** In place, from rank `root`.
   void broadcast(Tensor& x, int root) const;
   void send(const Tensor& x, int to) const;
@@ -84,8 +92,11 @@ class Communicator {
     agree(error);
   }
 
-  /// **Collective.** From now on CUDA tensors of this group travel by NCCL, on this rank's current GPU. Groups of one rank
-  /// make none. Throws std::runtime_error when NCCL is not built in or refuses.
+  /// **Collective** over this group. From now on CUDA tensors of `groups`, which lie in it and all of whose ranks name them, in one order,
+  /// travel by NCCL, on this rank's current GPU. Groups of one rank make none. Throws std::runtime_error when NCCL is not built in or
+  /// refuses; then none has changed.
+  void use_nccl_in(std::span<Communicator* const> groups) const;
+  /// In this group itself.
   void use_nccl();
   /// Back to MPI through host memory.
   void leave_nccl() noexcept;

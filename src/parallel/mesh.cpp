@@ -88,11 +88,9 @@ void Mesh::make_nccl(c10::Device device) {
   const char* host_id = std::getenv("NCCL_HOSTID");
   const std::vector<std::string> shared = shared_gpus(world_, host_id ? host_id : host_name(), device);
   if (!shared.empty()) fail(shared.front(), ", which NCCL refuses");
-  world_.use_nccl();
-  for (Communicator& group : axes_) {
-    // Some groups of an axis may fail and others not: nobody goes on before all know.
-    world_.together([&] { group.use_nccl(); });
-  }
+  std::vector<Communicator*> all = {&world_};
+  for (Communicator& group : axes_) all.push_back(&group);
+  world_.use_nccl_in(all);
 }
 
 void check_transport(c10::Device device, Transport transport) {
@@ -116,16 +114,17 @@ void Mesh::prepare(c10::Device device, Transport transport) {
     transport_ = text("NCCL ", nccl::version());
   } catch (const std::exception& refusal) {
     if (transport == Transport::nccl) fail("run.transport = \"nccl\": ", refusal.what(), "; use \"auto\" or \"mpi\"");
-    world_.leave_nccl();
-    for (Communicator& group : axes_) group.leave_nccl();
     log::info(text("tensors travel by ", transport_, ": ", refusal.what()));
   }
 }
 
-Communicator Mesh::group(int colour) const {
-  Communicator group = world_.split(colour, world_.rank());
-  if (world_.has_nccl()) world_.together([&] { group.use_nccl(); });
-  return group;
+std::vector<Communicator> Mesh::groups(std::span<const int> colours) const {
+  std::vector<Communicator> groups;
+  for (const int colour : colours) groups.push_back(world_.split(colour, world_.rank()));
+  std::vector<Communicator*> all;
+  for (Communicator& group : groups) all.push_back(&group);
+  if (world_.has_nccl()) world_.use_nccl_in(all);
+  return groups;
 }
 
 std::vector<std::string> transports_built_in() {

@@ -2,6 +2,7 @@
 #include <c10/core/Device.h>
 
 #include <array>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -45,9 +46,9 @@ class Mesh {
   /// them set NCCL_HOSTID, each its own, which makes NCCL believe in different hosts.
   void prepare(c10::Device device, Transport transport);
 
-  /// **Collective.** A further group: the ranks that name the same `colour` (>= 0), in ascending order; by NCCL where the mesh uses
-  /// it. All ranks make the same groups in the same order.
-  Communicator group(int colour) const;
+  /// **Collective.** Further groups, one for each colour (>= 0): the ranks that name the same as the i-th, in ascending order; by NCCL where
+  /// the mesh uses it. All ranks name equally many.
+  std::vector<Communicator> groups(std::span<const int> colours) const;
 
   const Grid& grid() const noexcept { return grid_; }
   const Coordinates& here() const noexcept { return here_; }

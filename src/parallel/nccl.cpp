@@ -3,7 +3,9 @@
 #include <stdexcept>
 
 #ifdef UPCYCLE_CUDA
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <nccl.h>
@@ -57,6 +59,10 @@ ncclDataType_t type_of(const Tensor& x) {
       return ncclInt32;
     case at::kLong:
       return ncclInt64;
+    case at::kBFloat16:
+      return ncclBfloat16;
+    case at::kHalf:
+      return ncclFloat16;
     default:
       throw std::logic_error(text("NCCL: no reduction of ", c10::toString(x.scalar_type())));
   }
@@ -83,7 +89,7 @@ struct On {
   cudaStream_t stream;
 };
 
-/// Sends and receives that NCCL carries out together.
+/// Calls that NCCL carries out together.
 template <class Calls>
 void grouped(ncclComm_t comm, Calls&& calls) {
   check(ncclGroupStart(), "ncclGroupStart");
@@ -126,21 +132,26 @@ std::string new_id() {
   return std::string(id.internal, sizeof id.internal);
 }
 
-Member join(const std::string& id, int rank, int size) {
-  ncclUniqueId name;
-  std::memcpy(name.internal, id.data(), sizeof name.internal);
-  Member member(new Group{nullptr, size});
-  check(ncclCommInitRank(&member->comm, size, name, rank), "ncclCommInitRank", member->comm);
+std::vector<Member> join(std::span<const Invitation> invitations) {
+  std::vector<Member> members;
+  for (const Invitation& invitation : invitations) members.emplace_back(new Group{nullptr, invitation.size});
+  grouped(nullptr, [&] {
+    for (size_t i = 0; i < members.size(); ++i) {
+      ncclUniqueId name;
+      std::memcpy(name.internal, invitations[i].id.data(), sizeof name.internal);
+      check(ncclCommInitRank(&members[i]->comm, invitations[i].size, name, invitations[i].rank), "ncclCommInitRank");
+    }
+  });
   const std::lock_guard lock(groups_mutex);
-  live.insert(member->comm);
-  return member;
+  for (const Member& member : members) live.insert(member->comm);
+  return members;
 }
 
 void all_reduce(Group& group, Tensor& x, Reduce how) {
-  if (rounded(x)) {
-    Tensor wide = x.to(at::kFloat);
-    all_reduce(group, wide, how);
-    x.copy_(wide);
+  if (how == Reduce::sum && rounded(x)) {
+    const int64_t part = (x.numel() + group.size - 1) / group.size, padding = part * group.size - x.numel();
+    const Tensor own = reduce_scatter(group, (padding ? at::constant_pad_nd(x.view(-1), {0, padding}) : x).view({group.size, part}));
+    x.copy_(all_gather(group, own).view(-1).narrow(0, 0, x.numel()).view(x.sizes()));
     return;
   }
   const On gpu(x);
@@ -160,7 +171,13 @@ Tensor all_gather(Group& group, const Tensor& x) {
 }
 
 Tensor reduce_scatter(Group& group, const Tensor& parts_P) {
-  if (rounded(parts_P)) return reduce_scatter(group, parts_P.to(at::kFloat)).to(parts_P.scalar_type());
+  // NCCL itself would round after every addition. Here each part travels once, as it is, and its owner sums: no more bytes than NCCL's.
+  if (rounded(parts_P)) {
+    const std::vector<Communicator::Run> one_row = Communicator::one_each(std::vector<int64_t>(static_cast<size_t>(group.size), 1));
+    const Tensor from_each = at::empty_like(parts_P);
+    all_to_all(group, parts_P, one_row, from_each, one_row);
+    return from_each.sum(0);   // in fp32
+  }
   const Tensor own = at::empty(parts_P.sizes().slice(1), parts_P.options());
   const On gpu(parts_P);
   check(ncclReduceScatter(parts_P.data_ptr(), own.data_ptr(), static_cast<size_t>(own.numel()), type_of(parts_P),
@@ -185,27 +202,22 @@ void gather_from_own_part(Group& group, Tensor& x, int rank) {
         "ncclAllGather", group.comm);
 }
 
-Tensor all_to_all(Group& group, const Tensor& x, std::span<const int64_t> send_rows,
-                  std::span<const int64_t> receive_rows) {
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes[0] = std::accumulate(receive_rows.begin(), receive_rows.end(), int64_t{0});
-  const Tensor out = at::empty(sizes, x.options());
-  const size_t row =
-      static_cast<size_t>(std::accumulate(sizes.begin() + 1, sizes.end(), x.element_size(), std::multiplies<>()));
+void all_to_all(Group& group, const Tensor& x, std::span<const Communicator::Run> sent, const Tensor& out,
+                std::span<const Communicator::Run> received) {
+  const int64_t row = std::accumulate(x.sizes().begin() + 1, x.sizes().end(), x.element_size(), std::multiplies<>());
   const On gpu(x);
   grouped(group.comm, [&] {
     const char* from = static_cast<const char*>(x.data_ptr());
+    for (const auto& [peer, rows] : sent) {
+      if (rows > 0) check(ncclSend(from, static_cast<size_t>(rows * row), ncclInt8, peer, group.comm, gpu.stream), "ncclSend", group.comm);
+      from += rows * row;
+    }
     char* into = static_cast<char*>(out.data_ptr());
-    for (int rank = 0; rank < group.size; ++rank) {
-      const size_t send = static_cast<size_t>(send_rows[rank]) * row,
-                   receive = static_cast<size_t>(receive_rows[rank]) * row;
-      if (send > 0) check(ncclSend(from, send, ncclInt8, rank, group.comm, gpu.stream), "ncclSend", group.comm);
-      if (receive > 0) check(ncclRecv(into, receive, ncclInt8, rank, group.comm, gpu.stream), "ncclRecv", group.comm);
-      from += send;
-      into += receive;
+    for (const auto& [peer, rows] : received) {
+      if (rows > 0) check(ncclRecv(into, static_cast<size_t>(rows * row), ncclInt8, peer, group.comm, gpu.stream), "ncclRecv", group.comm);
+      into += rows * row;
     }
   });
-  return out;
 }
 
 void broadcast(Group& group, Tensor& x, int root) {
@@ -244,13 +256,13 @@ void abort_all() noexcept {}
 bool built_in() noexcept { return false; }
 std::string version() { return {}; }
 std::string new_id() { refuse(); }
-Member join(const std::string&, int, int) { refuse(); }
+std::vector<Member> join(std::span<const Invitation>) { refuse(); }
 void all_reduce(Group&, Tensor&, Reduce) { refuse(); }
 Tensor all_gather(Group&, const Tensor&) { refuse(); }
 Tensor reduce_scatter(Group&, const Tensor&) { refuse(); }
 void reduce_into_own_part(Group&, Tensor&, int) { refuse(); }
 void gather_from_own_part(Group&, Tensor&, int) { refuse(); }
-Tensor all_to_all(Group&, const Tensor&, std::span<const int64_t>, std::span<const int64_t>) { refuse(); }
+void all_to_all(Group&, const Tensor&, std::span<const Communicator::Run>, const Tensor&, std::span<const Communicator::Run>) { refuse(); }
 void broadcast(Group&, Tensor&, int) { refuse(); }
 void send(Group&, const Tensor&, int) { refuse(); }
 void receive(Group&, Tensor&, int) { refuse(); }

@@ -2,6 +2,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "parallel/communicator.hpp"
 
@@ -21,8 +22,13 @@ std::string version();
 
 /// A name for a new group, made on one rank and told to the others.
 std::string new_id();
-/// **Collective** over the group. Throws when NCCL refuses, on all ranks (two ranks on one GPU, say).
-Member join(const std::string& id, int rank, int size);
+struct Invitation {
+  std::string id;
+  int rank, size;
+};
+/// **Collective** over each group. All at the same time: each takes a third of a second. Throws when NCCL refuses one of them, on all
+/// its ranks (two ranks on one GPU, say); none is left then.
+std::vector<Member> join(std::span<const Invitation>);
 
 /// Aborts all communicators of this process, from any thread: kernels that wait for a rank that is gone leave the GPU, and nothing
 /// waits for the peers any more. The members must not be used afterwards.
@@ -37,7 +43,8 @@ Tensor reduce_scatter(Group&, const Tensor& parts_P);
 /// Flat `x` of as many parts as ranks, this rank's the `rank`-th: in place.
 void reduce_into_own_part(Group&, Tensor& x, int rank);
 void gather_from_own_part(Group&, Tensor& x, int rank);
-Tensor all_to_all(Group&, const Tensor& x, std::span<const int64_t> send_rows, std::span<const int64_t> receive_rows);
+/// Both cut into runs of rows.
+void all_to_all(Group&, const Tensor& x, std::span<const Communicator::Run> sent, const Tensor& out, std::span<const Communicator::Run> received);
 void broadcast(Group&, Tensor& x, int root);
 void send(Group&, const Tensor& x, int to);
 void receive(Group&, Tensor& x, int from);

@@ -82,19 +82,35 @@ void exchange(int communicator, std::span<const Block> to_each, std::span<const 
   int rank = 0;
   check(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
 
-  Requests requests;
-  for (int step = 1; step < size; ++step) {
-    const int from = (rank - step + size) % size;
-    requests.receive(comm, from_each[from], from, kExchangeTag, piece_bytes);
+  std::vector<Peer> to, from;   // the neighbours first, so that not everybody sends to the same rank
+  for (int step = 0; step < size; ++step) {
+    const int after = (rank + step) % size, before = (rank - step + size) % size;
+    to.push_back({after, to_each[after]});
+    from.push_back({before, from_each[before]});
   }
-  for (int step = 1; step < size; ++step) {
-    const int to = (rank + step) % size;
-    requests.send(comm, to_each[to], to, kExchangeTag, piece_bytes);
-  }
-  const Block own = to_each[rank];
-  if (own.bytes != from_each[rank].bytes) throw std::logic_error("exchange: a rank disagrees with itself");
-  if (own.bytes > 0 && own.data != from_each[rank].data) std::memcpy(from_each[rank].data, own.data, own.bytes);
+  exchange_runs(communicator, to, from, piece_bytes);
+}
 
+void exchange_runs(int communicator, std::span<const Peer> to, std::span<const Peer> from, int64_t piece_bytes) {
+  const MPI_Comm comm = MPI_Comm_f2c(communicator);
+  int rank = 0;
+  check(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
+
+  Requests requests;
+  std::vector<Block> own_from, own_to;
+  for (const auto& [peer, block] : from) {
+    if (peer == rank) own_to.push_back(block);
+    else requests.receive(comm, block, peer, kExchangeTag, piece_bytes);
+  }
+  for (const auto& [peer, block] : to) {
+    if (peer == rank) own_from.push_back(block);
+    else requests.send(comm, block, peer, kExchangeTag, piece_bytes);
+  }
+  const auto alike = [](const Block& a, const Block& b) { return a.bytes == b.bytes; };
+  if (!std::equal(own_from.begin(), own_from.end(), own_to.begin(), own_to.end(), alike)) throw std::logic_error("exchange: a rank disagrees with itself");
+  for (size_t i = 0; i < own_from.size(); ++i) {
+    if (own_from[i].bytes > 0 && own_from[i].data != own_to[i].data) std::memcpy(own_to[i].data, own_from[i].data, static_cast<size_t>(own_from[i].bytes));
+  }
   requests.wait();
 }
 

@@ -13,17 +13,19 @@ struct Block {
   std::byte* data = nullptr;
   int64_t bytes = 0;
 };
-
-/// **Collective.** Sends to_each[r] to rank r and fills from_each[r] from rank r. Each pair of ranks must agree on the size:
-/// more or fewer bytes than expected throw on the receiver. A rank's block for itself is copied, unless it is the same memory.
-void exchange(int communicator, std::span<const Block> to_each, std::span<const Block> from_each, int64_t piece_bytes);
-
-/// A block for or from another rank.
+/// A block for or from a rank.
 struct Peer {
   int rank;
   Block block;
 };
-/// All at the same time; messages between the same two ranks keep their order.
+
+/// **Collective.** Sends to_each[r] to rank r and fills from_each[r] from rank r. Each pair of ranks must agree on the size:
+/// more or fewer bytes than expected throw on the receiver. A rank's block for itself is copied, unless it is the same memory.
+void exchange(int communicator, std::span<const Block> to_each, std::span<const Block> from_each, int64_t piece_bytes);
+/// The same with any number of blocks for each rank: the n-th that one sends another is the n-th that the other has from it.
+void exchange_runs(int communicator, std::span<const Peer> to, std::span<const Peer> from, int64_t piece_bytes);
+
+/// To and from other ranks, all at the same time; messages between the same two keep their order.
 void send_receive(int communicator, std::span<const Peer> to, std::span<const Peer> from, int64_t piece_bytes);
 
 void send(int communicator, Block, int to, int64_t piece_bytes);

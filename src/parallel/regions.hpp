@@ -5,9 +5,9 @@
 /// (after Megatron-LM's mappings.py). On a group of one rank each returns its argument.
 namespace upcycle {
 
+/// Which rows an all-to-all takes where (Communicator::all_to_all).
 struct Splits {
-  std::vector<int64_t> send;     ///< rows to each rank of the group
-  std::vector<int64_t> receive;  ///< rows from each
+  std::vector<Communicator::Run> send, receive;
 };
 //                                                                                   forward        | backward
 Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim);           // all-gather     | reduce-scatter

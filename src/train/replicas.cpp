@@ -52,13 +52,15 @@ Replicas::Replicas(Weights& weights, const Mesh& mesh)
       values_arrived_(weights.buckets().size()),
       additions_(weights.buckets().size(), 0) {
   const size_t rank = static_cast<size_t>(mesh.world().rank());
+  std::vector<int> colours;
   for (const Partition& leaders : weights.groups().partitions()) {
-    groups_.push_back(mesh.group(leaders[rank]));
+    colours.push_back(leaders[rank]);
     std::vector<int>& members = members_.emplace_back();
     for (size_t other = 0; other < leaders.size(); ++other) {
       if (leaders[other] == leaders[rank]) members.push_back(static_cast<int>(other));
     }
   }
+  groups_ = mesh.groups(colours);
   for (size_t bucket = 0; bucket < weights.buckets().size(); ++bucket) {
     for (const size_t weight : weights.buckets()[bucket].weights) {
       Parameter& parameter = weights.all()[weight].parameter;

@@ -38,7 +38,7 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
   const Widths n(a, grid);
   const MicroBatch rows(a, run, grid);
   const int64_t w = rows.width, own = rows.own, all = rows.gathered;
-  const bool gathers_keys = grid.size(Axis::context) > 1;
+  const bool gathers_keys = grid.size(Axis::context) > 1, packed = run.data.documents == Borders::packed;
   using enum Recompute;
   std::vector<Saved> saved = {
       // what, its bytes (rows x bytes of a row), until which recompute; behind it whose backward needs it
@@ -47,7 +47,7 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
       {"q, k, v", all * (n.q + 2 * n.kv) * w, selective},                                       // qk_norm_rope; v: attention
       {"rotated q and k", all * (n.q + (gathers_keys ? 0 : n.kv)) * w, none},                   // attention
       {"gathered k and v", gathers_keys ? rows.keys * 2 * n.kv * w : 0, none},                  // attention
-      {"their segments' rows", gathers_keys ? rows.keys * 2 * n.kv * w : 0, selective},         // attention on a GPU: what queries see
+      {"their segments' rows", gathers_keys && packed ? rows.keys * 2 * n.kv * w : 0, selective},  // attention on a GPU, by flash
       {"attention output", all * (n.q * w + n.heads * kFp32), selective},                       // attention, log-sum-exp; linear o
       {"attended", own * (n.h * w + kFp32), selective},                                         // add_rms_norm
   };

@@ -83,6 +83,33 @@ TEST(AttentionKernels, AreTheFormula) {
   }
 }
 
+// What a context rank computes: two stretches of a sequence's queries, each on all keys up to its own, by cuDNN part by part; and the same
+// by flash, as rows, where kernels may not plan for the lengths.
+TEST(AttentionKernels, TakeTheStretchesOfContextRanks) {
+  const Form whole{2, 4096, 8, 4, 128};
+  for (const int rank : {0, 1}) {
+    const int64_t chunk = 1024, first = rank * chunk, second = (3 - rank) * chunk;
+    const std::vector<Segment> segments = {{0, chunk, 0, first + chunk}, {chunk, 2 * chunk, 0, second + chunk}};
+    const auto pass = [&](at::ScalarType dtype, const auto& attention) {
+      Inputs x(whole, dtype);
+      x.q = normal({2, 2 * chunk, whole.heads, whole.width}, 7).to(at::kBFloat16).to(dtype).to(kGpu).requires_grad_();
+      x.d = normal({2, 2 * chunk, whole.heads, whole.width}, 8).to(at::kBFloat16).to(dtype).to(kGpu);
+      const Attended y = attention(x.q, x.k, x.v);
+      run_backward(y.out_BSHD, x.d);
+      return std::pair{y, x};
+    };
+    const Segments recurring({segments}, 2, 2 * chunk, whole.positions, kGpu, true), once({segments}, 2, 2 * chunk, whole.positions, kGpu);
+    const auto [y32, x32] = pass(at::kFloat, [&](const auto&... qkv) { return attention_written_out(qkv..., once); });
+    for (const Segments& seen : {recurring, once}) {
+      SCOPED_TRACE(seen.recurring() ? "part by part" : "as rows");
+      for (int time = 0; time < 2; ++time) {   // plans are kept
+        const auto [y, x] = pass(at::kBFloat16, [&](const auto&... qkv) { return attention(qkv..., seen); });
+        expect_near(y, x, y32, x32, "");
+      }
+    }
+  }
+}
+
 // A gradient with other strides each time: cuDNN's plan for the shape is one.
 TEST(AttentionKernels, TakeGradientsOfAnyStrides) {
   if (device::compute_capability(kGpu) < 90) GTEST_SKIP() << "cuDNN is not used here";

@@ -115,13 +115,13 @@ TEST_P(Nccl, InPlaceReduceScatterAndAllGather) {
 }
 
 TEST_P(Nccl, AllToAllWithUnevenAndZeroRows) {
-  std::vector<int64_t> send, receive;
-  for (int r = 0; r < size; ++r) {
-    send.push_back((rank * 3 + r * 5) % 4 * 100);
-    receive.push_back((r * 3 + rank * 5) % 4 * 100);
-  }
+  std::vector<Communicator::Run> send, receive;
   int64_t rows = 0;
-  for (const int64_t n : send) rows += n;
+  for (int r = 0; r < size; ++r) {
+    send.push_back({r, (rank * 3 + r * 5) % 4 * 100});
+    receive.push_back({r, (r * 3 + rank * 5) % 4 * 100});
+    rows += send.back().rows;
+  }
   const Tensor x = held({rows, 33});
   const Tensor y = nccl().all_to_all(x, send, receive);
   EXPECT_TRUE(at::equal(y, mpi->all_to_all(x, send, receive)));
@@ -181,9 +181,9 @@ TEST_P(Nccl, RegionsRunBackwardOnTheEnginesThread) {
   Splits splits;
   int64_t rows = 0;
   for (int r = 0; r < size; ++r) {
-    splits.send.push_back((rank + r) % size * 3);  // none to one rank, and as many rows in all on every rank
-    splits.receive.push_back((r + rank) % size * 3);
-    rows += splits.send.back();
+    splits.send.push_back({r, (rank + r) % size * 3});  // none to one rank, and as many rows in all on every rank
+    splits.receive.push_back({r, (r + rank) % size * 3});
+    rows += splits.send.back().rows;
   }
   const auto gradient = [&](const Communicator& group) {
     const Tensor x = held({rows, 8}).requires_grad_();

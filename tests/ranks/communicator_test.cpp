@@ -124,12 +124,37 @@ TEST_P(Ranks, AllToAllWithUnevenAndZeroRows) {
       for (int64_t i = 0; i < receive.back(); ++i) in.push_back(at::full({7}, row_from(r, rank, i)));
     }
     const Tensor x = out.empty() ? at::empty({0, 7}) : at::stack(out);
-    const Tensor y = world.all_to_all(x, send, receive);
+    const auto sent = Communicator::one_each(send), received = Communicator::one_each(receive);
+    const Tensor y = world.all_to_all(x, sent, received);
     const Tensor expected = in.empty() ? at::empty({0, 7}) : at::stack(in);
     EXPECT_EQ(y.sizes(), expected.sizes());
     EXPECT_TRUE(at::equal(y, expected));
-    EXPECT_TRUE(at::equal(world.all_to_all(y, receive, send), x)) << "the reverse brings every row home";
+    EXPECT_TRUE(at::equal(world.all_to_all(y, received, sent), x)) << "the reverse brings every row home";
   }
+}
+
+// Several runs for each rank, which leave ordered by (receiver, lane) and arrive ordered by (lane, sender), as rows come to experts.
+TEST_P(Ranks, AllToAllOfRunsArrivesInTheOrderAsked) {
+  const int lanes = 3;
+  const auto rows = [](int from, int to, int lane) -> int64_t { return (from + 2 * to + 3 * lane) % 4; };
+  const auto run = [&](int from, int to, int lane) { return at::full({rows(from, to, lane), 5}, from * 100.0 + to * 10.0 + lane); };
+  std::vector<Communicator::Run> sent, received;
+  std::vector<Tensor> out, in;
+  for (int to = 0; to < size; ++to) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      sent.push_back({to, rows(rank, to, lane)});
+      out.push_back(run(rank, to, lane));
+    }
+  }
+  for (int lane = 0; lane < lanes; ++lane) {
+    for (int from = 0; from < size; ++from) {
+      received.push_back({from, rows(from, rank, lane)});
+      in.push_back(run(from, rank, lane));
+    }
+  }
+  const Tensor x = at::cat(out), y = world.all_to_all(x, sent, received);
+  EXPECT_TRUE(at::equal(y, at::cat(in)));
+  EXPECT_TRUE(at::equal(world.all_to_all(y, received, sent), x)) << "the reverse brings every row home";
 }
 
 TEST_P(Ranks, BroadcastFromEveryRoot) {
@@ -227,7 +252,7 @@ TEST(Communicator, AGroupOfOneReturnsItsArgument) {
   Tensor x = at::arange(6).view({2, 3});
   EXPECT_TRUE(alone.all_gather(x, 1).is_same(x));
   EXPECT_TRUE(alone.reduce_scatter(x, 1).is_same(x));
-  const std::vector<int64_t> rows = {2};
+  const auto rows = Communicator::one_each(std::vector<int64_t>{2});
   EXPECT_TRUE(alone.all_to_all(x, rows, rows).is_same(x));
   alone.all_reduce(x);
   alone.broadcast(x, 0);
@@ -282,9 +307,11 @@ TEST(Communicator, RefusesWhatItCannotMove) {
   EXPECT_THROW(world.broadcast(turned, 0), std::logic_error);
   EXPECT_THROW(world.all_reduce(flags), std::logic_error);
   EXPECT_THROW(world.reduce_scatter(odd, 0), std::logic_error);
-  const std::vector<int64_t> too_few(static_cast<size_t>(world.size()), 0), short_list = {4};
+  const std::vector<Communicator::Run> too_few = {{0, 3}}, nobody = {{world.size(), 4}}, all = {{world.rank(), 4}}, negative = {{0, 5}, {0, -1}};
   EXPECT_THROW(world.all_to_all(rows, too_few, too_few), std::logic_error);
-  EXPECT_THROW(world.all_to_all(rows, short_list, short_list), std::logic_error);
+  EXPECT_THROW(world.all_to_all(rows, nobody, all), std::logic_error);
+  EXPECT_THROW(world.all_to_all(rows, all, nobody), std::logic_error);
+  EXPECT_THROW(world.all_to_all(rows, negative, all), std::logic_error);
   EXPECT_THROW(world.send(rows, world.rank()), std::logic_error);
   EXPECT_THROW(world.receive(rows, world.size()), std::logic_error);
   EXPECT_EQ(world.all_reduce(1, Reduce::sum), world.size());

@@ -112,8 +112,8 @@ TEST_F(Regions, ExchangeWithRanksThatHaveNoRows) {
     };
     Splits splits;
     for (int r = 0; r < size; ++r) {
-      splits.send.push_back(rows(rank, r));
-      splits.receive.push_back(rows(r, rank));
+      splits.send.push_back({r, rows(rank, r)});
+      splits.receive.push_back({r, rows(r, rank)});
     }
     check(
         [&](int r) {
@@ -179,7 +179,7 @@ TEST_F(Regions, AGroupOfOneReturnsItsArgument) {
   const Communicator alone;
   const Tensor x = whole_numbers(1, {2, 2}).requires_grad_();
   for (const Tensor& y :
-       {gather_along(alone, x, 0), reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{2}, {2}}), gather_rows(alone, x, {2}), reduce_scatter_rows(alone, x, {2})}) {
+       {gather_along(alone, x, 0), reduce_scatter_along(alone, x, 0), gather_sequence(alone, x), exchange(alone, x, {{{0, 2}}, {{0, 2}}}), gather_rows(alone, x, {2}), reduce_scatter_rows(alone, x, {2})}) {
     EXPECT_TRUE(y.is_same(x));
   }
 }

@@ -133,7 +133,7 @@ void bandwidth(const std::string& wish, const std::vector<int64_t>& sizes) {
   measure("reduce-scatter", at::kBFloat16, part, [&](Tensor& x) { group.reduce_scatter(x, 0); });
   measure("all-gather", at::kBFloat16, part, [&](Tensor& x) { group.gather_from_own_part(x); });
   measure("all-to-all", at::kBFloat16, part, [&](Tensor& x) {
-    const std::vector<int64_t> rows(static_cast<size_t>(n), x.numel() / n);
+    const auto rows = Communicator::one_each(std::vector<int64_t>(static_cast<size_t>(n), x.numel() / n));
     group.all_to_all(x, rows, rows);
   });
   Tensor received;

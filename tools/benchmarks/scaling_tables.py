@@ -60,7 +60,7 @@ def collectives(told):
     print(common.table(["what", "of", *heads], rows))
     if "peer_failed" in found:
         print(f"\nBy itself: {found['peer_failed']}")
-    print("\nA size is what a rank puts in. Communicator sums bf16 in fp32 and rounds once: twice the bytes.")
+    print("\nA size is what a rank puts in. Communicator sums bf16 in fp32 and rounds once: parts travel to their owner, who adds them.")
 
 
 def percent(value):
