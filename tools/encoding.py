@@ -40,10 +40,13 @@ def load(path):
 
 def write_json(path, content):
     """Whole or not at all."""
-    with open(indexed.partial(path), "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        indexed.flush(file)
-    indexed.publish([path])
+    try:
+        with open(indexed.partial(path), "w") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            indexed.flush(file)
+        indexed.publish([path])
+    finally:
+        indexed.partial(path).unlink(missing_ok=True)
 
 
 def start(recipe_, counters_, stop_):
