@@ -136,6 +136,8 @@ def cut(sources, shard_bytes):
 
 def cut_parquet(one, shard_bytes):
     groups = open_parquet(one.path).metadata
+    if groups.num_row_groups == 0:
+        raise UserError(f"{one.path} has no row groups, and so no documents; remove it or leave it out")
     begin, size = 0, 0
     for group in range(groups.num_row_groups):
         size += groups.row_group(group).total_byte_size

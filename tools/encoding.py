@@ -12,6 +12,7 @@ import indexed
 from user_error import UserError
 
 BATCH_CHARACTERS = 1 << 20  # of text that is encoded at once, for each thread
+COUNTS = ("documents", "tokens", "rows", "empty", "learned")  # what a piece reports of itself
 
 
 @dataclass
@@ -39,10 +40,13 @@ def load(path):
 
 def write_json(path, content):
     """Whole or not at all."""
-    with open(indexed.partial(path), "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        indexed.flush(file)
-    indexed.publish([path])
+    try:
+        with open(indexed.partial(path), "w") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            indexed.flush(file)
+        indexed.publish([path])
+    finally:
+        indexed.partial(path).unlink(missing_ok=True)
 
 
 def start(recipe_, counters_, stop_):
@@ -62,7 +66,7 @@ def encode_shard(shard, prefix):
     it. Throws UserError naming file and line."""
     writer = indexed.Writer(prefix, recipe.dtype)
     masks = indexed.Writer(f"{prefix}.mask", "uint8") if recipe.template else None
-    report = {"documents": 0, "tokens": 0, "rows": 0, "empty": 0, "learned": 0}
+    report = dict.fromkeys(COUNTS, 0)
     try:
         for batch in batches(shard, report):
             if stop.is_set():

@@ -5,6 +5,7 @@
   34 i32[Q] length in tokens | i64[Q] byte offset in .bin | i64[D] document index
 A sequence is a document here, so that D = Q + 1 and the document index is 0, 1, .. Q.
 """
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -79,7 +80,8 @@ class Writer:
 
     def abandon(self):
         """Removes what was written so far."""
-        self.bin.close()
+        with contextlib.suppress(OSError):  # a full disk has no room for what is still in the buffer
+            self.bin.close()
         for path in files_of(self.prefix):
             partial(path).unlink(missing_ok=True)
 

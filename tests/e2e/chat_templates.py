@@ -1,7 +1,13 @@
 """Chat templates of unlike kinds, for the tests of tools/preprocess --chat."""
 
-# Qwen3's ways: thinking is shown behind the last question alone, and there even when there was none.
+# Qwen3's ways: thinking is shown behind the last question alone, and there even when there was none; tools are named in the system's turn, calls
+# of them are a part of the answer, and their replies a turn of the user's, one for all that follow one another.
 QWEN3 = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if messages[0].role == 'system' else '') ~ '# Tools\n\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' ~ (tool | tojson) }}{%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- endif %}
 {%- set last = namespace(user=-1) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for m in messages %}
@@ -11,11 +17,23 @@ QWEN3 = r"""
         {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}
         {%- set text = text.split('</think>')[-1].lstrip('\n') %}
     {%- endif %}
-    {{- '<|im_start|>' ~ m.role ~ '\n' }}
-    {%- if m.role == 'assistant' and loop.index0 > last.user and (loop.last or thought) %}
-        {{- '<think>\n' ~ thought ~ '\n</think>\n\n' }}
+    {%- if m.role == 'tool' %}
+        {{- '<|im_start|>user' if loop.previtem.role != 'tool' }}
+        {{- '\n<tool_response>\n' ~ text ~ '\n</tool_response>' }}
+        {{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' }}
+    {%- elif not (tools and loop.first and m.role == 'system') %}
+        {{- '<|im_start|>' ~ m.role ~ '\n' }}
+        {%- if m.role == 'assistant' and loop.index0 > last.user and (loop.last or thought) %}
+            {{- '<think>\n' ~ thought ~ '\n</think>\n\n' }}
+        {%- endif %}
+        {{- text }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\n' if text or not loop.first }}
+            {%- set arguments = call.function.arguments if call.function.arguments is string else call.function.arguments | tojson %}
+            {{- '<tool_call>\n{"name": "' ~ call.function.name ~ '", "arguments": ' ~ arguments ~ '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
     {%- endif %}
-    {{- text ~ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}

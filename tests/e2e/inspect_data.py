@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import unittest
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import tiny_run
 from tiny_run import TrainCase, write_tokens
 
+MEGATRON = Path(__file__).resolve().parents[1] / "fixtures/megatron"
 TEXTS = ["Ein größeres Übel", "", "日本 🦜", "x" * 300]
 
 
@@ -62,6 +64,18 @@ class InspectData(TrainCase):
         said = self.upcycle("inspect", self.prefix)
         self.assertRegex(said, r"(?m)^ids +\d+ to \d+$")
         self.assertRegex(said, r"(?m)^ +256-511 +1 +300  #+$")
+
+    def test_files_that_megatron_wrote(self):
+        """A sequence counts as a document, as in training."""
+        for name, content in json.loads((MEGATRON / "contents.json").read_text())["files"].items():
+            with self.subTest(name):
+                found = self.inspect(MEGATRON / name)
+                sequences = [sequence for document in content["documents"] for sequence in document]
+                ids = sum(sequences, [])
+                self.assertEqual((found["documents"], found["empty_documents"]), (len(sequences), sequences.count([])))
+                self.assertEqual((found["tokens"], found["dtype"]), (len(ids), content["dtype"]))
+                self.assertEqual(found["ids"], {"smallest": min(ids), "largest": max(ids)})
+                self.assertEqual([document["ids"] for document in found["first_documents"]], sequences[:3])
 
     def test_text(self):
         found = self.inspect(self.prefix, "--tokenizer", self.root / "bytes")

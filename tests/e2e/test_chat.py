@@ -122,6 +122,33 @@ class Chat(unittest.TestCase):
                   ("<|im_start|>user\nthere<|im_end|>\n<|im_start|>assistant\n", False), (answers[1] + "<|im_end|>", True), ("\n", False)]
         self.check(tokenizer, [first, second] * 2)
 
+    def test_qwen3_calls_of_tools_are_learned_and_their_replies_are_not(self):
+        """A call without thinking looks different once its replies are answered, and is learned where it is the last; with thinking it and the
+        answer are learned in one document."""
+        tokenizer = make.qwen(self.folder / "qwen", QWEN3)
+        tools = [{"type": "function", "function": {"name": name, "description": "naïve 你好", "parameters": {"type": "object", "properties": {}}}}
+                 for name in ("route", "send")]
+        calls = [{"id": "1", "type": "function", "function": {"name": "route", "arguments": '{"token": 3}'}},
+                 {"id": "2", "type": "function", "function": {"name": "send", "arguments": {"to": "你好"}}}]
+        replies = [{"role": "tool", "tool_call_id": "1", "content": "expert 5"}, {"role": "tool", "tool_call_id": "2", "content": "no 🙂"}]
+
+        def chat(call, answer):
+            return [*messages(SYSTEM + [("user", "Hello")]), {"role": "assistant", "content": call, "tool_calls": calls}, *replies,
+                    *messages([("assistant", answer)])]
+
+        thoughts = ["<think>\nA router?\n</think>\n\nI send.", "<think>\nHow?\n</think>\n\nSo."]
+        self.preprocess(tokenizer, [{"messages": chat(None, "Yes."), "tools": tools}, {"messages": chat(*thoughts), "tools": json.dumps(tools)}])
+        asked = ("<|im_start|>system\nYou are a router.\n\n# Tools\n\n<tools>\n" + "\n".join(json.dumps(one, ensure_ascii=False) for one in tools) +
+                 "\n</tools><|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+        called = ('<tool_call>\n{"name": "route", "arguments": {"token": 3}}\n</tool_call>\n'
+                  '<tool_call>\n{"name": "send", "arguments": {"to": "你好"}}\n</tool_call><|im_end|>')
+        replied = ("\n<|im_start|>user\n<tool_response>\nexpert 5\n</tool_response>\n<tool_response>\nno 🙂\n</tool_response><|im_end|>\n"
+                   "<|im_start|>assistant\n")
+        nothing = "<think>\n\n</think>\n\n"
+        self.check(tokenizer, [[(asked + nothing, False), (called, True), ("\n", False)],
+                               [(asked + called + replied + nothing, False), ("Yes.<|im_end|>", True), ("\n", False)],
+                               [(asked, False), (f"{thoughts[0]}\n{called}", True), (replied, False), (f"{thoughts[1]}<|im_end|>", True), ("\n", False)]])
+
     def test_marks_of_the_template_change_nothing_and_agree(self):
         """Templates with {% generation %}: the same bytes as without, and transformers' own mask of them."""
         from transformers import PreTrainedTokenizerFast

@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""tools/indexed.py: Megatron's format, also at its limits; read and written by Megatron itself where megatron.core is installed."""
+"""tools/indexed.py: Megatron's format, also at its limits; against files that Megatron wrote, and Megatron itself where megatron.core is
+installed."""
 import importlib.util
+import json
 import os
 import struct
 import unittest
+from pathlib import Path
 
 import numpy
 
 from preprocessing import Preprocessing, json_lines, texts
 import indexed
 from user_error import UserError
+
+MEGATRON = Path(__file__).resolve().parents[1] / "fixtures/megatron"
 
 
 class Format(Preprocessing):
@@ -47,6 +52,29 @@ class Format(Preprocessing):
             (self.folder / "x.idx").write_bytes(broken)
             with self.assertRaisesRegex(UserError, message):
                 indexed.Reader(self.folder / "x")
+
+    def test_files_that_megatron_wrote(self):
+        """Ours of the same documents are the same bytes, written one by one or merged: so Megatron reads them, too."""
+        files = json.loads((MEGATRON / "contents.json").read_text())["files"]
+        self.assertEqual(sorted(files), ["int32", "sequences", "uint16", "uint8"])
+        for name, content in files.items():
+            with self.subTest(name):
+                sequences = [sequence for document in content["documents"] for sequence in document]
+                reader = indexed.Reader(MEGATRON / name)
+                self.assertEqual(reader.dtype, content["dtype"])
+                self.assertEqual([reader[i].tolist() for i in range(len(reader))], sequences)
+                self.assertEqual(numpy.diff(reader.documents).tolist(), [len(document) for document in content["documents"]])
+                if len(sequences) != len(content["documents"]):
+                    continue  # ours has one sequence a document
+                theirs = [(MEGATRON / f"{name}.{ending}").read_bytes() for ending in ("bin", "idx")]
+                writer = indexed.Writer(self.folder / name, content["dtype"])
+                for sequence in sequences:
+                    writer.add(numpy.array(sequence, numpy.int64))
+                writer.finish()
+                self.assertEqual(self.bytes_of(name), theirs)
+                indexed.merge(self.folder / "merged", [MEGATRON / name], content["dtype"])
+                indexed.publish(indexed.files_of(self.folder / "merged"))
+                self.assertEqual(self.bytes_of("merged"), theirs)
 
     @unittest.skipUnless(importlib.util.find_spec("megatron"), "megatron.core is not installed")
     def test_megatron_reads_ours_and_we_read_megatrons(self):

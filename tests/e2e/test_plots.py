@@ -181,6 +181,22 @@ class Plots(unittest.TestCase):
         self.assertFalse((self.folder / "out/loss.png").exists())
         self.assertEqual((self.folder / "out/loss.svg").read_bytes(), before, "the same run, the same file")
 
+    def test_an_expert_without_tokens_is_black(self):
+        """In the row of its layer, the first one lowest, and in its own column; nothing else in the picture is a black area."""
+        windows, side = numpy.lib.stride_tricks.sliding_window_view, 20   # letters are thinner
+        boxes = {}
+        for dead in (None, (0, 0), (1, 3)):   # layer and expert
+            counts = [[0 if (layer, expert) == dead else 30 + expert for expert in range(4)] for layer in range(2)]
+            run = self.write("a", [start(0), *(step(s, counts=counts) for s in range(1, 21))])
+            self.assertEqual(self.draw(run, "--format", "png").returncode, 0)
+            black = self.pixels("balance.png")[..., :3].max(axis=-1) == 0
+            y, x = numpy.nonzero(windows(windows(black, side, 0).all(axis=-1), side, 1).all(axis=-1))
+            self.assertEqual(len(x) > 0, dead is not None, dead)
+            if dead:
+                boxes[dead] = numpy.array([x.min(), y.min(), numpy.ptp(x) + side, numpy.ptp(y) + side])
+        x, y, width, height = boxes[0, 0]
+        numpy.testing.assert_allclose(boxes[1, 3], (x + 3 * width, y - height, width, height), atol=3)
+
     def test_health(self):
         lines = [start(0)] + [step(s, 5 - s / 50, [[10, 20, 30, 40]] * 2) for s in range(1, 41)]
         for s in (0, 20, 40):

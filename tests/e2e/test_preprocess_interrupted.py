@@ -1,16 +1,25 @@
 #!/usr/bin/env python3
 """tools/preprocess: the same bytes for any number of workers and after any interruption."""
+import contextlib
 import fcntl
+import io
+import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
 import unittest
+import unittest.mock
 from pathlib import Path
 
+from chat_templates import CHATML
 from indexed_reader import read_indexed
-from preprocessing import TOOL, Preprocessing, json_lines, texts
+from preprocessing import TOOL, Preprocessing, json_lines, texts, tool
+import indexed
+
+PAGE = resource.getpagesize()
 
 
 class Interruptions(Preprocessing):
@@ -95,31 +104,69 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         self.assertIn(f"{shards} of {shards} shards are in", said)
         self.assertEqual(self.bytes_of(), whole)
 
+    def chats(self):
+        """Options for as many conversations as documents."""
+        rows = [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": text.replace("<|endoftext|>", "")}] for text in self.documents]
+        source = self.write("chat.jsonl", "".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        return source, "--chat", "--template", self.write("chatml.jinja", CHATML), "--shard", "80kB"
+
+    def all_bytes_of(self, output):
+        return {path.name: path.read_bytes() for name in (output, f"{output}.mask") for path in indexed.files_of(self.folder / name) if path.exists()}
+
     def test_full_disk(self):
-        """As root on a file system of 1 MB, which then grows; else under a limit on the size of files, which then goes."""
-        whole = self.uninterrupted()
-        disk = self.folder / "disk"
-        disk.mkdir()
-        mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]).returncode == 0
-        try:
-            if mounted:
-                self.assertGreater(len(whole[0]), 500_000)  # twice that does not fit
-                said, _ = self.run_tool(*self.options, output="disk/out", code=2, says="the disk is full")
-                subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-            else:
-                limit = len(whole[0]) // 2
-                result = subprocess.run(self.command(*self.options, output="disk/out"), capture_output=True, text=True,
-                                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-                self.assertEqual(result.returncode, 2, result.stderr)
-                self.assertIn("may not grow any further", result.stderr)
-                said = result.stdout
-            self.assertRegex(said, r"[1-9]\d* of \d+ shards are finished and kept in .*disk/out.parts: the same command goes on")
-            self.assertFalse((disk / "out.bin").exists())
-            self.run_tool(*self.options, output="disk/out", says="already")
-            self.assertEqual(self.bytes_of("disk/out"), whole)
-        finally:
-            if mounted:
-                subprocess.run(["umount", str(disk)], check=True)
+        """While shards are encoded, while they are merged, and while their masks are. As root on a file system that is too small, and then
+        grows; else under a limit on the size of files, which then goes."""
+        for name, options in (("shards", self.options), ("merge", self.options), ("masks", self.chats())):
+            with self.subTest(name), contextlib.ExitStack() as cleanup:
+                whole = self.folder / name / "whole"
+                whole.mkdir(parents=True)
+                with unittest.mock.patch.object(tool.shutil, "rmtree"):  # so that the shards can be measured
+                    self.run_tool(*options, output=whole / "out")
+                pages = {path.name: -(path.stat().st_size // -PAGE) for path in whole.rglob("*") if path.is_file()}
+                outputs = {file: pages.pop(file) for file in self.all_bytes_of(whole / "out")}
+                del pages["out.preprocess.json"]
+                room = {"shards": sum(pages.values()) // 2, "merge": sum(pages.values()) + outputs["out.bin"] // 2,
+                        "masks": sum(pages.values()) + outputs["out.bin"] + outputs["out.idx"] + outputs.get("out.mask.bin", 0) // 2}[name]
+                disk = self.folder / name / "disk"
+                disk.mkdir()
+                if os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={PAGE * room}", "tmpfs", str(disk)]).returncode == 0:
+                    cleanup.callback(subprocess.run, ["umount", str(disk)], check=True)
+                    mounted, says = True, "the disk is full"
+                else:
+                    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+                    cleanup.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE * outputs["out.bin"] // 2, before[1]))
+                    mounted, says = False, "the file may not grow any further"
+                said, _ = self.run_tool(*options, "--workers", 2, output=disk / "out", code=2, says=says)  # more may leave none finished
+                finished, shards = map(int, re.search(r"([1-9]\d*) of (\d+) shards are finished and kept in .*/disk/out.parts: the same", said).groups())
+                self.assertEqual(finished < shards, mounted and name == "shards", said)
+                self.assertEqual([path.name for path in disk.iterdir()], ["out.parts"])
+                self.assertEqual(list(disk.rglob("*.partial")), [])
+                if mounted:
+                    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+                else:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+                self.run_tool(*options, output=disk / "out", says="already")
+                self.assertEqual(self.all_bytes_of(disk / "out"), self.all_bytes_of(whole / "out"))
+
+    def test_stopped_while_merging(self):
+        """Ctrl-C while any of the files is written leaves nothing but the shards, and what has its name already."""
+        options = self.chats()
+        self.run_tool(*options, output="whole")
+        flush = indexed.flush
+        for stopped in ("out.bin", "out.idx", "out.mask.bin", "out.mask.idx", "out.preprocess.json"):
+            def interrupted(file):
+                if Path(file.name).name == f"{stopped}.partial":
+                    raise KeyboardInterrupt
+                flush(file)
+            with unittest.mock.patch.object(indexed, "flush", interrupted), contextlib.redirect_stdout(io.StringIO()) as said:
+                with self.assertRaises(KeyboardInterrupt):
+                    tool.main(self.command(*options)[2:])
+            self.assertRegex(said.getvalue(), r"([1-9]\d*) of \1 shards are finished and kept in ")
+            self.assertEqual(list(self.folder.rglob("*.partial")), [], stopped)
+            self.assertFalse((self.folder / stopped).exists())
+        self.run_tool(*options, says="already")
+        self.assertEqual([*self.all_bytes_of("out").values()], [*self.all_bytes_of("whole").values()])
 
     def test_stopped_by_the_keyboard(self):
         process = subprocess.Popen(self.command(*self.options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ import json
 import os
 import unittest
 
+from chat_templates import CHATML
 from preprocessing import Preprocessing, json_lines
 from user_error import UserError
 
@@ -22,7 +23,7 @@ class Refusals(Preprocessing):
             ("utf16.txt", "Hello".encode("utf-16"), "utf16.txt, line 1: not UTF-8"),
             ("empty.jsonl", b"", "empty.jsonl is empty; remove it"),
             ("nothing.jsonl", json_lines(["", ""]), "all 2 documents of the input are empty"),
-            ("blank.jsonl", "\n \n", "there is nothing to write"),
+            ("blank.jsonl", "\n \n", "the input has no documents: there is nothing to write"),
             ("json.jsonl", good + '{"text": "a"\n', "json.jsonl, line 3 is not JSON: Expecting ',' delimiter at column"),
             ("array.jsonl", '[\n{"text": "a"}\n]\n', "array.jsonl, line 1 is not JSON: one object a line is wanted"),
             ("number.jsonl", good + "3\n", "number.jsonl, line 3 is of type int; an object"),
@@ -61,6 +62,14 @@ class Refusals(Preprocessing):
         self.run_tool("a.parquet", code=2, says='a.parquet, row 3: "text" is null')
         self.run_tool("a.parquet", "--key", "body", code=2, says="a.parquet has no column body; it has text, n: choose one by --key")
         self.run_tool("a.parquet", "--key", "n", code=2, says='a.parquet, row 1: "n" is int, not text')
+        with pyarrow.parquet.ParquetWriter(self.folder / "none.parquet", pyarrow.schema([("text", pyarrow.string())])):
+            pass  # no row group, as a writer leaves it that was given no rows
+        chat = ("--chat", "--template", self.write("chatml.jinja", CHATML))
+        for arguments in (("none.parquet",), ("none.parquet", *chat), ("a.parquet", "none.parquet", "--key", "n")):
+            self.run_tool(*arguments, code=2, says="none.parquet has no row groups, and so no documents; remove it or leave it out")
+        pyarrow.parquet.write_table(pyarrow.table({"text": [], "messages": []}), self.folder / "rowless.parquet")  # a row group without rows
+        for arguments in (("rowless.parquet",), ("rowless.parquet", *chat)):
+            self.run_tool(*arguments, code=2, says="the input has no documents: there is nothing to write")
 
     def test_tokenizers(self):
         self.write("a.jsonl", json_lines(["Hello"]))

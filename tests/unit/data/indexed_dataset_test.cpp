@@ -22,24 +22,28 @@ class Spoiled : public testing::Test {
   Index index_ = index_of(kDocuments);
 };
 
+void expect_documents(const IndexedDataset& data, const Documents& documents) {
+  SCOPED_TRACE(data.prefix() + " of " + data.dtype());
+  ASSERT_EQ(data.documents(), static_cast<int64_t>(documents.size()));
+  EXPECT_EQ(data.tokens(), tokens_in(documents));
+  int64_t before = 0;
+  for (int64_t d = 0; d < data.documents(); ++d) {
+    ASSERT_EQ(data.length(d), static_cast<int64_t>(documents[d].size()));
+    EXPECT_EQ(data.offset(d), before);
+    std::vector<int64_t> read(documents[d].size());
+    data.read(d, 0, read);
+    EXPECT_EQ(read, documents[d]) << "document " << d;
+    before += data.length(d);
+  }
+  EXPECT_EQ(data.offset(data.documents()), data.tokens());
+}
+
 template <class T>
 void round_trip(uint8_t code, const Documents& documents) {
   const Scratch scratch;
   store(scratch / "x.bin", tokens_as<T>(documents));
   store(scratch / "x.idx", index_of(documents, code, sizeof(T)).bytes());
-  const IndexedDataset data((scratch / "x").string());
-  ASSERT_EQ(data.documents(), static_cast<int64_t>(documents.size()));
-  EXPECT_EQ(data.tokens(), tokens_in(documents));
-  int64_t before = 0;
-  for (int64_t d = 0; d < data.documents(); ++d) {
-    ASSERT_EQ(data.length(d), static_cast<int64_t>(documents[d].size())) << "code " << int{code};
-    EXPECT_EQ(data.offset(d), before);
-    std::vector<int64_t> read(documents[d].size());
-    data.read(d, 0, read);
-    EXPECT_EQ(read, documents[d]) << "code " << int{code} << ", document " << d;
-    before += data.length(d);
-  }
-  EXPECT_EQ(data.offset(data.documents()), data.tokens());
+  expect_documents(IndexedDataset((scratch / "x").string()), documents);
 }
 
 TEST(IndexedDataset, EveryIntegerTypeToItsLimits) {
@@ -49,6 +53,15 @@ TEST(IndexedDataset, EveryIntegerTypeToItsLimits) {
   round_trip<int32_t>(4, {{-2147483648LL, 2147483647}, {}, {7}});
   round_trip<int64_t>(5, {{-9223372036854775807LL, 9223372036854775807LL}, {}, {7}});
   round_trip<uint16_t>(8, {{0, 65535}, {}, {7}});
+}
+
+// As tests/fixtures/megatron/contents.json says: megatron-core wrote them. In `sequences` some share a document.
+TEST(IndexedDataset, ReadsFilesThatMegatronWrote) {
+  const std::string folder = UPCYCLE_SOURCE_DIR "/tests/fixtures/megatron/";
+  expect_documents(IndexedDataset(folder + "uint16"), {{0, 1, 65535}, {}, {65498}, {5, 4, 3, 2}});
+  expect_documents(IndexedDataset(folder + "int32"), {{151642, 65536}, {0}, {}, {2147483647, 7, 65535}});
+  expect_documents(IndexedDataset(folder + "uint8"), {{0, 1, 1}, {1}, {}, {0, 255}});
+  expect_documents(IndexedDataset(folder + "sequences"), {{1, 2, 3}, {4}, {5, 6}, {}, {7}, {8, 9}});
 }
 
 TEST(IndexedDataset, ReadsPartsOfADocument) {
