@@ -8,6 +8,7 @@
 #include <map>
 
 #include "base/error.hpp"
+#include "support/layout_trials.hpp"
 #include "support/tiny_training.hpp"
 
 // The numbers that one rank gives for the tiny models, kept in files of UPCYCLE_REFERENCE_DIR, and a layout held against them.
@@ -72,10 +73,7 @@ inline Reference load_reference(const TinyModel& m) {
 }
 
 /// The tiny models that a layout is tried with: as many layers and sequences as it needs.
-inline std::vector<TinyModel> models_for(const ParallelSection& p) {
-  const int64_t data = world_size() / (p.tensor * p.context * p.pipeline);
-  return tiny_models(p.pipeline * p.virtual_stages <= 4 && data <= 4 ? 4 : 8);
-}
+inline std::vector<TinyModel> models_for(const ParallelSection& p) { return tiny_models(depth_for(p, world_size())); }
 
 /// The numbers of all tiny models: made here on one rank, else read.
 class References {

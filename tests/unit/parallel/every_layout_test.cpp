@@ -3,9 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <map>
 #include <set>
+#include <string>
 
 #include "parallel/grid.hpp"
+#include "support/layout_trials.hpp"
 
 namespace upcycle {
 namespace {
@@ -40,6 +43,44 @@ TEST(EveryLayout, IsListedOnce) {
     EXPECT_EQ(distinct.size(), layouts.size()) << world;
   }
   EXPECT_EQ(every_layout(8).size(), 384U);
+}
+
+/// What a layout has more than one rank of, pipelines plain and interleaved, and what data-parallel ranks divide.
+std::vector<std::string> axes_of(const ParallelSection& p, int world) {
+  const std::string zero = p.zero ? " with ZeRO-1" : " without ZeRO";
+  std::vector<std::string> out;
+  if (p.tensor > 1) out.emplace_back("tensor");
+  if (p.context > 1) out.emplace_back("context");
+  if (p.pipeline > 1) out.emplace_back(p.virtual_stages > 1 ? "interleaved" : "pipeline");
+  if (p.expert > 1) out.emplace_back("expert");
+  if (p.expert_tensor > 1) out.emplace_back("expert_tensor");
+  if (world > p.tensor * p.context * p.pipeline) out.push_back("data" + zero);
+  if (world > p.expert * p.expert_tensor * p.pipeline) out.push_back("expert_data" + zero);
+  return out;
+}
+
+// What tests/ranks/layouts_test.cpp trains.
+TEST(LayoutTrials, EveryAxisMeetsEveryModelAndRecomputeMode) {
+  for (const auto& [world, all] : {std::pair(4, false), std::pair(8, false), std::pair(8, true)}) {
+    std::map<std::string, std::set<size_t>> models;
+    std::map<std::string, std::set<Recompute>> modes;
+    std::set<std::pair<size_t, Recompute>> pairs;
+    for (const LayoutTrial& trial : layout_trials(world, all)) {
+      pairs.emplace(trial.model, trial.recompute);
+      for (const std::string& axis : axes_of(trial.layout, world)) models[axis].insert(trial.model), modes[axis].insert(trial.recompute);
+    }
+    EXPECT_EQ(models.size(), 10U) << world;
+    for (const auto& [axis, met] : models) EXPECT_EQ(met.size(), kTinyModels) << axis << " of " << world << " ranks" << (all ? ", all layouts" : "");
+    for (const auto& [axis, met] : modes) EXPECT_EQ(met.size(), 3U) << axis << " of " << world << " ranks" << (all ? ", all layouts" : "");
+    EXPECT_EQ(pairs.size(), 3 * kTinyModels) << world;
+  }
+}
+
+TEST(LayoutTrials, ThereAreMoreThan200WithoutBeingAskedForAll) {
+  size_t trials = 0;
+  for (const int world : {1, 2, 4, 8}) trials += layout_trials(world, false).size();
+  EXPECT_GT(trials, 200U);
+  EXPECT_EQ(layout_trials(8, true).size(), 382U) << "but for two of 16 chunks";
 }
 
 }  // namespace
