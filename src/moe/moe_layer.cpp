@@ -8,12 +8,13 @@ Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Route
   const Routing routing = router_.forward(x_TD, told);
   if (!routed.expert_TK.defined()) decide(routing, context.token_T, routed);
   if (recording() && routed.dropped.defined()) router_.statistics().dropped.add_(routed.dropped);
+  // The experts' rows are K copies of the tokens'. Unless they had to travel, copying them again costs backward so little that they are
+  // never kept, whatever train.recompute says.
+  Remade copies(dispatcher_.at_home());
   const Tensor x_RD = dispatcher_.dispatch(x_TD, routed.route);
-  if (dispatcher_.at_home()) {
-    remade.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
-  }
+  copies.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
   const Tensor weight_R1 = dispatcher_.weights(routing.weight_TK, routed.route);
-  return dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route, onto_TD);
+  return copies.before(dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route, onto_TD));
 }
 
 Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context) {

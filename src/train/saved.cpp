@@ -24,6 +24,9 @@ struct Widths {
   int64_t h, heads, kv_heads, q, kv, f, fe, V, local_experts;
 };
 
+/// Rows never leave their rank: backward copies them for the experts again.
+bool experts_at_home(const Grid& grid) { return grid.size(Axis::expert) * grid.size(Axis::expert_tensor) == 1; }
+
 }  // namespace
 
 MicroBatch::MicroBatch(const Architecture& a, const RunConfig& run, const Grid& grid) {
@@ -57,14 +60,13 @@ std::vector<Saved> saved_by_layer(const Architecture& a, const RunConfig& run, c
     saved.push_back({"their product", all * n.f * w, none});                                    // linear down
     return saved;
   }
-  const bool shaken = run.balance.jitter != 0;
-  const bool at_home = grid.size(Axis::expert) * grid.size(Axis::expert_tensor) == 1;
+  const bool shaken = run.balance.jitter != 0, at_home = experts_at_home(grid);
   const int64_t choices = own * a.top_k;
-  saved.push_back({"its norm", shaken ? 0 : own * n.h * w, none});                              // linear to the router's logits
+  saved.push_back({"its norm", shaken && !at_home ? 0 : own * n.h * w, none});                  // linear to the router's logits; the experts' rows
   saved.push_back({"shaken in fp32", shaken ? 2 * own * n.h * kFp32 : 0, selective});           // the same with jitter; its factors
   saved.push_back({"router's logits", own * (a.experts + 1) * kFp32, selective});               // the routing, log-sum-exp; a CPU: up to three
   saved.push_back({"routing", choices * (3 * kIndex + 2 * kFp32) + (at_home ? 0 : rows.routed * 2 * kIndex), full});
-  saved.push_back({"experts' rows", rows.routed * n.h * w, at_home ? none : selective});                              // grouped_matmul to gate and up
+  saved.push_back({"experts' rows", at_home ? 0 : rows.routed * n.h * w, selective});            // grouped_matmul to gate and up; at home copied again
   saved.push_back({"experts' gate and up", rows.routed * 2 * n.fe * w, selective});             // swiglu
   saved.push_back({"rows' weights", rows.routed * kFp32, selective});                           // swiglu
   saved.push_back({"their product", rows.routed * n.fe * w, none});                             // grouped_matmul down
@@ -96,9 +98,10 @@ int64_t passing_in_layer(const Architecture& a, const RunConfig& run, const Grid
   }
   const int64_t answers = rows.routed * n.h * w, product = rows.routed * n.fe * w;
   const int64_t weight_gradient = w < kFp32 ? n.local_experts * n.fe * n.h * w : 0;             // grouped_matmul's, bf16
-  return rows.own * n.h * w + std::max({answers + product + weight_gradient,                    // grouped_matmul down: d, the product's
-                                        3 * product,                                            // swiglu: d, the pair, a CPU's term; less the product
-                                        answers + 2 * weight_gradient - product});              // to gate and up: the pair, the rows'; less those
+  const int64_t copies = experts_at_home(grid) ? answers : 0;                                   // the experts' rows, once more
+  return rows.own * n.h * w + copies + std::max({answers + product + weight_gradient,           // grouped_matmul down: d, the product's
+                                                 3 * product,                                   // swiglu: d, the pair, a CPU's term; less the product
+                                                 answers + 2 * weight_gradient - product});     // to gate and up: the pair, the rows'; less those
 }
 
 int64_t passing_in_head(const Architecture& a, const RunConfig& run, const Grid& grid) {
