@@ -2,7 +2,7 @@
 #include <memory>
 #include <optional>
 
-#include "base/error.hpp"
+#include "base/fault.hpp"
 #include "base/log.hpp"
 #include "cli/command.hpp"
 #include "cli/roll_call.hpp"
@@ -21,6 +21,8 @@ int main(int argc, char** argv) {
     return run_command(arguments);
   } catch (const UserError& error) {
     return explain_mistake(error);
+  } catch (const std::filesystem::filesystem_error& error) {
+    return explain_mistake(mistake_of(error));
   } catch (const std::exception& error) {
     return explain_fault(error);
   }

@@ -1,4 +1,5 @@
 #pragma once
+#include <filesystem>
 #include <string>
 
 #include "base/error.hpp"
@@ -17,5 +18,10 @@ class CommonFault : public std::runtime_error {
   CommonFault(bool speaks, const std::string& what) : std::runtime_error(what), speaks(speaks) {}
   bool speaks;
 };
+
+/// What the file system has refused (no permission, a mount that is gone) is told as a mistake: the path, and why.
+inline UserError mistake_of(const std::filesystem::filesystem_error& refusal) {
+  return UserError(text(refusal.path1().string(), ": ", refusal.code().message()));
+}
 
 }  // namespace upcycle

@@ -77,6 +77,8 @@ void Communicator::agree(std::exception_ptr error) const {
       std::rethrow_exception(error);
     } catch (const UserError& mistake) {
       message = text("u", mistake.what());
+    } catch (const std::filesystem::filesystem_error& refusal) {
+      message = text("u", mistake_of(refusal).what());
     } catch (const std::exception& fault) {
       message = text("f", fault.what());
     } catch (...) {

@@ -1,6 +1,7 @@
 #include "train/run_directory.hpp"
 
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -18,8 +19,13 @@ constexpr const char* kRunFile = "run.toml";
 
 void check_run_directory(const std::filesystem::path& directory) {
   namespace fs = std::filesystem;
+  const fs::path place = existing_part(directory);
+  if (!fs::is_directory(place)) fail("run.directory = ", directory.string(), ": ", place.string(), " is not a directory");
+  // What can't be written, the first save would meet, at the price of the steps before it.
+  for (const fs::path& written : {place, directory / "checkpoints"}) {
+    if (fs::exists(written) && ::access(written.c_str(), W_OK | X_OK) != 0) fail_with_errno("writing into", written);
+  }
   if (!fs::exists(directory)) return;
-  if (!fs::is_directory(directory)) fail("run.directory = ", directory.string(), " is not a directory");
   if (fs::exists(directory / kRunFile)) return;
   for (const auto& entry : fs::directory_iterator(directory)) {
     if (entry.path().filename() == "lock" || entry.path().filename() == "save") continue;

@@ -7,8 +7,8 @@ namespace upcycle {
 
 /// The directory of a run: checkpoints/, metrics.jsonl, run.toml (the resolved run of its last start).
 
-/// Throws UserError when `directory` is none, or holds files and is no run's. Writes nothing. Whether the run in it is the one that is
-/// asked for its checkpoints tell: see resume.hpp.
+/// Throws UserError when `directory` is none, can't be written, or holds files and is no run's. Writes nothing. Whether the run in it is the
+/// one that is asked for its checkpoints tell: see resume.hpp.
 void check_run_directory(const std::filesystem::path& directory);
 
 /// Makes the directory and writes run.toml, durably.

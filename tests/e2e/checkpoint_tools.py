@@ -119,6 +119,38 @@ class CheckpointTools(unittest.TestCase):
             file["model/norm/weight"] = h5py.ExternalLink("weights-00001-of-00002.h5", "/model/norm/weight")
         self.assertIn("weights.h5: its links are", "\n".join(check(step)))
 
+    def test_h5dump_reads_what_is_trained(self):
+        """Every file, all values; of tensors divided among files the index, too."""
+        for name, extra in (("whole", ""), ("divided", "[checkpoint]\nfile_size = 2e-5\n")):
+            run = self.run_directory / f"{name}.toml"
+            run.write_text(f'[run]\ndirectory = "{self.run_directory / name}"\ndevice = "cpu"\n[source]\nmodel = "{self.source_directory()}"\n'
+                           f'[data]\ntrain = "mock"\n[train]\nsteps = 1\nsequence = 16\nglobal_batch = 2\n[optimizer]\nschedule = "constant"\nlr = 1e-3\n{extra}')
+            self.upcycle("train", run)
+            step = self.run_directory / f"{name}/checkpoints/step-00000001"
+            self.assertEqual(check(step), [])
+            files = sorted(step.glob("*.h5"))
+            kinds = [file for file in files if "-of-" not in file.name]
+            self.assertEqual([file.name for file in kinds], ["exp_avg.h5", "exp_avg_sq.h5", "masters.h5", "weights.h5"])
+            self.assertEqual(len(files) > 2 * len(kinds), name == "divided")
+            for file in files:
+                dumped = subprocess.run(["h5dump", file], capture_output=True, text=True, timeout=60)
+                self.assertEqual((dumped.returncode, dumped.stderr), (0, ""), file.name)
+                with h5py.File(file) as opened:
+                    named = list(self.names(opened))
+                for tensor in named:
+                    self.assertIn(f'(0): "{tensor}"', dumped.stdout, file.name)
+                self.assertGreater(len(named), 0, file.name)
+                self.assertEqual(dumped.stdout.count('DATASET ".checksums"'), int(file not in kinds or name == "whole"), file.name)
+                self.assertEqual(dumped.stdout.count("EXTERNAL_LINK"), len(named) if file in kinds and name == "divided" else 0, file.name)
+
+    @classmethod
+    def names(cls, group):
+        for item in group.values():
+            if isinstance(item, h5py.Group):
+                yield from cls.names(item)
+            elif "name" in item.attrs:
+                yield item.attrs["name"].decode()
+
     def test_the_schema_check_sees_damage(self):
         self.manifest(step=-1, surprise=1, layout={"ranks": 0}, training=3)
         problems = "\n".join(check(self.step))

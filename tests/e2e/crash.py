@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills a program that writes one checkpoint after another (crash_writer.cpp), with SIGKILL, on one rank or on all, over and over: before, inside
-and after the calls that create, write, fsync, rename and remove (file_calls.c), and at any moment. Each next start, on another number of
-ranks, must load the step that was published last, bit for bit. Prints how often it was killed where.
+and after the calls that create, write, fsync, rename and remove (file_calls.c), and at any moment, in every mode of writing. Each next start, on
+another number of ranks and in another mode, must load the step that was published last, bit for bit. Prints how often it was killed where.
 Usage: crash.py CRASH_WRITER AS_RANK FILE_CALLS.so [unittest arguments]; CRASH_KILLS=1000 for more, CRASH_SEED=N for others"""
 import collections
 import os
@@ -39,16 +39,16 @@ class Lane:
         self.kills, self.killed = kills, 0
         self.expected = {-1}      # the steps of which one must be loaded next; two, when the kill came inside the rename that publishes
         self.histogram = collections.Counter()
-        self.usual = {}           # ranks -> calls of a start that lives, and its seconds
+        self.modes = collections.Counter()
+        self.usual = {}           # (ranks, mode) -> calls of a start that lives, and its seconds
 
-    def start(self, ranks, hurt=None, steps=STEPS):
+    def start(self, ranks, mode, hurt=None, steps=STEPS):
         for file in (self.announced, self.trace):
             file.unlink(missing_ok=True)
-        return file_calls.start(self.server, self.steps, steps, self.announced, ranks=ranks, under=self.steps, trace=self.trace, hurt=hurt)
+        return file_calls.start(self.server, self.steps, steps, self.announced, mode, ranks=ranks, under=self.steps, trace=self.trace, hurt=hurt)
 
-    def finish(self, job, never_made=None):
-        """Holds what the job loaded against what was published, and notes what it published itself. `never_made`: the rank that, if it did
-        not end well, was killed right before the last call that it tells of."""
+    def finish(self, job):
+        """Holds what the job loaded against what was published, and notes what it published itself."""
         said = output_of(job, lambda: file_calls.pids_of(self.trace))
         story = f"seed {SEED}, {self.steps}: {self.announced.read_text() if self.announced.exists() else 'nothing announced'}\n{said}"
         announced = [line.split() for line in self.announced.read_text().splitlines()] if self.announced.exists() else []
@@ -59,8 +59,9 @@ class Lane:
         if loaded:
             self.expected = set(loaded)
         made = list(events)
-        if never_made is not None and job.returncode != 0:
-            made.remove([event for event in events if event.rank == never_made][-1])
+        killed = file_calls.killed_at(self.trace)
+        if killed and killed.rest.startswith("before"):
+            made.remove([event for event in events if (event.rank, event.thread) == (killed.rank, killed.thread)][-1])
         for event in made:
             if event.kind == "rename" and event.path.name.endswith(".partial") and event.path.parent == self.steps:
                 step = int(event.path.name.removesuffix(".partial").removeprefix("step-"))
@@ -69,33 +70,33 @@ class Lane:
         assert not published or max(self.expected) >= published[-1], story
         return events, [word for word, *_ in announced], story
 
-    def lives(self, ranks):
+    def lives(self, ranks, mode):
         """A start that nobody kills: how many calls it makes."""
         began = time.monotonic()
-        job = self.start(ranks)
+        job = self.start(ranks, mode)
         events, words, story = self.finish(job)
         assert job.returncode == 0 and words.count("published") == STEPS, story
-        self.usual[ranks] = file_calls.counts(events), time.monotonic() - began
+        self.usual[ranks, mode] = file_calls.counts(events), time.monotonic() - began
 
-    def aims(self, ranks, kind):
+    def aims(self, ranks, mode, kind):
         """Kills at a call of that kind, chosen at random among those of a usual start."""
-        usual = {rank: count for (rank, of), count in self.usual[ranks][0].items() if of == kind}
+        usual = {rank: count for (rank, of), count in self.usual[ranks, mode][0].items() if of == kind}
         rank = self.random.choice(sorted(usual))
         when = self.random.choice(["before", "middle", "after"] if kind == "write" else ["before", "after"])
         everyone = self.random.random() < 0.4
-        job = self.start(ranks, f"{rank} {kind} {self.random.randint(1, usual[rank])} {when}{'-all' if everyone else ''}")
-        events, _, story = self.finish(job, rank if when == "before" else None)
+        job = self.start(ranks, mode, f"{rank} {kind} {self.random.randint(1, usual[rank])} {when}{'-all' if everyone else ''}")
+        _, _, story = self.finish(job)
         if job.returncode == 0:
             return   # fewer calls than usual: nothing was in the way, or to be removed
-        own = [event for event in events if event.rank == rank]
-        assert own and own[-1].kind == kind and own[-1].begins == (when == "before"), f"not killed where it was meant to: {own[-3:]}, {story}"
-        self.count(kind, {"before": "before", "middle": "half done", "after": "after"}[when], everyone)
+        killed = file_calls.killed_at(self.trace)
+        assert killed and (killed.rank, killed.kind) == (rank, kind) and killed.rest.startswith(when), f"not killed where it was meant to: {killed}, {story}"
+        self.count(mode, kind, {"before": "before", "middle": "half done", "after": "after"}[when], everyone)
 
-    def at_any_moment(self, ranks):
-        job = self.start(ranks)
+    def at_any_moment(self, ranks, mode):
+        job = self.start(ranks, mode)
         while len(file_calls.pids_of(self.trace)) < ranks and job.poll() is None:
             time.sleep(0.002)
-        time.sleep(self.random.uniform(0, self.usual[ranks][1]) * 0.6)   # starting and ending mpirun are the rest
+        time.sleep(self.random.uniform(0, self.usual[ranks, mode][1]) * 0.6)   # starting and ending mpirun are the rest
         pids = file_calls.pids_of(self.trace)
         everyone = self.random.random() < 0.4
         for pid in pids if everyone else [self.random.choice(pids)]:
@@ -108,23 +109,25 @@ class Lane:
             return
         inside = {file_calls.in_flight(events, rank) for rank in range(ranks)} - {None}
         if inside:
-            self.count(sorted(inside, key=file_calls.KINDS.index)[0], "inside", everyone)
+            self.count(mode, sorted(inside, key=file_calls.KINDS.index)[0], "inside", everyone)
         else:
-            self.count("between calls" if "good" in words else "loading or starting", "", everyone)
+            self.count(mode, "between calls" if "good" in words else "loading or starting", "", everyone)
 
-    def count(self, kind, when, everyone):
+    def count(self, mode, kind, when, everyone):
         self.killed += 1
+        self.modes[mode] += 1
         self.histogram[kind, when, "all ranks" if everyone else "one rank"] += 1
 
     def work(self):
         for ranks in (2, 3, 4):
-            self.lives(ranks)
+            for mode in file_calls.MODES:
+                self.lives(ranks, mode)
         plan = [kind for kind, share in AIMED.items() for _ in range(share)] + ["any moment"] * AT_ANY_MOMENT
         while self.killed < self.kills:
             ranks = self.random.choice([2, 2, 3, 4])
-            kind = self.random.choice(plan)
-            self.at_any_moment(ranks) if kind == "any moment" else self.aims(ranks, kind)
-        job = self.start(1, steps=2)   # and in the end all is in order
+            kind, mode = self.random.choice(plan), self.random.choice(file_calls.MODES)
+            self.at_any_moment(ranks, mode) if kind == "any moment" else self.aims(ranks, mode, kind)
+        job = self.start(1, "plain", steps=2)   # and in the end all is in order
         _, words, story = self.finish(job)
         assert job.returncode == 0 and words.count("published") == 2, story
         newest = max(self.expected)
@@ -154,7 +157,7 @@ class Crash(unittest.TestCase):
             thread.join()
         if failures:
             raise failures[0]
-        histogram = sum((lane.histogram for lane in lanes), collections.Counter())
+        histogram, modes = (sum((getattr(lane, name) for lane in lanes), collections.Counter()) for name in ("histogram", "modes"))
         total = sum(histogram.values())
         print(f"\n{total} kills in {time.monotonic() - began:.0f} s, seed {SEED}; the newest step is {[max(lane.expected) for lane in lanes]}")
         rows = sorted({key[:2] for key in histogram}, key=lambda row: (file_calls.KINDS + (row[0],)).index(row[0]))
@@ -162,7 +165,8 @@ class Crash(unittest.TestCase):
         for kind, when in rows:
             print(f"{kind:<22}{when:<12}{histogram[kind, when, 'one rank']:>10}{histogram[kind, when, 'all ranks']:>10}")
         inside = sum(count for (kind, _, _), count in histogram.items() if kind in ("create", "write", "fsync", "rename"))
-        print(f"{inside} of {total} at create, write, fsync or rename", flush=True)
+        print(f"{inside} of {total} at create, write, fsync or rename; {dict(modes)}", flush=True)
+        self.assertEqual(sorted(modes), sorted(file_calls.MODES))
         self.assertGreaterEqual(total, KILLS // LANES * LANES)
         self.assertGreaterEqual(2 * inside, total)
 

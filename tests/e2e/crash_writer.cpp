@@ -1,12 +1,14 @@
-// A run without training, to be killed: crash_writer DIRECTORY STEPS ANNOUNCED, or crash_writer --serve SOCKET for as_rank.c
+// A run without training, to be killed: crash_writer DIRECTORY STEPS ANNOUNCED MODE, or crash_writer --serve SOCKET for as_rank.c
 // Loads the newest checkpoint of DIRECTORY on whatever number of ranks there is and holds every bit of it against what its step must have
-// written, then writes STEPS more, and keeps 2. ANNOUNCED gets "loaded N" (-1: none), "good", and "published N" after each commit.
+// written, then writes STEPS more as MODE says, and keeps 2. ANNOUNCED gets "loaded N" (-1: none), "good", and "published N" after each commit.
+// MODE: plain; asynchronous, as the Saver does it, from a copy and streamed in turn; divided, into several files; buffered; independent.
 // Exit codes: 0, 2 (a UserError, told once), 3 (what was loaded is wrong).
 #include <ATen/ops/empty.h>
 #include <fcntl.h>
 #include <unistd.h>
 
 #include <cstring>
+#include <functional>
 #include <iostream>
 
 #include "base/error.hpp"
@@ -69,8 +71,26 @@ Box part_of(const Shape& shape, size_t dim, int rank, int ranks) {
 
 std::string note_of(int64_t step) { return text("what step ", step, " says\n"); }
 
-void write_step(const fs::path& folder, int64_t step, const Communicator& world) {
-  CheckpointWriter writer(folder / step_directory(step), world);
+WriteOptions options_of(const std::string& mode, int64_t step, WriterThread& thread) {
+  WriteOptions options;
+  if (mode == "asynchronous") {
+    options.thread = &thread;
+    options.take_later = step % 2 == 1;
+  } else if (mode == "divided") {
+    options.file_bytes = 300'000;
+  } else if (mode == "buffered") {
+    options.transfer = Transfer::buffered;
+  } else if (mode == "independent") {
+    options.transfer = Transfer::independent;
+  } else if (mode != "plain") {
+    fail("no such mode: ", mode);
+  }
+  return options;
+}
+
+/// `published` is called on rank 0 when it is; by its thread, perhaps later, where that writes.
+void write_step(const fs::path& folder, int64_t step, const Communicator& world, const WriteOptions& options, const std::function<void()>& published) {
+  CheckpointWriter writer(folder / step_directory(step), world, options);
   for (size_t file = 0; file < std::size(kFiles); ++file) {
     std::vector<Piece> pieces;
     for (size_t i = 0; i < tensors().size(); ++i) {
@@ -81,7 +101,11 @@ void write_step(const fs::path& folder, int64_t step, const Communicator& world)
   }
   writer.add_text("config.json", note_of(step));
   writer.add_text("tokenizer/tokenizer.json", note_of(step));
+  // Steps, while anybody writes.
+  while (options.thread && world.all_reduce(int64_t{!options.thread->idle()}, Reduce::max) > 0) usleep(1000);
   writer.commit({.run_id = "crash", .step = step, .training = {{"step", step}}});
+  if (options.thread && world.rank() == 0) options.thread->push(published);
+  if (!options.thread) world.together([&] { if (world.rank() == 0) published(); });
 }
 
 /// What is wrong with a checkpoint; "" when it is, on this rank's boxes, what its step wrote. Other boxes than those it was written in.
@@ -108,15 +132,15 @@ std::string wrong_with(const CheckpointReader& reader, const Communicator& world
 }
 
 /// In one write, so that it is there although the process is killed right after.
-void announce(const Communicator& world, const char* file, const std::string& line) {
-  if (world.rank() != 0) return;
+void announce(const char* file, const std::string& line) {
   const int out = ::open(file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (::write(out, (line + "\n").data(), line.size() + 1) < 0) std::perror(file);
   ::close(out);
 }
 
-int run(const fs::path& folder, int64_t steps, const char* announced) {
+int run(const fs::path& folder, int64_t steps, const char* announced, const std::string& mode) {
   const Communicator world = Communicator::everyone();
+  const auto tell = [&](const std::string& line) { if (world.rank() == 0) announce(announced, line); };
   std::vector<std::string> refused;
   const auto newest = newest_checkpoint(folder, &refused);
   int64_t step = -1;
@@ -125,20 +149,22 @@ int run(const fs::path& folder, int64_t steps, const char* announced) {
   if (newest && wrong.empty()) {
     const CheckpointReader reader(*newest);
     step = reader.manifest().step;
-    announce(world, announced, text("loaded ", step));
+    tell(text("loaded ", step));
     wrong = wrong_with(reader, world);
   } else {
-    announce(world, announced, "loaded -1");
+    tell("loaded -1");
   }
   if (!wrong.empty()) std::cerr << text("crash_writer: rank ", world.rank(), ": ", wrong, "\n") << std::flush;
   if (world.all_reduce(wrong.empty() ? 0 : 1, Reduce::max) != 0) return 3;
-  announce(world, announced, "good");
+  tell("good");
+  WriterThread thread(uint64_t{1} << 20);
   for (const int64_t last = step + steps; step < last;) {
-    write_step(folder, ++step, world);
-    announce(world, announced, text("published ", step));
-    world.together([&] {
-      if (world.rank() == 0) remove_old(folder, 2, 0);
+    ++step;
+    write_step(folder, step, world, options_of(mode, step, thread), [=] {
+      announce(announced, text("published ", step));
+      remove_old(folder, 2, 0);
     });
+    world.together([&] { thread.finish(); });
   }
   return 0;
 }
@@ -146,7 +172,7 @@ int run(const fs::path& folder, int64_t steps, const char* announced) {
 int as_rank(int argc, char** argv) {
   const MpiSession session(&argc, &argv);
   try {
-    return run(argv[1], std::atoll(argv[2]), argv[3]);
+    return run(argv[1], std::atoll(argv[2]), argv[3], argv[4]);
   } catch (const UserError& error) {
     if (world_rank() == 0) std::cerr << "crash_writer: " << error.what() << std::endl;
     return 2;

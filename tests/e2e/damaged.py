@@ -4,6 +4,7 @@ Usage: damaged.py UPCYCLE [unittest arguments]"""
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -17,6 +18,8 @@ from check_schema import digest_of
 from seal import seal
 from tiny_run import MOE, TrainCase, checkpoint
 
+# Root is refused nothing as long as it has these two capabilities.
+LIKE_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", "--"] if os.geteuid() == 0 else []
 NORM, Q0, Q1 = "model/norm/weight", "model/layers/0/self_attn/q_proj/weight", "model/layers/1/self_attn/q_proj/weight"
 
 
@@ -221,11 +224,19 @@ class Damaged(TrainCase):
         run_file = self.run_directory / "run.toml"   # names directories of the test that trained it
         run_file.write_text(run_file.read_text().replace(Damaged.root, str(self.root)))
 
-    def unchanged(self, command, expect):
+    def unchanged(self, command, expect, closed=None, mode=0, ranks=1):
         """What the command says, once, and that it leaves everything as it was. heartbeat/ is of whoever was there last, no part of a run's
-        state: a job that has the directory says so in there before it reads the values of its checkpoint."""
+        state: a job that has the directory says so in there before it reads the values of its checkpoint. `closed`: a file or directory that
+        has `mode` meanwhile."""
         before = self.tree()
-        said = self.upcycle(*command, expect=expect)
+        if closed:
+            usual = closed.stat().st_mode
+            closed.chmod(mode)
+        try:
+            said = self.upcycle(*command, expect=expect, ranks=ranks, through=LIKE_ANYBODY if closed else [])
+        finally:
+            if closed:
+                closed.chmod(usual)
         after = self.tree()
         self.assertEqual(sorted(after), sorted(before), "something was written or lost")
         claims = {self.run_directory / "heartbeat/rank_00000"} if command[0] == "train" else set()
@@ -264,13 +275,39 @@ class Damaged(TrainCase):
                 alone = self.upcycle("verify", self.step, expect=1).splitlines()
                 self.assertEqual([line for line in said if "GB in" not in line], [line for line in alone if "GB in" not in line])
 
-    @unittest.skipIf(os.geteuid() == 0, "root may read everything")
+    def refused_entry(self, command, closed, mode, says, expect=2, ranks=1):
+        with self.subTest(command=command[0], closed=closed.name, ranks=ranks):
+            said = self.unchanged(command, expect, closed, mode, ranks)
+            self.assertIn(says, said)
+            self.assertIn("Permission denied", said)
+            self.assertEqual(said.count("Permission denied"), 1, said)
+            if expect == 2:
+                self.assertEqual(said.count("upcycle: "), 1, said)
+
     def test_without_permission(self):
+        if LIKE_ANYBODY and not shutil.which("setpriv"):
+            self.skipTest("root may read and write everything, and there is no setpriv (util-linux) to take that away")
+        shut = self.root / "shut"
+        shut.write_text("")
+        shut.chmod(0)
+        self.assertIn("Permission denied", subprocess.run([*LIKE_ANYBODY, "cat", shut], capture_output=True, text=True).stderr)
         self.fresh()
-        (self.step / "weights.h5").chmod(0)
-        self.addCleanup((self.step / "weights.h5").chmod, 0o600)
-        self.assertIn("Permission denied", self.upcycle("verify", self.step, expect=1))
-        self.assertIn("Permission denied", self.upcycle("train", self.path, "--set", "train.steps=8", "--accept-changes", expect=2))
+        resume = ["train", self.path, "--set", "train.steps=8", "--accept-changes"]
+        weights, steps = self.step / "weights.h5", self.step.parent
+        self.refused_entry(["verify", self.step], weights, 0, str(weights), expect=1)
+        self.refused_entry(resume, weights, 0, str(weights))
+        for command, ranks in ((["verify", self.step], 1), (["verify", self.run_directory], 2), (resume, 1), (resume, 2)):
+            self.refused_entry(command, self.step, 0, f"{self.step}/manifest.json: Permission denied", ranks=ranks)
+        # Where nothing may be written that is known before any step is done.
+        for ranks in (1, 2):
+            self.refused_entry(resume, steps, 0o500, f"writing into {steps}: Permission denied", ranks=ranks)
+            self.refused_entry(resume, self.run_directory, 0o500, f"writing into {self.run_directory}: Permission denied", ranks=ranks)
+        parent = self.root / "parent"
+        parent.mkdir()
+        for command in (["train", self.path], ["convert", self.path]):
+            self.refused_entry([*command, "--set", f"run.directory={parent / 'below/run'}"], parent, 0o500, f"writing into {parent}: Permission denied")
+        self.assertEqual(list(parent.iterdir()), [])
+        self.upcycle(*resume)   # and with permission it goes on
 
     def test_a_checkpoint_of_another_run(self):
         self.fresh()

@@ -101,6 +101,7 @@ add_library(file_calls MODULE ${CMAKE_CURRENT_LIST_DIR}/file_calls.c)
 add_test(NAME e2e.crash
   COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/crash.py $<TARGET_FILE:crash_writer> $<TARGET_FILE:as_rank> $<TARGET_FILE:file_calls>)
 add_test(NAME e2e.file_order
-  COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/file_order.py $<TARGET_FILE:upcycle> $<TARGET_FILE:crash_writer> $<TARGET_FILE:file_calls>)
+  COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/file_order.py $<TARGET_FILE:upcycle> $<TARGET_FILE:crash_writer> $<TARGET_FILE:as_rank>
+    $<TARGET_FILE:file_calls>)
 set_tests_properties(e2e.crash e2e.file_order PROPERTIES LABELS e2e TIMEOUT 1200
   ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")

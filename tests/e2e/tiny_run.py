@@ -92,8 +92,9 @@ class TrainCase(unittest.TestCase):
         launcher = [*MPIRUN, "-np", str(ranks)] if ranks > 1 else []
         return [*launcher, UPCYCLE, *map(str, arguments)]
 
-    def upcycle(self, *arguments, ranks=1, expect=0):
-        result = subprocess.run(self.command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=120, cwd=self.root)
+    def upcycle(self, *arguments, ranks=1, expect=0, through=()):
+        """What the program says. `through`: a program that starts it."""
+        result = subprocess.run([*through, *self.command(*arguments, ranks=ranks)], capture_output=True, text=True, timeout=120, cwd=self.root)
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result.stdout + result.stderr
 

@@ -89,7 +89,8 @@ class StopAndResume(TrainCase):
         self.upcycle("train", path, ranks=1)
         path, run = self.run_file("moved", extra)
         for ranks, layout, steps in ((4, "parallel.expert=4", 3), (2, "parallel.pipeline=2", 6), (1, "parallel.expert=1", 9)):
-            self.upcycle("train", path, "--set", layout, f"train.steps={steps}", ranks=ranks)
+            said = self.upcycle("train", path, "--set", layout, f"train.steps={steps}", ranks=ranks)
+            self.assertRegex(said, rf"; {ranks} ranks \(.*\) on .*, tensors by MPI\n")
         self.assertEqual([line["step"] for line in steps_of(run)], list(range(1, 10)))
         starts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
         self.assertEqual([(line["step"], line["ranks"]) for line in starts], [(0, 4), (3, 2), (6, 1)])
@@ -98,6 +99,25 @@ class StopAndResume(TrainCase):
         for a, b in zip(steps_of(straight), steps_of(run)):
             self.assertEqual(a["tokens"], b["tokens"])
             self.assertLess(abs(a["loss"] - b["loss"]) / a["loss"], 1e-6 if a["step"] <= 5 else 1e-5)
+
+    def test_what_routers_remember_on_other_layouts(self):
+        """Biases and counts, of which each stage of a pipeline has its own layers', are those of a run on one rank."""
+        extra = ("[moe]\nexperts = 8\ntop_k = 2\n[upcycle]\nrouter_logit_std = 1.0\n[balance]\nscope = \"global\"\nbias_rate = 0.01\n"
+                 "[optimizer]\nschedule = \"constant\"\nlr = 1e-3\n[checkpoint]\nevery = 3\nkeep = 9\n")
+        path, straight = self.run_file("straight", extra, steps=9)
+        self.upcycle("train", path)
+        path, moved = self.run_file("moved", extra)
+        for ranks, layout, steps in ((2, "pipeline", 3), (1, "pipeline", 6), (2, "expert", 9)):
+            self.upcycle("train", path, "--set", f"parallel.{layout}={ranks}", f"train.steps={steps}", ranks=ranks)
+        for step in (3, 6, 9):
+            routers, expected = ({layer: (router["bias"], router["count"]) for layer, router in
+                                  json.loads((checkpoint(run, step) / "manifest.json").read_text())["training"]["routers"].items()}
+                                 for run in (moved, straight))
+            self.assertEqual(routers, expected, step)
+            self.assertEqual(sorted(routers), ["0", "1"])
+            for bias, count in routers.values():
+                self.assertEqual((len(bias), sum(count)), (8, 8 * SEQUENCE * 2))
+                self.assertTrue(any(bias), "no bias has moved")
 
     def test_seconds_of_a_step_are_its_own(self):
         """Also of the last one before a validation, whose numbers are read at once, not one step late."""

@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+from gpu_here import skip_without_gpu
+
 MODELS = {
     "dense": ["moe.experts=0"],
     "8 experts, top-2": ["moe.experts=8"],
@@ -94,8 +96,7 @@ def compare(label, cpu, gpu, rate, exact, failures):
 
 
 def main():
-    if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
-        sys.exit(77)
+    skip_without_gpu()
     upcycle, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 40
     common = [f"train.steps={steps}", f"checkpoint.every={steps}", "validate.every=0"]
     one = [*common, "parallel.expert=1"]

@@ -3,11 +3,11 @@
 other, whose GPU may be waiting in a kernel of NCCL. Exits 77 without a GPU.
 Usage: rank_failure_on_gpu.py UPCYCLE FAIL_ALLOCATIONS.so"""
 import os
-import shutil
-import subprocess
 import sys
 import unittest
 from pathlib import Path
+
+from gpu_here import skip_without_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 import rank_failure   # noqa: E402
@@ -27,8 +27,7 @@ class OnOneGpu(rank_failure.RankFailure):
 
 
 if __name__ == "__main__":
-    if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
-        sys.exit(77)
+    skip_without_gpu()
     tiny_run.UPCYCLE = os.path.abspath(sys.argv.pop(1))
     rank_failure.FAIL_ALLOCATIONS = os.path.abspath(sys.argv.pop(1))
     rank_failure.TIMEOUT = 20   # the first step on a GPU takes seconds

@@ -54,6 +54,27 @@ if(UPCYCLE_CUDA)
     ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
 endif()
 
+# Memory against the plan, and two ranks on one GPU.
+if(UPCYCLE_CUDA)
+  add_test(NAME gpu.plan COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/plan_on_gpu.py $<TARGET_FILE:upcycle>)
+  set_tests_properties(gpu.plan PROPERTIES LABELS gpu TIMEOUT 900 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+    ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT};UPCYCLE_MPIRUN=${mpirun}")
+endif()
+
+# The kernels under memcheck. Minutes each: ctest -LE gpu_slow leaves them out.
+if(UPCYCLE_CUDA)
+  find_program(COMPUTE_SANITIZER compute-sanitizer HINTS ${CUDAToolkit_BIN_DIR} ENV CUDA_HOME PATH_SUFFIXES bin compute-sanitizer)
+  if(COMPUTE_SANITIZER)
+    foreach(name ops norms rows loss optimizer routing)
+      add_test(NAME gpu.sanitizer.${name} COMMAND ${UPCYCLE_PYTHON} ${CMAKE_CURRENT_LIST_DIR}/sanitizer.py ${COMPUTE_SANITIZER} $<TARGET_FILE:gpu_${name}>)
+      set_tests_properties(gpu.sanitizer.${name} PROPERTIES LABELS gpu_slow TIMEOUT 3600 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu
+        ENVIRONMENT "${UPCYCLE_TEST_ENVIRONMENT}")
+    endforeach()
+  else()
+    message(STATUS "No compute-sanitizer: no memcheck of the kernels")
+  endif()
+endif()
+
 # Layouts on one or more GPUs; the numbers of one rank are what the others are held against.
 if(UPCYCLE_CUDA)
   upcycle_gtest(gpu_layouts SOURCES gpu/layouts_test.cpp support/mpi_main.cpp LINK upcycle_train upcycle::torch_cuda GTest::gtest)

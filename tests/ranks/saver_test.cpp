@@ -15,6 +15,7 @@ namespace upcycle {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::ContainsRegex;
 using testing::HasSubstr;
 constexpr uint64_t kMuch = uint64_t{1} << 40;
 
@@ -76,12 +77,20 @@ TEST_F(Saving, BehindTheStepsIsTheStateOfThatStep) {
     SCOPED_TRACE(room);
     begin();
     const fs::path checkpoints = folder_ / text("room-", room);
+    testing::internal::CaptureStderr();
     Saver saver(checkpoints, state_->mesh, settings, [] {}, [=] { return room; });
     saver.save(state_->stage.weights(), &*state_->optimizer, {3, 12, 0}, record_, true);
     saver.before_update();
     spoil();
     EXPECT_GT(steps_until_idle(saver), 0);
     saver.finish();
+    const std::string said = testing::internal::GetCapturedStderr();
+    if (world().rank() == 0) {   // who speaks for all
+      EXPECT_THAT(said, ContainsRegex(room > 0 ? "checkpoints are written (direct|buffered), behind the steps, from a copy of about [0-9.]+ GB "
+                                                 "\\([0-9.]+ GB of host memory are free for it\\)\n"
+                                               : "checkpoints are written (direct|buffered), behind the steps, streamed: a copy of about [0-9.]+ GB does not "
+                                                 "fit into the 0.00 GB of host memory that are free for it, so the next update of the weights waits\n"));
+    }
     world().barrier();
     EXPECT_EQ(digest_of_tensors(read_manifest(checkpoints / "step-00000003").tensors), reference_);
     KnownState other(small(), {}, at::kBFloat16);
