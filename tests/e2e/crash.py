@@ -46,9 +46,8 @@ class Lane:
             file.unlink(missing_ok=True)
         return file_calls.start(self.server, self.steps, steps, self.announced, ranks=ranks, under=self.steps, trace=self.trace, hurt=hurt)
 
-    def finish(self, job, never_made=None):
-        """Holds what the job loaded against what was published, and notes what it published itself. `never_made`: the rank that, if it did
-        not end well, was killed right before the last call that it tells of."""
+    def finish(self, job):
+        """Holds what the job loaded against what was published, and notes what it published itself."""
         said = output_of(job, lambda: file_calls.pids_of(self.trace))
         story = f"seed {SEED}, {self.steps}: {self.announced.read_text() if self.announced.exists() else 'nothing announced'}\n{said}"
         announced = [line.split() for line in self.announced.read_text().splitlines()] if self.announced.exists() else []
@@ -59,8 +58,9 @@ class Lane:
         if loaded:
             self.expected = set(loaded)
         made = list(events)
-        if never_made is not None and job.returncode != 0:
-            made.remove([event for event in events if event.rank == never_made][-1])
+        killed = file_calls.killed_at(self.trace)
+        if killed and killed.rest.startswith("before"):
+            made.remove([event for event in events if (event.rank, event.thread) == (killed.rank, killed.thread)][-1])
         for event in made:
             if event.kind == "rename" and event.path.name.endswith(".partial") and event.path.parent == self.steps:
                 step = int(event.path.name.removesuffix(".partial").removeprefix("step-"))
@@ -84,11 +84,11 @@ class Lane:
         when = self.random.choice(["before", "middle", "after"] if kind == "write" else ["before", "after"])
         everyone = self.random.random() < 0.4
         job = self.start(ranks, f"{rank} {kind} {self.random.randint(1, usual[rank])} {when}{'-all' if everyone else ''}")
-        events, _, story = self.finish(job, rank if when == "before" else None)
+        _, _, story = self.finish(job)
         if job.returncode == 0:
             return   # fewer calls than usual: nothing was in the way, or to be removed
-        own = [event for event in events if event.rank == rank]
-        assert own and own[-1].kind == kind and own[-1].begins == (when == "before"), f"not killed where it was meant to: {own[-3:]}, {story}"
+        killed = file_calls.killed_at(self.trace)
+        assert killed and (killed.rank, killed.kind) == (rank, kind) and killed.rest.startswith(when), f"not killed where it was meant to: {killed}, {story}"
         self.count(kind, {"before": "before", "middle": "half done", "after": "after"}[when], everyone)
 
     def at_any_moment(self, ranks):

@@ -3,9 +3,10 @@
 //
 // $FILE_CALLS_TRACE: a file that gets a line, tab-separated, at the begin and at the end of each call of any rank, in the order in which they
 // happened (a line is one write to a file opened for appending):
-//   B  rank  kind  path  number        number: bytes of a write, the new path of a rename, else 0
-//   E  rank  kind  path  result        result: what was returned, or minus the errno
-//   S  rank  start  -  pid
+//   B  rank  thread  kind  path  number    number: bytes of a write, the new path of a rename, else 0
+//   E  rank  thread  kind  path  result    result: what was returned, or minus the errno
+//   K  rank  thread  kind  path  WHAT      it kills itself
+//   S  rank  thread  start  -  pid
 // kinds: create (open with O_CREAT, mkdir), reserve (fallocate, ftruncate), write, fsync, rename, remove (unlink, rmdir)
 //
 // $FILE_CALLS_HURT: "RANK KIND N WHAT", the N-th call (from 1) of that kind on that rank, any rank if RANK is -1:
@@ -34,24 +35,25 @@ static const char* const kNames[KINDS] = {"create", "reserve", "write", "fsync",
 static const char* under;
 static int trace = -1, rank, hurt_kind = -1, fail_with;
 static long hurt_from, counts[KINDS];
+static __thread long number;   // of this thread's call, among all of its kind
 static char what[32];
 
 static void tell(char phase, const char* name, const char* path, const char* rest) {
   char line[2 * PATH_MAX + 100];
-  const int length = snprintf(line, sizeof line, "%c\t%d\t%s\t%s\t%s\n", phase, rank, name, path, rest);
+  const int length = snprintf(line, sizeof line, "%c\t%d\t%ld\t%s\t%s\t%s\n", phase, rank, syscall(SYS_gettid), name, path, rest);
   if (trace >= 0) syscall(SYS_write, trace, line, (size_t)length);
 }
 
 /// Reads the environment; again after a fork that has changed it.
 __attribute__((constructor)) void file_calls_start(void) {
   const char *own = getenv("OMPI_COMM_WORLD_RANK"), *file = getenv("FILE_CALLS_TRACE"), *hurt = getenv("FILE_CALLS_HURT");
-  char kind[16], number[24];
+  char kind[16], pid[24];
   int on = 0;
   under = getenv("FILE_CALLS_UNDER");
   rank = own ? atoi(own) : 0;
   if (file) trace = (int)syscall(SYS_openat, AT_FDCWD, file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
-  snprintf(number, sizeof number, "%d", (int)getpid());
-  tell('S', "start", "-", number);
+  snprintf(pid, sizeof pid, "%d", (int)getpid());
+  tell('S', "start", "-", pid);
   if (!hurt || sscanf(hurt, "%d %15s %ld %31s", &on, kind, &hurt_from, what) != 4 || (on != -1 && on != rank)) return;
   for (int i = 0; i < KINDS; ++i) {
     if (strcmp(kind, kNames[i]) == 0) hurt_kind = i;
@@ -78,11 +80,12 @@ static void kill_the_others(void) {
   text[length > 0 ? length : 0] = 0;
   for (char* line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     int pid;
-    if (sscanf(line, "S\t%*d\tstart\t-\t%d", &pid) == 1 && pid != (int)getpid()) kill(pid, SIGKILL);
+    if (sscanf(line, "S\t%*d\t%*d\tstart\t-\t%d", &pid) == 1 && pid != (int)getpid()) kill(pid, SIGKILL);
   }
 }
 
-static void die(void) {
+static void die(enum kind kind, const char* path) {
+  tell('K', kNames[kind], path, what);
   if (strstr(what, "-all")) kill_the_others();
   kill(getpid(), SIGKILL);
   for (;;) pause();
@@ -90,7 +93,7 @@ static void die(void) {
 
 /// 1: the call is to be made, 0: it fails with errno, 2: half of it is to be made.
 static int begin(enum kind kind, const char* path, const char* rest) {
-  const long number = __atomic_add_fetch(&counts[kind], 1, __ATOMIC_SEQ_CST);
+  number = __atomic_add_fetch(&counts[kind], 1, __ATOMIC_SEQ_CST);
   tell('B', kNames[kind], path, rest);
   if ((int)kind != hurt_kind || number < hurt_from) return 1;
   if (fail_with) {
@@ -98,17 +101,17 @@ static int begin(enum kind kind, const char* path, const char* rest) {
     return 0;
   }
   if (strcmp(what, "short") == 0) return (number - hurt_from) % 2 == 0 ? 2 : 1;
-  if (number == hurt_from && strncmp(what, "before", 6) == 0) die();
+  if (number == hurt_from && strncmp(what, "before", 6) == 0) die(kind, path);
   return number == hurt_from && strncmp(what, "middle", 6) == 0 ? 2 : 1;
 }
 
 static long end(enum kind kind, const char* path, long result) {
   const int code = errno;
-  char number[24];
-  snprintf(number, sizeof number, "%ld", result < 0 ? -(long)code : result);
-  tell('E', kNames[kind], path, number);
+  char told[24];
+  snprintf(told, sizeof told, "%ld", result < 0 ? -(long)code : result);
+  tell('E', kNames[kind], path, told);
   const int dies = strncmp(what, "middle", 6) == 0 || strncmp(what, "after", 5) == 0;
-  if ((int)kind == hurt_kind && dies && __atomic_load_n(&counts[kind], __ATOMIC_SEQ_CST) >= hurt_from) die();
+  if ((int)kind == hurt_kind && dies && number == hurt_from) die(kind, path);
   errno = code;
   return result;
 }

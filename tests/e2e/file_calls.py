@@ -13,6 +13,7 @@ KINDS = ("create", "reserve", "write", "fsync", "rename", "remove")
 class Event(NamedTuple):
     begins: bool
     rank: int
+    thread: int
     kind: str
     path: Path
     rest: str      # begin: bytes of a write, the new path of a rename; end: the result, or minus the errno
@@ -49,17 +50,23 @@ class Server:
 def pids_of(trace):
     """Of the ranks that have started, in no order."""
     lines = trace.read_text().split("\n")[:-1] if trace.exists() else []
-    return [int(line.split("\t")[4]) for line in lines if line.startswith("S\t")]
+    return [int(line.split("\t")[5]) for line in lines if line.startswith("S\t")]
 
 
 def read_trace(trace):
     """All calls, in the order in which they happened."""
-    events = []
+    return [event for phase, event in lines_of(trace) if phase in "BE"]
+
+
+def killed_at(trace):
+    """The call at which a rank has killed itself, `rest` saying when; None where none has."""
+    return next((event for phase, event in lines_of(trace) if phase == "K"), None)
+
+
+def lines_of(trace):
     for line in trace.read_text().split("\n")[:-1] if trace.exists() else []:
-        phase, rank, kind, path, rest = line.split("\t")
-        if phase != "S":
-            events.append(Event(phase == "B", int(rank), kind, Path(path), rest))
-    return events
+        phase, rank, thread, kind, path, rest = line.split("\t")
+        yield phase, Event(phase == "B", int(rank), int(thread), kind, Path(path), rest)
 
 
 def counts(events):
@@ -73,12 +80,8 @@ def counts(events):
 
 def in_flight(events, rank):
     """The kind of the call in which a rank's trace ends; None between calls."""
-    begun = []
+    begun = {}   # by thread
     for event in events:
-        if event.rank != rank:
-            continue
-        if event.begins:
-            begun.append((event.kind, event.path))
-        elif (event.kind, event.path) in begun:
-            begun.remove((event.kind, event.path))
-    return begun[-1][0] if begun else None
+        if event.rank == rank:
+            begun[event.thread] = event.kind if event.begins else None
+    return next((kind for kind in begun.values() if kind), None)

@@ -130,8 +130,8 @@ class Faults(Case):
         short = set()
         for event in events:
             if event.kind == "write" and event.begins:
-                begun[event.rank, event.path] = int(event.rest)
-            elif event.kind == "write" and event.succeeds and int(event.rest) < begun[event.rank, event.path]:
+                begun[event.rank, event.thread] = int(event.rest)
+            elif event.kind == "write" and event.succeeds and int(event.rest) < begun[event.rank, event.thread]:
                 short.add((event.rank, event.path.name))
         self.assertTrue({(0, "weights.h5"), (1, "weights.h5"), (1, "exp_avg.h5")} <= short, short)
         self.save(steps=0)   # loads, and holds every bit against what was meant

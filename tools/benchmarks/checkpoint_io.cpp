@@ -15,7 +15,7 @@
 
 #include "base/error.hpp"
 #include "checkpoint/durable.hpp"
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
 #include "config/run_config.hpp"
 #include "device/device.hpp"
 #include "train/saver.hpp"
@@ -123,7 +123,7 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
     for (Tensor* moment : {&optimizer->exp_avg(i), &optimizer->exp_avg_sq(i)}) moment->copy_(at::randn(moment->sizes()));
   }
   RunRecord record{"bench", to_hf(architecture, nlohmann::json::object()), nlohmann::json::object(), nlohmann::json::object(), {}};
-  WriterThread memories(uint64_t{1} << 30);
+  WriterThreads memories(uint64_t{1} << 30);
   const std::span<std::byte> memory = memories.borrow(kPiece);
   for (int64_t i = 0; i < kPiece; ++i) memory[static_cast<size_t>(i)] = static_cast<std::byte>(i * 2654435761u >> 13);
 
