@@ -87,10 +87,10 @@ void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& st
   options.waits = !behind;
   options.take_later = behind && !found.copies();
   removes_ = removes;
-  taken_ = std::make_shared<std::atomic<bool>>(false);
+  taken_ = std::make_shared<std::atomic<bool>>(!options.take_later);   // or it is, when save() returns
   writer_ = std::make_unique<CheckpointWriter>(checkpoints_ / step_directory(state.step), mesh_.world(), options);
   manifest_ = add_snapshot(*writer_, mesh_, weights, optimizer, state, record);
-  threads_.push([taken = taken_] { *taken = true; });
+  if (options.take_later) threads_.push([taken = taken_] { *taken = true; });
   const std::string how = behind ? found.copies() ? "from a copy" : "streamed" : "at once";
   if (std::exchange(told_, how) != how) {
     log::info(text("checkpoints are written ", name(writer_->transfer()), behind ? ", behind the steps, " + found.words() : ""));
@@ -106,7 +106,6 @@ void Saver::wait() const {
 }
 
 void Saver::before_update() const {
-  // The values of blocks that were copied are taken long since; of the others they are as the threads get to them.
   while (writer_ && !*taken_ && !threads_.idle()) {
     alive_();
     std::this_thread::sleep_for(std::chrono::microseconds(200));
