@@ -20,8 +20,8 @@ uint64_t number_in(const fs::path& path) {
   return file >> number ? number : kUnlimited;
 }
 
-uint64_t available_in_system() {
-  std::ifstream file("/proc/meminfo");
+uint64_t available_in_system(const fs::path& root) {
+  std::ifstream file(root / "proc/meminfo");
   for (std::string key, rest; file >> key && std::getline(file, rest);) {
     if (key == "MemAvailable:") return std::stoull(rest) * 1024;
   }
@@ -47,17 +47,20 @@ uint64_t left_in_group(const fs::path& root, fs::path group, const char* limit, 
 
 }  // namespace
 
-uint64_t available_host_memory() {
-  uint64_t available = available_in_system();
-  std::ifstream groups("/proc/self/cgroup");   // "0::/path" for version 2, "5:cpu,memory:/path" for version 1
+uint64_t available_host_memory() { return available_host_memory_below("/"); }
+
+uint64_t available_host_memory_below(const fs::path& root) {
+  uint64_t available = available_in_system(root);
+  const fs::path trees = root / "sys/fs/cgroup";
+  std::ifstream groups(root / "proc/self/cgroup");   // "0::/path" for version 2, "5:cpu,memory:/path" for version 1
   for (std::string line; std::getline(groups, line);) {
     std::istringstream fields(line);
     std::string number, controllers, path;
     std::getline(std::getline(std::getline(fields, number, ':'), controllers, ':'), path);
     if (controllers.empty()) {
-      available = std::min(available, left_in_group("/sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"));
+      available = std::min(available, left_in_group(trees, path, "memory.max", "memory.current", "inactive_file"));
     } else if (("," + controllers + ",").find(",memory,") != std::string::npos) {
-      available = std::min(available, left_in_group("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"));
+      available = std::min(available, left_in_group(trees / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"));
     }
   }
   return available;

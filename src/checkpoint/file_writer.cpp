@@ -35,8 +35,8 @@ std::span<const TensorSpec> specs_of(const WritePlan& plan, size_t first, size_t
 }  // namespace
 
 FileWriter::FileWriter(fs::path path, std::span<const Piece> pieces, const Communicator& world, const WriteOptions& options,
-                       WriterThread& thread, bool continued)
-    : path_(std::move(path)), world_(world), options_(options), thread_(thread) {
+                       WriterThreads& threads, bool continued)
+    : path_(std::move(path)), world_(world), options_(options), threads_(threads) {
   std::string mine;
   world.together([&] { mine = declare(pieces); });
   plan_ = plan_writes(world.all_gather(mine));
@@ -138,7 +138,7 @@ void FileWriter::write() {
   for (Part& part : parts_) {
     if (part.hyperslabs) world_.together([&] { part.hyperslabs->close(); });
     // On every rank: a rank's bytes may still be on its own host.
-    thread_.push([self = shared_from_this(), &part] { make_durable(part.path); });
+    threads_.push([self = shared_from_this(), &part] { make_durable(part.path); });
   }
 }
 
@@ -152,7 +152,7 @@ void FileWriter::write_travelling() {
       for (const size_t index : round) {
         const WritePlan::Block& block = plan_.blocks[index];
         if (block.writer != world_.rank()) continue;
-        const std::span<std::byte> bytes = thread_.borrow(size(index));
+        const std::span<std::byte> bytes = threads_.borrow(size(index));
         source_->fill(block, bytes.data());
         source_->unpack(block, arrived, taken, bytes.data());
         write_block(part_of(index), index, bytes);
@@ -173,7 +173,7 @@ void FileWriter::write_own(uint64_t& found) {
     } else if (options_.take_later && part.file) {
       take_later(part, index);
     } else {
-      const std::span<std::byte> bytes = thread_.borrow(size(index));
+      const std::span<std::byte> bytes = threads_.borrow(size(index));
       source_->fill(block, bytes.data());
       write_block(part, index, bytes);
     }
@@ -187,10 +187,10 @@ bool FileWriter::is_there(const Part& part, size_t index) {
   uint64_t stored = 0;
   part.file->read(std::as_writable_bytes(std::span(&stored, 1)), place_of_checksum(part, index));
   if (stored == 0) return false;
-  const std::span<std::byte> bytes = thread_.borrow(size(index));
+  const std::span<std::byte> bytes = threads_.borrow(size(index));
   const bool same = part.file->read(bytes, place(part, index)) == bytes.size() && checksum(bytes.data(), bytes.size()) == stored;
   if (same) checksums_[index] = stored;
-  thread_.give_back(bytes);
+  threads_.give_back(bytes);
   return same;
 }
 
@@ -199,20 +199,20 @@ void FileWriter::write_block(const Part& part, size_t index, std::span<std::byte
   if (part.hyperslabs || options_.waits) checksums_[index] = checksum(bytes.data(), bytes.size());
   if (part.hyperslabs) {
     write_hyperslabs(*part.hyperslabs, plan_.tensors[block.tensor], block.number, bytes.data());
-    return thread_.give_back(bytes);
+    return threads_.give_back(bytes);
   }
-  thread_.push([this, self = shared_from_this(), &part, index, bytes] {
+  threads_.push_beside([this, self = shared_from_this(), &part, index, bytes] {
     if (!options_.waits) checksums_[index] = checksum(bytes.data(), bytes.size());
     part.file->write(bytes, place(part, index));
     // What may be continued remembers which of its blocks are done.
     if (!options_.continues.empty()) part.file->write(std::as_bytes(std::span(&checksums_[index], 1)), place_of_checksum(part, index));
-    thread_.give_back(bytes);
+    threads_.give_back(bytes);
   });
 }
 
 void FileWriter::take_later(const Part& part, size_t index) {
-  thread_.push([this, self = shared_from_this(), &part, index] {
-    const std::span<std::byte> bytes = thread_.scratch(size(index));
+  threads_.push_beside([this, self = shared_from_this(), &part, index] {
+    const std::span<std::byte> bytes = threads_.scratch(size(index));
     source_->fill(plan_.blocks[index], bytes.data());
     checksums_[index] = checksum(bytes.data(), bytes.size());
     part.file->write(bytes, place(part, index));

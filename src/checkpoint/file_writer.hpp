@@ -14,15 +14,15 @@
 
 namespace upcycle {
 
-/// One kind of tensor on its way to the disk: one HDF5 file, or, where there are many bytes, several with an index. The writer's thread
-/// shares it until its tasks are done.
+/// One kind of tensor on its way to the disk: one HDF5 file, or, where there are many bytes, several with an index. The writer's threads
+/// share it until their tasks are done.
 class FileWriter : public std::enable_shared_from_this<FileWriter> {
  public:
   /// **Collective.** Plans who writes what, makes the files, and opens them on all ranks. `pieces` as in CheckpointWriter::add.
   FileWriter(std::filesystem::path path, std::span<const Piece> pieces, const Communicator& world, const WriteOptions& options,
-             WriterThread& thread, bool continued);
+             WriterThreads& threads, bool continued);
 
-  /// **Collective.** Hands every block that this rank writes to the thread, then the files' fsync. Returns before they are written.
+  /// **Collective.** Hands every block that this rank writes to the threads, then the files' fsync. Returns before they are written.
   void write();
 
   /// **Collective.** After all ranks' threads have done their work: every block's checksum, on all ranks.
@@ -66,7 +66,7 @@ class FileWriter : public std::enable_shared_from_this<FileWriter> {
   std::filesystem::path path_;
   const Communicator& world_;
   WriteOptions options_;
-  WriterThread& thread_;
+  WriterThreads& threads_;
   WritePlan plan_;
   std::optional<BlockSource> source_;
   std::vector<Part> parts_;

@@ -21,7 +21,7 @@
 #include "checkpoint/durable.hpp"
 #include "checkpoint/first_rank.hpp"
 #include "checkpoint/safetensors_layout.hpp"
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
 
 namespace upcycle {
 namespace {
@@ -53,9 +53,9 @@ struct SharedSafetensors::State {
   uint64_t bytes = 0, found = 0;
   std::set<size_t> touched = {};       ///< shards
   BlockNotes notes = {};
-  std::optional<BlockFile> file = {};  ///< the thread's, once it has something to do
+  std::optional<BlockFile> file = {};  ///< the tasks', once there is one
   size_t open_shard = SIZE_MAX;
-  WriterThread thread{kRoom};          ///< ends before what it uses
+  WriterThreads threads{kRoom};         ///< ends before what it uses
 
   uint64_t width(const Block& block) const { return c10::elementSize(items[block.item].dtype); }
   uint64_t size(const Block& block) const { return static_cast<uint64_t>(elements(block.box)) * width(block); }
@@ -74,7 +74,7 @@ struct SharedSafetensors::State {
     return *file;
   }
 
-  /// On the thread. `bytes` lie in memory as they do in the file's pages: all but the first and last, which others share, go directly.
+  /// In a task. `bytes` lie in memory as they do in the file's pages: all but the first and last, which others share, go directly.
   void store(const Block& block, std::span<const std::byte> bytes) {
     const BlockFile& to = open(block);
     const uint64_t begin = offset(block), head = std::min<uint64_t>(bytes.size(), (kPage - begin % kPage) % kPage);
@@ -134,7 +134,7 @@ SharedSafetensors::SharedSafetensors(fs::path directory, std::vector<Safetensors
                                      const std::string& identity, const Progress& progress)
     : state_(new State{.directory = std::move(directory), .items = std::move(items), .world = world}) {
   State& s = *state_;
-  s.thread.set_room(kRoom, kBlockBytes + static_cast<int64_t>(kPage));   // a block lies in memory as it does in the file's pages
+  s.threads.set_room(kRoom, kBlockBytes + static_cast<int64_t>(kPage));   // a block lies in memory as it does in the file's pages
   s.shards = safetensors_shards(s.items, max_shard_bytes, metadata);
   for (size_t i = 0; i < s.shards.size(); ++i) {
     s.bytes += s.shards[i].bytes;
@@ -175,7 +175,7 @@ SharedSafetensors::SharedSafetensors(fs::path directory, std::vector<Safetensors
 // What was given is written, for whoever goes on.
 SharedSafetensors::~SharedSafetensors() {
   try {
-    state_->thread.finish();
+    state_->threads.finish();
   } catch (...) {   // was told, or whoever ends here has something worse to tell
   }
 }
@@ -192,20 +192,20 @@ void SharedSafetensors::write(const Block& block, const Tensor& values) {
     throw std::logic_error(text("tensor '", item(block).name, "': values ", describe(values.sizes().vec()), " for ", describe(block.box)));
   }
   const uint64_t shift = s.offset(block) % kPage;
-  const std::span<std::byte> memory = s.thread.borrow(static_cast<int64_t>(shift + s.size(block)));
+  const std::span<std::byte> memory = s.threads.borrow(static_cast<int64_t>(shift + s.size(block)));
   const std::span<std::byte> bytes = memory.subspan(shift);
   at::from_blob(bytes.data(), block.box.size, at::TensorOptions(item(block).dtype)).copy_(values.detach());
   s.touched.insert(s.shard_of[block.item]);
-  s.thread.push([&s, block, bytes, memory] {
+  s.threads.push([&s, block, bytes, memory] {
     s.store(block, bytes);
-    s.thread.give_back(memory);
+    s.threads.give_back(memory);
   });
 }
 
 void SharedSafetensors::finish() {
   State& s = *state_;
   s.world.together([&] {
-    s.thread.finish();
+    s.threads.finish();
     if (!s.waits.empty()) throw std::logic_error(text(s.waits.size(), " of ", s.missing.size(), " blocks were not written"));
     for (const size_t shard : s.touched) make_durable(s.path(s.shards[shard]));
   });

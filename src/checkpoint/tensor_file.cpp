@@ -13,17 +13,17 @@ namespace {
 namespace fs = std::filesystem;
 using namespace hdf5;
 
+herr_t add_name(hid_t, const char* name, const H5L_info_t*, void* names) {
+  static_cast<std::vector<std::string>*>(names)->push_back(name);
+  return 0;
+}
+
 /// Adds the tensors below `group` (a path) to `out`, depth first.
 void collect(const Hdf5Id& file, const std::string& group, const std::string& where, std::vector<std::string>& out) {
   const Hdf5Id id = own(H5Gopen2(file.get(), group.c_str(), H5P_DEFAULT), where);
-  H5G_info_t info;
-  check(H5Gget_info(id.get(), &info), where);
-  for (hsize_t i = 0; i < info.nlinks; ++i) {
-    const auto name_at = [&](char* buffer, size_t size) {
-      return check(H5Lget_name_by_idx(id.get(), ".", H5_INDEX_NAME, H5_ITER_INC, i, buffer, size, H5P_DEFAULT), where);
-    };
-    std::string name(static_cast<size_t>(name_at(nullptr, 0)), '\0');
-    name_at(name.data(), name.size() + 1);
+  std::vector<std::string> names;   // at once: a group of many is sorted anew for each name that is asked for by number
+  check(H5Literate(id.get(), H5_INDEX_NAME, H5_ITER_INC, nullptr, add_name, &names), where);
+  for (const std::string& name : names) {
     const std::string path = (group == "/" ? "" : group) + "/" + name;
     const Hdf5Id object = own(H5Oopen(file.get(), path.c_str(), H5P_DEFAULT), where + ": " + path);
     if (H5Iget_type(object.get()) == H5I_GROUP) collect(file, path, where, out);

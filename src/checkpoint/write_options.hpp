@@ -4,7 +4,7 @@
 #include <string>
 
 #include "checkpoint/block_file.hpp"
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
 
 namespace upcycle {
 
@@ -18,11 +18,11 @@ struct WriteOptions {
   std::string continues;
   /// Bytes of this rank that are taken, and all of the file's; on the calling thread, after each block.
   std::function<void(uint64_t done, uint64_t total)> progress;
-  /// Writes behind the caller's back, see add() and commit(); outlives the writer. Null: a thread of the writer's own.
-  WriterThread* thread = nullptr;
-  /// The caller has nothing to do but wait for the writer: so it computes the checksums meanwhile, which otherwise are the thread's.
+  /// Writes behind the caller's back, see add() and commit(); outlives the writer. Null: threads of the writer's own.
+  WriterThreads* threads = nullptr;
+  /// The caller has nothing to do but wait for the writer: so it computes the checksums meanwhile, which otherwise are the threads'.
   bool waits = false;
-  /// With `thread`: blocks that no other rank has a part of are taken out of the pieces by the thread, and not by add().
+  /// With `threads`: blocks that no other rank has a part of are taken out of the pieces by them, and not by add().
   bool take_later = false;
 };
 

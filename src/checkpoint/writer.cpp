@@ -13,7 +13,7 @@ namespace {
 
 namespace fs = std::filesystem;
 constexpr const char* kContinues = "continues.txt";
-constexpr uint64_t kRoom = uint64_t{64} << 20;   // of a writer's own thread
+constexpr uint64_t kRoom = uint64_t{64} << 20;   // of a writer's own threads
 
 /// A damaged step that a run resumed behind is in the way of the new one, but not ours to delete.
 void make_way(const fs::path& folder) {
@@ -34,14 +34,14 @@ struct CheckpointWriter::State {
   fs::path partial;
   const Communicator& world;
   WriteOptions options;
-  std::unique_ptr<WriterThread> own_thread = {};
-  std::vector<std::shared_ptr<FileWriter>> added = {};   ///< shared with the thread's last task
+  std::unique_ptr<WriterThreads> own_threads = {};
+  std::vector<std::shared_ptr<FileWriter>> added = {};   ///< shared with the threads' last task
   nlohmann::json files = nlohmann::json::object();
   nlohmann::json texts = nlohmann::json::object();
   bool continued = false;
   bool committed = false;
 
-  WriterThread& thread() { return own_thread ? *own_thread : *options.thread; }
+  WriterThreads& threads() { return own_threads ? *own_threads : *options.threads; }
   void refuse_second(const std::string& file) const {
     if (files.contains(file)) throw std::logic_error(text("the checkpoint has a file '", file, "' already"));
   }
@@ -62,12 +62,12 @@ CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, W
     if (!s.options.continues.empty()) write_text_durably(words, s.options.continues);
   });
   s.continued = world.all_reduce(int64_t{s.continued}, Reduce::max) > 0;
-  if (!s.options.thread) s.own_thread = std::make_unique<WriterThread>(kRoom);
+  if (!s.options.threads) s.own_threads = std::make_unique<WriterThreads>(kRoom);
 }
 
 CheckpointWriter::~CheckpointWriter() {
   State& s = *state_;
-  s.own_thread.reset();   // nobody writes into what is removed
+  s.own_threads.reset();   // nobody writes into what is removed
   if (s.committed || s.world.rank() != 0 || !s.options.continues.empty()) return;
   std::error_code ignored;
   fs::remove_all(s.partial, ignored);
@@ -84,10 +84,10 @@ Transfer CheckpointWriter::transfer() const noexcept { return state_->added.empt
 void CheckpointWriter::add(const std::string& file, std::span<const Piece> pieces) {
   State& s = *state_;
   s.refuse_second(file);
-  s.added.push_back(std::make_shared<FileWriter>(s.partial / file, pieces, s.world, s.options, s.thread(), s.continued));
+  s.added.push_back(std::make_shared<FileWriter>(s.partial / file, pieces, s.world, s.options, s.threads(), s.continued));
   s.added.back()->write();
   for (const std::string& name : s.added.back()->files()) s.files[name] = nullptr;
-  if (!s.options.thread) s.world.together([&] { s.thread().finish(); });
+  if (!s.options.threads) s.world.together([&] { s.threads().finish(); });
 }
 
 void CheckpointWriter::add_text(const std::string& file, const std::string& content) {
@@ -100,11 +100,11 @@ void CheckpointWriter::add_text(const std::string& file, const std::string& cont
 
 void CheckpointWriter::commit(Manifest manifest) {
   State& s = *state_;
-  s.world.together([&] { s.thread().finish(); });
+  s.world.together([&] { s.threads().finish(); });
   for (const auto& file : s.added) file->gather_checksums();
   if (s.world.rank() == 0) {
     manifest.schema_version = kSchemaVersion;
-    s.thread().push([folder = s.folder, partial = s.partial, added = s.added, files = s.files, texts = s.texts, manifest = std::move(manifest)]() mutable {
+    s.threads().push([folder = s.folder, partial = s.partial, added = s.added, files = s.files, texts = s.texts, manifest = std::move(manifest)]() mutable {
       manifest.tensors = nlohmann::json::object();
       for (const auto& file : added) {
         file->store_checksums();
@@ -119,8 +119,8 @@ void CheckpointWriter::commit(Manifest manifest) {
       rename_durably(partial, folder);
     });
   }
-  if (!s.options.thread) s.world.together([&] { s.thread().finish(); });
-  s.committed = true;   // or, with a thread given, on its way: the folder is that thread's
+  if (!s.options.threads) s.world.together([&] { s.threads().finish(); });
+  s.committed = true;   // or, with threads given, on its way: the folder is theirs
 }
 
 }  // namespace upcycle

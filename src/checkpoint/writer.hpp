@@ -34,14 +34,14 @@ class CheckpointWriter {
 
   /// **Collective.** One file of the checkpoint, e.g. "weights.h5". `pieces`: this rank's, of any number of tensors;
   /// all ranks' together must cover every tensor, each element once or by equal boxes of several ranks (replicas). Dtypes of one tensor
-  /// agree. Throws UserError with the file when the disk is full, on all ranks; with a thread given, perhaps only later.
+  /// agree. Throws UserError with the file when the disk is full, on all ranks; with threads given, perhaps only later.
   void add(const std::string& file, std::span<const Piece> pieces);
 
   /// **Collective.** Further small files (certificate.json, tokenizer files, config.json); rank 0's content is written.
   void add_text(const std::string& file, const std::string& content);
 
   /// **Collective.** Waits for all ranks' bytes, completes `manifest` (files, tensors, checksums), writes it, makes all durable, renames;
-  /// with a thread given, rank 0's thread does what comes after the waiting, and WriterThread::finish says how it went.
+  /// with threads given, one of rank 0's does what comes after the waiting, and WriterThreads::finish says how it went.
   void commit(Manifest manifest);
 
   /// Bytes that this rank writes, of all files added so far.

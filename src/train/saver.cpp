@@ -29,8 +29,8 @@ uint64_t state_bytes(const Weights& weights, const Optimizer* optimizer) {
   return bytes;
 }
 
-void make_room(WriterThread& thread, uint64_t copy) {
-  thread.set_room(copy + kSlack, static_cast<int64_t>(std::clamp(copy / 16, static_cast<uint64_t>(Blocks::kBytes), kPiece)));
+void make_room(WriterThreads& threads, uint64_t copy) {
+  threads.set_room(copy + kSlack, static_cast<int64_t>(std::clamp(copy / 16, static_cast<uint64_t>(Blocks::kBytes), kPiece)));
 }
 
 }  // namespace
@@ -42,7 +42,7 @@ Saver::Saver(std::filesystem::path checkpoints, const Mesh& mesh, const Checkpoi
       settings_(settings),
       alive_(std::move(alive)),
       available_(std::move(available)),
-      thread_(kRing, device) {
+      threads_(kRing, device) {
   if (!settings_.asynchronous) return;
   const std::vector<std::string> hosts = mesh.world().all_gather(host_name());
   ranks_here_ = std::count(hosts.begin(), hosts.end(), host_name());
@@ -53,7 +53,7 @@ Saver::~Saver() = default;
 // What an earlier copy has taken is there for the next one.
 Saver::Room Saver::room(const Weights& weights, const Optimizer* optimizer) const {
   const uint64_t available = available_();
-  return {state_bytes(weights, optimizer), thread_.held() + (available - std::min(available, kReserve)) / static_cast<uint64_t>(ranks_here_)};
+  return {state_bytes(weights, optimizer), threads_.held() + (available - std::min(available, kReserve)) / static_cast<uint64_t>(ranks_here_)};
 }
 
 std::string Saver::Room::words() const {
@@ -68,8 +68,8 @@ void Saver::take_memory(const Weights& weights, const Optimizer& optimizer) {
   mesh_.world().barrier();   // all ranks of a host have looked before any takes
   log::info("checkpoints will be written behind the steps, " + found.words());
   if (!found.copies()) return;
-  make_room(thread_, found.need);
-  thread_.take_ahead(found.need);
+  make_room(threads_, found.need);
+  threads_.take_ahead(found.need);
 }
 
 void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& state, const RunRecord& record, bool removes) {
@@ -77,20 +77,20 @@ void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& st
   const bool behind = settings_.asynchronous && optimizer;   // before training there is nothing to be behind of
   WriteOptions options = write_options(settings_);
   options.progress = [this](uint64_t, uint64_t) { alive_(); };
-  options.thread = &thread_;
+  options.threads = &threads_;
   const Room found = room(weights, optimizer);
   if (behind && found.copies()) {
-    make_room(thread_, found.need);
+    make_room(threads_, found.need);
   } else {
-    thread_.set_room(kRing);
+    threads_.set_room(kRing);
   }
   options.waits = !behind;
   options.take_later = behind && !found.copies();
   removes_ = removes;
-  taken_ = std::make_shared<std::atomic<bool>>(false);
+  taken_ = std::make_shared<std::atomic<bool>>(!options.take_later);   // or it is, when save() returns
   writer_ = std::make_unique<CheckpointWriter>(checkpoints_ / step_directory(state.step), mesh_.world(), options);
   manifest_ = add_snapshot(*writer_, mesh_, weights, optimizer, state, record);
-  thread_.push([taken = taken_] { *taken = true; });
+  if (options.take_later) threads_.push([taken = taken_] { *taken = true; });
   const std::string how = behind ? found.copies() ? "from a copy" : "streamed" : "at once";
   if (std::exchange(told_, how) != how) {
     log::info(text("checkpoints are written ", name(writer_->transfer()), behind ? ", behind the steps, " + found.words() : ""));
@@ -99,15 +99,14 @@ void Saver::save(Weights& weights, Optimizer* optimizer, const TrainingState& st
 }
 
 void Saver::wait() const {
-  while (!thread_.idle()) {
+  while (!threads_.idle()) {
     alive_();
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
 }
 
 void Saver::before_update() const {
-  // The values of blocks that were copied are taken long since; of the others they are as the thread gets to them.
-  while (writer_ && !*taken_ && !thread_.failed()) {
+  while (writer_ && !*taken_ && !threads_.idle()) {
     alive_();
     std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
@@ -118,13 +117,13 @@ void Saver::step(bool any_writes, bool any_failed) {
   if (writer_ && !any_writes) publish();
 }
 
-// All ranks' bytes are on the disk: the rest is rank 0's, on its thread.
+// All ranks' bytes are on the disk: the rest is rank 0's, on one of its threads.
 void Saver::publish() {
   const std::filesystem::path folder = checkpoints_ / step_directory(manifest_.step);
   writer_->commit(manifest_);
   writer_.reset();
   if (mesh_.world().rank() != 0) return;
-  thread_.push([this, step = manifest_.step, folder, checkpoints = checkpoints_, settings = settings_, removes = removes_] {
+  threads_.push([this, step = manifest_.step, folder, checkpoints = checkpoints_, settings = settings_, removes = removes_] {
     published_ = step;
     log::info("saved " + folder.string());
     if (removes) remove_old(checkpoints, settings.keep, settings.keep_every, settings.keep_best);
@@ -142,7 +141,7 @@ void Saver::finish() {
     }
   }
   wait();
-  mesh_.world().together([&] { thread_.finish(); });
+  mesh_.world().together([&] { threads_.finish(); });
 }
 
 }  // namespace upcycle

@@ -11,7 +11,7 @@
 
 namespace upcycle {
 
-/// Stores a run's checkpoints: at once, or, with checkpoint.asynchronous, behind its steps, on a thread that calls neither MPI nor HDF5.
+/// Stores a run's checkpoints: at once, or, with checkpoint.asynchronous, behind its steps, on threads that call neither MPI nor HDF5.
 /// Where host memory has room for a copy of what this rank writes, the step waits for that copy alone. Where it has not, blocks that are
 /// this rank's alone are taken out of the weights and moments as they are written, and the next update of the weights waits for that.
 /// Between the ranks nothing is said but in step(): all know from a step's own all-reduce who has written.
@@ -28,9 +28,9 @@ class Saver {
   /// copies, their memory is taken from now on, on a thread of its own. A save that comes before all of it is there waits for it.
   void take_memory(const Weights&, const Optimizer&);
   /// Some of it is still to come.
-  bool takes_memory() const { return thread_.takes(); }
+  bool takes_memory() const { return threads_.takes(); }
   /// Bytes of host memory that are held for what is to be written.
-  uint64_t memory() const { return thread_.held(); }
+  uint64_t memory() const { return threads_.held(); }
 
   /// **Collective.** Stores a checkpoint, or begins to; one in flight is finished first. `removes`: and then removes those that
   /// [checkpoint] does not keep. Throws UserError on all ranks for what went wrong, with this save or the one before.
@@ -39,8 +39,8 @@ class Saver {
   /// Before weights or moments are changed: waits until what is in flight does not need them any more.
   void before_update() const;
   /// This rank has still something to write; or it never will.
-  bool writes() const { return writer_ && !thread_.idle(); }
-  bool failed() const { return thread_.failed(); }
+  bool writes() const { return writer_ && !threads_.idle(); }
+  bool failed() const { return threads_.failed(); }
   /// On rank 0: the newest step whose checkpoint is published, of this saver's; -1 before the first.
   int64_t published() const { return published_; }
 
@@ -69,11 +69,11 @@ class Saver {
   int64_t ranks_here_ = 1;            ///< on this host
   std::string told_;                  ///< what the log has last said of how checkpoints are written
   std::atomic<int64_t> published_ = -1;
-  WriterThread thread_;
+  WriterThreads threads_;
   std::unique_ptr<CheckpointWriter> writer_;   ///< of the save in flight
   Manifest manifest_;
   bool removes_ = false;
-  std::shared_ptr<std::atomic<bool>> taken_;   ///< the thread needs the tensors no more
+  std::shared_ptr<std::atomic<bool>> taken_;   ///< what is in flight needs the tensors no more
 };
 
 }  // namespace upcycle

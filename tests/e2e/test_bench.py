@@ -129,6 +129,35 @@ class Bench(unittest.TestCase):
         self.assertEqual([line["op"] for line in json.loads((self.root / "ops.json").read_text())["operations"]], ["swiglu, forward", "attention, forward"])
         self.assertIn("no program /nowhere", self.bench("moe-layer", "--program", "/nowhere", expect=1))
 
+    def test_checkpoints(self):
+        """What checkpoint_io prints, of which one line stands for each repeat, becomes rates and shares of plain files. From a bundle."""
+        bundle, words = self.root / "bundle", self.root / "words"
+        shutil.copytree(SOURCE / "tools", bundle / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(SOURCE / "configs", bundle / "configs")
+        line = {"bytes": 4_000_000_000, "save_seconds": 4.0, "plain_write_seconds": 3.0, "plain_direct_write_seconds": 2.0, "load_seconds": 2.5,
+                "plain_read_seconds": 2.0, "verify_seconds": 1.6, "save_extra_bytes": 48 << 20, "load_extra_bytes": 24 << 20, "stall_seconds": 0.5,
+                "update_waits_seconds": 3.25}
+        for name, script in (("upcycle", "echo upcycle 0"), ("checkpoint_io", f"echo $4 >> {words}; grep asynchronous $1 >> {words}; echo '{json.dumps(line)}'")):
+            (bundle / name).write_text(f"#!/bin/sh\n{script}\n")
+            (bundle / name).chmod(0o755)
+
+        def bench(*arguments):
+            words.unlink(missing_ok=True)
+            result = subprocess.run([sys.executable, bundle / "tools/bench", "checkpoint", "--ranks", "1", "--scratch", self.root, *arguments], capture_output=True,
+                                    text=True, timeout=60)
+            self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+            return result.stdout, words.read_text().split()
+        cells = r"\nwhole rows +1 +4\.00 +1\.00 +0\.50 +0 % +1\.60 +0\.80 +2\.50 +1\.25 +3815 +48 +24"
+        table, told = bench()
+        self.assertRegex(table, cells + r"\n")
+        self.assertEqual(told, ["asynchronous", "=", "false"])
+        table, told = bench("--asynchronous")
+        self.assertRegex(table, cells + r" +0\.50 +8\.0 +3\.25\n")
+        self.assertEqual(told, ["asynchronous", "=", "true"])
+        table, told = bench("--streamed")
+        self.assertRegex(table, cells + r" +0\.50 +8\.0 +3\.25\n")
+        self.assertEqual(told, ["streamed", "asynchronous", "=", "true"])
+
     def test_gpu_stops_at_a_test_that_fails(self):
         """From a bundle: tools/ beside the programs."""
         bundle = self.root / "bundle"

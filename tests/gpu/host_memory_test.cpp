@@ -13,7 +13,7 @@
 
 #include "checkpoint/reader.hpp"
 #include "checkpoint/writer.hpp"
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
 #include "device/device.hpp"
 #include "device/host_pages.hpp"
 #include "support/numbers.hpp"
@@ -41,7 +41,7 @@ TEST(HostMemory, IsPageLockedWhicheverThreadTakesIt) {
 
 TEST(HostMemory, TakenAheadItTakesWhatTheGpuHas) {
   const c10::Device gpu = device::choose("cuda", 0);
-  WriterThread writer(uint64_t{1} << 40, gpu);
+  WriterThreads writer(uint64_t{1} << 40, gpu);
   writer.set_room(uint64_t{1} << 40, 16 * kMiB);
   writer.take_ahead(64 * kMiB);
   const Tensor values = at::arange(kMiB, at::TensorOptions(at::kLong).device(gpu));

@@ -99,6 +99,18 @@ TEST_F(Saving, BehindTheStepsIsTheStateOfThatStep) {
   }
 }
 
+TEST_F(Saving, AnUpdateDoesNotWaitForWhatWasCopied) {
+  CheckpointSection settings;
+  settings.asynchronous = true;
+  int waited = 0;   // alive() is called while there is something to wait for
+  Saver saver(folder_ / "run", state_->mesh, settings, [&] { ++waited; }, [] { return kMuch; });
+  saver.save(state_->stage.weights(), &*state_->optimizer, {3, 12, 0}, record_, true);
+  waited = 0;
+  saver.before_update();
+  EXPECT_EQ(waited, 0) << "its files are not on the disk yet";
+  saver.finish();
+}
+
 TEST_F(Saving, MemoryForCopiesIsTakenAheadWhereThereIsRoom) {
   CheckpointSection settings;
   settings.asynchronous = true;

@@ -1,13 +1,14 @@
-"""tools/bench checkpoint: saving and loading a training state beside plain files of the same bytes, on one disk, fsync included.
+"""tools/bench checkpoint: saving, loading and verifying a training state beside plain files of the same bytes, on one disk, fsync included.
 
 The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
-(data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save and load, in turn, as many processes write and
-read as many bytes with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
+(data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save, load and `upcycle verify`, in turn, as many processes write
+and read as many bytes with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
 that. Who comes first changes from repeat to repeat: what was written last may still lie in a cache behind the disk. Files are dropped from
 the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
 Figures are medians over repeats; --json has all of them.
 
---asynchronous: from a copy, behind the steps, its memory taken before; a step waits for the copy alone: "stall". On a GPU machine, from a bundle:
+--asynchronous: from a copy, behind the steps, its memory taken before; a step waits for the copy alone: "stall". --streamed: behind the steps as where
+there is no memory for a copy; "update waits": how long after the save began weights may change again. On a GPU machine, from a bundle:
   cmake --build build/cuda --target upcycle checkpoint_io
   tools/bundle bundle build/cuda/upcycle --with build/cuda/checkpoint_io
   bundle/tools/bench checkpoint --device cuda --asynchronous --layers 28 --ranks 1"""
@@ -34,7 +35,9 @@ def options(words):
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="default: 1,2,4")
     parser.add_argument("--repeats", type=int, default=4, metavar="N", help="default: 4; with an even number each comes first as often as last")
-    parser.add_argument("--asynchronous", action="store_true", help="behind the steps: what a step waits for is told, too")
+    behind = parser.add_mutually_exclusive_group()
+    behind.add_argument("--asynchronous", action="store_true", help="behind the steps, from a copy: what a step waits for is told, too")
+    behind.add_argument("--streamed", action="store_true", help="behind the steps, with no room for a copy")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the state lies (default: cpu)")
     parser.add_argument("--transfer", default="auto", choices=["auto", "direct", "buffered", "independent"])
     parser.add_argument("--build", default=str(common.ROOT / "build/cpu"), metavar="DIR", help="build tree (default: build/cpu)")
@@ -56,22 +59,25 @@ def measure(program, folder, given, ranks, parallel, path):
     run = folder / "run.toml"
     run.write_text(f'[run]\ndevice = "{given.device}"\n[source]\narchitecture = "{path}"\n[moe]\nexperts = {given.experts}\ntop_k = 2\n[data]\ntrain = "mock"\n[parallel]\n'
                    + "".join(f"{key} = {value}\n" for key, value in parallel.items())
-                   + f'[checkpoint]\ntransfer = "{given.transfer}"\nasynchronous = {str(given.asynchronous).lower()}\n')
-    done = common.run(common.on_ranks(ranks, program, run, folder, given.repeats), common.environment(1))
+                   + f'[checkpoint]\ntransfer = "{given.transfer}"\nasynchronous = {str(given.asynchronous or given.streamed).lower()}\n')
+    done = common.run(common.on_ranks(ranks, program, run, folder, given.repeats, *["streamed"] * given.streamed), common.environment(1))
     shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / "plain").unlink(missing_ok=True)
     return [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
 
 
-def row(name, ranks, results, asynchronous):
+def row(name, ranks, results, behind):
     median = lambda key: statistics.median(result[key] for result in results)   # noqa: E731
     size = results[0]["bytes"]
     writes = [result["save_seconds"] for result in results]
     plain = min(median("plain_write_seconds"), median("plain_direct_write_seconds"))
     cells = [name, ranks, f"{size / 1e9:.2f}", f"{size / median('save_seconds') / 1e9:.2f}", f"{plain / median('save_seconds'):.2f}", f"{100 * common.spread(writes):.0f} %",
              f"{size / median('load_seconds') / 1e9:.2f}", f"{median('plain_read_seconds') / median('load_seconds'):.2f}",
+             f"{size / median('verify_seconds') / 1e9:.2f}", f"{median('plain_read_seconds') / median('verify_seconds'):.2f}",
              f"{size / ranks / 2**20:.0f}", f"{median('save_extra_bytes') / 2**20:.0f}", f"{median('load_extra_bytes') / 2**20:.0f}"]
-    return cells + ([f"{median('stall_seconds'):.2f}", f"{size / ranks / median('stall_seconds') / 1e9:.1f}"] if asynchronous else [])
+    if not behind:
+        return cells
+    return cells + [f"{median('stall_seconds'):.2f}", f"{size / ranks / median('stall_seconds') / 1e9:.1f}", f"{median('update_waits_seconds'):.2f}"]
 
 
 def main(words):
@@ -96,13 +102,14 @@ def main(words):
                         continue
                     found = measure(program, folder, given, ranks, parallel(ranks), path)
                     results += [result | {"layout": name} for result in found]
-                    rows.append(row(name, ranks, found, given.asynchronous))
-                    common.say(f"  {name}, {ranks} ranks: saved at {rows[-1][4]} of plain writing, loaded at {rows[-1][7]} of plain reading")   # a run may be cut short
+                    rows.append(row(name, ranks, found, given.asynchronous or given.streamed))
+                    common.say(f"  {name}, {ranks} ranks: saved at {rows[-1][4]} of plain writing, loaded at {rows[-1][7]} and verified at {rows[-1][9]} "
+                               "of plain reading")   # a run may be cut short
                     if given.json:
                         Path(given.json).write_text(json.dumps({"machine": facts, "results": results}, indent=1))
-        heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "MiB a rank", "extra memory, MiB: save", "load"]
+        heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "verify GB/s", "of plain", "MiB a rank", "extra memory, MiB: save", "load"]
         print(f"\nCheckpoints, {given.model} with {given.experts} experts, {given.layers} layers, with optimizer state\n")
-        print(common.table(heads + (["stall, s", "GB/s a rank"] if given.asynchronous else []), rows))
+        print(common.table(heads + (["stall, s", "GB/s a rank", "update waits, s"] if given.asynchronous or given.streamed else []), rows))
     except common.Failed as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 2

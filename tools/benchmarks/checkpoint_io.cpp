@@ -1,5 +1,6 @@
-// Saves and loads a model's training state beside plain files of the same bytes: what tools/bench checkpoint runs, on several ranks.
-//   checkpoint_io RUN.toml DIRECTORY REPEATS      RUN.toml: run.device, architecture, [moe], [parallel], [checkpoint]; prints one JSON line a repeat
+// Saves, loads and verifies a model's training state beside plain files of the same bytes: what tools/bench checkpoint runs, on several ranks.
+//   checkpoint_io RUN.toml DIRECTORY REPEATS [streamed]   RUN.toml: run.device, architecture, [moe], [parallel], [checkpoint]; prints one JSON line a repeat
+// streamed: as where host memory has no room for a copy.
 #include <fcntl.h>
 #include <malloc.h>
 #include <sys/resource.h>
@@ -15,7 +16,8 @@
 
 #include "base/error.hpp"
 #include "checkpoint/durable.hpp"
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
+#include "cli/verify.hpp"
 #include "config/run_config.hpp"
 #include "device/device.hpp"
 #include "train/saver.hpp"
@@ -105,7 +107,7 @@ double plain_read(const fs::path& path, const Communicator& world, int64_t bytes
   return watch.seconds();
 }
 
-int save_and_load(const std::string& run_file, const fs::path& directory, int repeats) {
+int save_and_load(const std::string& run_file, const fs::path& directory, int repeats, bool streamed) {
   const RunConfig config = read_run(run_file);
   const c10::Device device = device::choose(config.run.device, host_rank());
   const Mesh mesh(Grid(config.parallel, world_size()));
@@ -123,7 +125,7 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
     for (Tensor* moment : {&optimizer->exp_avg(i), &optimizer->exp_avg_sq(i)}) moment->copy_(at::randn(moment->sizes()));
   }
   RunRecord record{"bench", to_hf(architecture, nlohmann::json::object()), nlohmann::json::object(), nlohmann::json::object(), {}};
-  WriterThread memories(uint64_t{1} << 30);
+  WriterThreads memories(uint64_t{1} << 30);
   const std::span<std::byte> memory = memories.borrow(kPiece);
   for (int64_t i = 0; i < kPiece; ++i) memory[static_cast<size_t>(i)] = static_cast<std::byte>(i * 2654435761u >> 13);
 
@@ -135,7 +137,7 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
     const fs::path step = run / step_directory(1);
     const auto save = [&] {
       device::synchronize(device);
-      Saver saver(run, mesh, config.checkpoint, [] {}, available_host_memory, device);
+      Saver saver(run, mesh, config.checkpoint, [] {}, [=] { return streamed ? 0 : available_host_memory(); }, device);
       const PeakWatch peak;
       const Stopwatch taking(world);   // behind the first steps of a run
       saver.take_memory(stage->weights(), *optimizer);
@@ -144,6 +146,8 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
       const Stopwatch watch(world);
       saver.save(stage->weights(), &*optimizer, {1, 1, 0}, record, false);
       told["stall_seconds"] = watch.seconds();
+      saver.before_update();
+      told["update_waits_seconds"] = watch.seconds();
       saver.finish();
       told["save_seconds"] = watch.seconds();
       told["save_extra_bytes"] = world.all_reduce(peak.extra(), Reduce::max);
@@ -163,10 +167,12 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
     const int64_t share = write_plain("plain_direct_write_seconds", O_DIRECT);
     if (repeat % 2 == 1) save();
     told["bytes"] = bytes;
+    const auto forget_step = [&] {
+      if (world.rank() != 0) return;
+      for (const auto& file : fs::directory_iterator(step)) forget_cached(file.path());
+    };
     const auto load = [&] {
-      if (world.rank() == 0) {
-        for (const auto& file : fs::directory_iterator(step)) forget_cached(file.path());
-      }
+      forget_step();
       const PeakWatch peak;
       const Stopwatch watch(world);
       restore_checkpoint(CheckpointReader(step), stage->weights(), &*optimizer);
@@ -174,9 +180,16 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
       told["load_seconds"] = watch.seconds();
       told["load_extra_bytes"] = world.all_reduce(peak.extra(), Reduce::max);
     };
-    if (repeat % 2 == 0) load();
+    const auto check = [&] {
+      forget_step();
+      const Stopwatch watch(world);
+      const Verification found = verify(CheckpointReader(step), world);
+      told["verify_seconds"] = watch.seconds();
+      if (!found.problems.empty()) fail(step.string(), ": ", found.problems.front());
+    };
+    repeat % 2 == 0 ? load() : check();
     told["plain_read_seconds"] = plain_read(plain, world, share, memory);
-    if (repeat % 2 == 1) load();
+    repeat % 2 == 0 ? check() : load();
     if (world.rank() == 0) std::cout << told.dump() << std::endl;
   }
   return 0;
@@ -188,8 +201,9 @@ int save_and_load(const std::string& run_file, const fs::path& directory, int re
 int main(int argc, char** argv) {
   upcycle::MpiSession session(&argc, &argv);
   try {
-    if (argc != 4) upcycle::fail("usage: checkpoint_io RUN.toml DIRECTORY REPEATS");
-    return upcycle::save_and_load(argv[1], argv[2], std::stoi(argv[3]));
+    const bool streamed = argc == 5 && std::string(argv[4]) == "streamed";
+    if (argc != 4 && !streamed) upcycle::fail("usage: checkpoint_io RUN.toml DIRECTORY REPEATS [streamed]");
+    return upcycle::save_and_load(argv[1], argv[2], std::stoi(argv[3]), streamed);
   } catch (const std::exception& error) {
     std::cerr << "checkpoint_io: " << error.what() << std::endl;
     upcycle::abort_all_ranks(2);

@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <numeric>
 
+#include "base/error.hpp"
 #include "checkpoint/boxes.hpp"
 #include "checkpoint/tensor_file.hpp"
 
@@ -137,6 +139,45 @@ TEST(WritePlan, RunsThatCutThroughRowsMeetInOneBlock) {
   EXPECT_LE(travel, 2) << "only the blocks at the two borders";
 }
 
+// More elements, and more bytes, than an int can count.
+TEST(WritePlan, TensorsOfMoreThan2To31Elements) {
+  const Shape shape{5, 32768, 16384};
+  const int64_t count = elements(shape), bytes = 2 * count;
+  ASSERT_GT(count, int64_t{1} << 31);
+  const auto cut = [&](size_t dim, int64_t ranks) {   // along one dim, unevenly where it must be
+    std::vector<std::vector<Piece>> out;
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      Box box = whole(shape);
+      box.begin[dim] = shape[dim] * rank / ranks;
+      box.size[dim] = shape[dim] * (rank + 1) / ranks - box.begin[dim];
+      out.push_back({claim("w", shape, box, at::kBFloat16)});
+    }
+    return out;
+  };
+  std::vector<std::vector<Piece>> runs(7);   // ZeRO-1
+  for (int64_t rank = 0; rank < 7; ++rank) {
+    for (const Box& box : boxes_of_run(shape, count * rank / 7, count * (rank + 1) / 7)) runs[static_cast<size_t>(rank)].push_back(claim("w", shape, box, at::kBFloat16));
+  }
+  for (const auto& ranks : {cut(0, 1), cut(0, 3), cut(1, 3), cut(2, 4), runs}) {
+    SCOPED_TRACE(text(ranks.size(), " ranks, the last with ", describe(ranks.back().back().box)));
+    const WritePlan plan = plan_writes(declared(ranks));
+    EXPECT_EQ(plan.blocks.size(), static_cast<size_t>(bytes / Blocks::kBytes));
+    const std::vector<int64_t> written = expect_sound(plan, ranks.size());
+    EXPECT_EQ(std::accumulate(written.begin(), written.end(), int64_t{0}), bytes);
+    int64_t rows = 0;
+    for (const WritePlan::Part& part : plan.blocks.back().parts) {
+      EXPECT_EQ(part.box.begin[0], 4);
+      EXPECT_EQ(part.box.begin[1] + part.box.size[1], 32768);
+      rows = std::max(rows, part.box.size[1]);
+    }
+    EXPECT_EQ(rows, Blocks::kBytes / (2 * 16384));
+    size_t travelling = 0;
+    for (const std::vector<size_t>& round : rounds(plan, int64_t{16} << 20)) travelling += round.size();
+    const auto travel = std::count_if(plan.blocks.begin(), plan.blocks.end(), [](const WritePlan::Block& block) { return block.travels(); });
+    EXPECT_EQ(travelling, static_cast<size_t>(travel));
+  }
+}
+
 TEST(WritePlan, RoundsKeepEveryRanksTrafficBounded) {
   std::vector<std::vector<Piece>> ranks(3);
   const Shape shape{3000, 3000};
@@ -161,7 +202,7 @@ TEST(WritePlan, RoundsKeepEveryRanksTrafficBounded) {
 }
 
 TEST(Blocks, AreWholeRowsOfAboutFourMegabytesOnPageBorders) {
-  for (const auto& [shape, width] : std::vector<std::pair<Shape, int64_t>>{{{64, 768, 2048}, 2}, {{5000, 1110}, 4}, {{3000000}, 4}, {{}, 4}, {{151936, 1024}, 2}}) {
+  for (const auto& [shape, width] : std::vector<std::pair<Shape, int64_t>>{{{64, 768, 2048}, 2}, {{5000, 1110}, 4}, {{3000000}, 4}, {{}, 4}, {{151936, 1024}, 2}, {{5, 32768, 16384}, 2}}) {
     const Blocks blocks(shape, width);
     const int64_t row = shape.size() < 2 ? 1 : shape.back();
     int64_t next = 0;

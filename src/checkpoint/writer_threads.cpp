@@ -1,4 +1,4 @@
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -10,28 +10,35 @@
 #include "base/quantities.hpp"
 
 namespace upcycle {
+namespace {
 
-WriterThread::WriterThread(uint64_t room, c10::Device device) : device_(device), room_(room), thread_([this] { work(); }) {}
+constexpr int kThreads = 2;   // one waits for the disk while the other hands it the next block; a third adds nothing
 
-WriterThread::~WriterThread() {
+}  // namespace
+
+WriterThreads::WriterThreads(uint64_t room, c10::Device device) : device_(device), room_(room) {
+  for (int i = 0; i < kThreads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+WriterThreads::~WriterThreads() {
   {
     const std::lock_guard lock(mutex_);
     tasks_.clear();
     ending_ = true;
   }
   changed_.notify_all();
-  thread_.join();
+  for (std::thread& thread : threads_) thread.join();
   if (taker_.joinable()) taker_.join();
 }
 
-void WriterThread::set_room(uint64_t room, int64_t piece) {
+void WriterThreads::set_room(uint64_t room, int64_t piece) {
   const std::lock_guard lock(mutex_);
   room_ = room;
   piece_ = piece;
   memory_.shrink(room);
 }
 
-void WriterThread::take_ahead(uint64_t bytes) {
+void WriterThreads::take_ahead(uint64_t bytes) {
   {
     const std::lock_guard lock(mutex_);
     ahead_ = bytes;
@@ -39,7 +46,7 @@ void WriterThread::take_ahead(uint64_t bytes) {
   taker_ = std::thread([this, bytes] { take(bytes); });
 }
 
-void WriterThread::take(uint64_t bytes) {
+void WriterThreads::take(uint64_t bytes) {
   const auto start = std::chrono::steady_clock::now();
   std::unique_lock lock(mutex_);
   bool failed = false;
@@ -67,8 +74,8 @@ void WriterThread::take(uint64_t bytes) {
                  std::llround(seconds.count()), " s"));
 }
 
-// From the thread that borrows, the one that takes ahead, and the writer's own.
-device::HostPages WriterThread::pages(int64_t bytes) {
+// From the thread that borrows, the one that takes ahead, and those that write.
+device::HostPages WriterThreads::pages(int64_t bytes) {
   device::HostPages piece(bytes, device_);
   if (!piece.refusal().empty() && !told_.exchange(true)) {
     log::warning(text("page-locked memory for checkpoints can't be had (", piece.refusal(), "): they are copied into ordinary memory, which a GPU does more slowly"));
@@ -76,17 +83,17 @@ device::HostPages WriterThread::pages(int64_t bytes) {
   return piece;
 }
 
-bool WriterThread::takes() const {
+bool WriterThreads::takes() const {
   const std::lock_guard lock(mutex_);
   return ahead_ > 0;
 }
 
-uint64_t WriterThread::held() const {
+uint64_t WriterThreads::held() const {
   const std::lock_guard lock(mutex_);
   return std::max(ahead_, memory_.held());
 }
 
-std::span<std::byte> WriterThread::borrow(int64_t bytes) {
+std::span<std::byte> WriterThreads::borrow(int64_t bytes) {
   std::unique_lock lock(mutex_);
   for (;;) {
     if (error_) std::rethrow_exception(error_);   // what it left undone gives nothing back
@@ -108,7 +115,7 @@ std::span<std::byte> WriterThread::borrow(int64_t bytes) {
   }
 }
 
-void WriterThread::give_back(std::span<std::byte> memory) {
+void WriterThreads::give_back(std::span<std::byte> memory) {
   {
     const std::lock_guard lock(mutex_);
     memory_.give_back(memory);
@@ -116,12 +123,13 @@ void WriterThread::give_back(std::span<std::byte> memory) {
   changed_.notify_all();
 }
 
-std::span<std::byte> WriterThread::scratch(int64_t bytes) {
-  if (scratch_.bytes().size() < static_cast<size_t>(bytes)) scratch_ = pages(std::max(bytes, Blocks::kBytes));
-  return scratch_.bytes().first(static_cast<size_t>(bytes));
+std::span<std::byte> WriterThreads::scratch(int64_t bytes) {
+  thread_local device::HostPages memory;   // ends with the thread, which is one of this object's
+  if (memory.bytes().size() < static_cast<size_t>(bytes)) memory = pages(std::max(bytes, Blocks::kBytes));
+  return memory.bytes().first(static_cast<size_t>(bytes));
 }
 
-void WriterThread::push(std::function<void()> task) {
+void WriterThreads::queue(Task task) {
   {
     const std::lock_guard lock(mutex_);
     if (!error_) tasks_.push_back(std::move(task));
@@ -129,42 +137,46 @@ void WriterThread::push(std::function<void()> task) {
   changed_.notify_all();
 }
 
-bool WriterThread::idle() const {
+bool WriterThreads::idle() const {
   const std::lock_guard lock(mutex_);
-  return tasks_.empty() && !busy_;
+  return done();
 }
 
-bool WriterThread::failed() const {
+bool WriterThreads::failed() const {
   const std::lock_guard lock(mutex_);
   return error_ != nullptr;
 }
 
-void WriterThread::finish() {
+void WriterThreads::finish() {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return tasks_.empty() && !busy_; });
+  changed_.wait(lock, [&] { return done(); });
   if (error_) std::rethrow_exception(error_);
 }
 
-void WriterThread::work() {
+bool WriterThreads::may_begin() const { return !tasks_.empty() && !alone_ && (running_ == 0 || !tasks_.front().alone); }
+
+void WriterThreads::work() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return !tasks_.empty() || ending_; });
-    if (tasks_.empty()) return;
-    std::function<void()> task = std::move(tasks_.front());
+    changed_.wait(lock, [&] { return ending_ || may_begin(); });
+    if (ending_) return;
+    Task task = std::move(tasks_.front());
     tasks_.pop_front();
-    busy_ = true;
+    ++running_;
+    alone_ = task.alone;
     lock.unlock();
     std::exception_ptr error;
     try {
-      task();
+      task.run();
     } catch (...) {
       error = std::current_exception();
     }
-    task = nullptr;   // gives back what it holds, outside the lock
+    task.run = nullptr;   // gives back what it holds, outside the lock
     lock.lock();
-    busy_ = false;
+    --running_;
+    alone_ = false;
     if (error) {
-      error_ = error;
+      if (!error_) error_ = error;
       tasks_.clear();
     }
     changed_.notify_all();

@@ -1,5 +1,5 @@
 // The memory that a writer lends: where parts lie, who waits for what, and what becomes of memory that is taken ahead.
-#include "checkpoint/writer_thread.hpp"
+#include "checkpoint/writer_threads.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -66,8 +66,8 @@ TEST(LentMemory, ShrinksByWhatNobodyHas) {
   EXPECT_THROW(memory.give_back(second), std::logic_error);
 }
 
-TEST(WriterThread, WhatIsLentStaysWithinTheRoom) {
-  WriterThread writer(16 * kMiB);
+TEST(WriterThreads, WhatIsLentStaysWithinTheRoom) {
+  WriterThreads writer(16 * kMiB);
   size_t most = 0, lent = 0;
   std::mutex mutex;
   for (int i = 0; i < 64; ++i) {
@@ -80,7 +80,7 @@ TEST(WriterThread, WhatIsLentStaysWithinTheRoom) {
       most = std::max(most, lent);
     }
     std::memset(part.data(), i, part.size());
-    writer.push([&, part, i] {
+    writer.push_beside([&, part, i] {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       EXPECT_TRUE(std::all_of(part.begin(), part.end(), [&](std::byte byte) { return byte == static_cast<std::byte>(i); })) << i;
       {
@@ -96,8 +96,8 @@ TEST(WriterThread, WhatIsLentStaysWithinTheRoom) {
   EXPECT_LE(writer.held(), 16u * kMiB);
 }
 
-TEST(WriterThread, SmallTensorsTakeLittleOfACopy) {
-  WriterThread writer(0);
+TEST(WriterThreads, SmallTensorsTakeLittleOfACopy) {
+  WriterThreads writer(0);
   writer.set_room(8 * kMiB, 8 * kMiB);
   std::vector<Part> parts;
   for (int i = 0; i < 500; ++i) parts.push_back(writer.borrow(8192));   // would wait for ever for a second piece
@@ -105,8 +105,8 @@ TEST(WriterThread, SmallTensorsTakeLittleOfACopy) {
   for (const Part& part : parts) writer.give_back(part);
 }
 
-TEST(WriterThread, APartLargerThanTheRoomIsLentAlone) {
-  WriterThread writer(kMiB, c10::Device(c10::kCPU));
+TEST(WriterThreads, APartLargerThanTheRoomIsLentAlone) {
+  WriterThreads writer(kMiB, c10::Device(c10::kCPU));
   const Part small = writer.borrow(100);
   std::promise<void> asked;
   std::future<void> large = std::async(std::launch::async, [&] {
@@ -122,7 +122,7 @@ TEST(WriterThread, APartLargerThanTheRoomIsLentAlone) {
 }
 
 TEST(TakenAhead, WhoeverComesEarlyWaitsForItAndTakesNoneBesideIt) {
-  WriterThread writer(kMuch);
+  WriterThreads writer(kMuch);
   writer.set_room(kMuch, 16 * kMiB);
   writer.take_ahead(512 * kMiB);
   EXPECT_EQ(writer.held(), 512u * kMiB) << "what is still to come counts";
@@ -144,7 +144,7 @@ TEST(TakenAhead, IsThereBeforeItIsAskedFor) {
   const int64_t before = device::memory(c10::Device(c10::kCPU)).used;
   testing::internal::CaptureStderr();
   {
-    WriterThread writer(kMuch);
+    WriterThreads writer(kMuch);
     writer.set_room(kMuch, 16 * kMiB);
     writer.take_ahead(256 * kMiB);
     while (writer.takes()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -157,7 +157,7 @@ TEST(TakenAhead, WhoeverLeavesMeanwhileWaitsForOnePieceAtMost) {
   constexpr uint64_t kAll = uint64_t{8} << 30;   // takes seconds
   const int64_t peak = device::memory(c10::Device(c10::kCPU)).peak;
   const double seconds = seconds_of([&] {
-    WriterThread writer(kAll);
+    WriterThreads writer(kAll);
     writer.set_room(kAll, 16 * kMiB);
     writer.take_ahead(kAll);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -171,7 +171,7 @@ TEST(TakenAhead, WithoutPageLockedMemoryOrdinaryMemoryServesWithOneLineInTheLog)
   if (device::count() > 0) GTEST_SKIP() << "there is a GPU";
   testing::internal::CaptureStderr();
   {
-    WriterThread writer(kMuch, c10::Device(c10::kCUDA, 0));
+    WriterThreads writer(kMuch, c10::Device(c10::kCUDA, 0));
     writer.set_room(kMuch, 16 * kMiB);
     writer.take_ahead(64 * kMiB);
     for (int i = 0; i < 32; ++i) {   // more than was taken
