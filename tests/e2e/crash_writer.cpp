@@ -71,10 +71,10 @@ Box part_of(const Shape& shape, size_t dim, int rank, int ranks) {
 
 std::string note_of(int64_t step) { return text("what step ", step, " says\n"); }
 
-WriteOptions options_of(const std::string& mode, int64_t step, WriterThread& thread) {
+WriteOptions options_of(const std::string& mode, int64_t step, WriterThreads& threads) {
   WriteOptions options;
   if (mode == "asynchronous") {
-    options.thread = &thread;
+    options.threads = &threads;
     options.take_later = step % 2 == 1;
   } else if (mode == "divided") {
     options.file_bytes = 300'000;
@@ -102,10 +102,10 @@ void write_step(const fs::path& folder, int64_t step, const Communicator& world,
   writer.add_text("config.json", note_of(step));
   writer.add_text("tokenizer/tokenizer.json", note_of(step));
   // Steps, while anybody writes.
-  while (options.thread && world.all_reduce(int64_t{!options.thread->idle()}, Reduce::max) > 0) usleep(1000);
+  while (options.threads && world.all_reduce(int64_t{!options.threads->idle()}, Reduce::max) > 0) usleep(1000);
   writer.commit({.run_id = "crash", .step = step, .training = {{"step", step}}});
-  if (options.thread && world.rank() == 0) options.thread->push(published);
-  if (!options.thread) world.together([&] { if (world.rank() == 0) published(); });
+  if (options.threads && world.rank() == 0) options.threads->push(published);
+  if (!options.threads) world.together([&] { if (world.rank() == 0) published(); });
 }
 
 /// What is wrong with a checkpoint; "" when it is, on this rank's boxes, what its step wrote. Other boxes than those it was written in.
@@ -157,14 +157,14 @@ int run(const fs::path& folder, int64_t steps, const char* announced, const std:
   if (!wrong.empty()) std::cerr << text("crash_writer: rank ", world.rank(), ": ", wrong, "\n") << std::flush;
   if (world.all_reduce(wrong.empty() ? 0 : 1, Reduce::max) != 0) return 3;
   tell("good");
-  WriterThread thread(uint64_t{1} << 20);
+  WriterThreads threads(uint64_t{1} << 20);
   for (const int64_t last = step + steps; step < last;) {
     ++step;
-    write_step(folder, step, world, options_of(mode, step, thread), [=] {
+    write_step(folder, step, world, options_of(mode, step, threads), [=] {
       announce(announced, text("published ", step));
       remove_old(folder, 2, 0);
     });
-    world.together([&] { thread.finish(); });
+    world.together([&] { threads.finish(); });
   }
   return 0;
 }
