@@ -12,7 +12,7 @@
 namespace upcycle {
 namespace {
 
-constexpr int kThreads = 2;   // one waits for the disk while the other hands it the next block; a third adds nothing
+constexpr int kThreads = 2;   // one waits for the disk while the other hands it the next block
 
 }  // namespace
 

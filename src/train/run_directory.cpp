@@ -23,7 +23,8 @@ void check_run_directory(const std::filesystem::path& directory) {
   if (!fs::is_directory(place)) fail("run.directory = ", directory.string(), ": ", place.string(), " is not a directory");
   // What can't be written, the first save would meet, at the price of the steps before it.
   for (const fs::path& written : {place, directory / "checkpoints"}) {
-    if (fs::exists(written) && ::access(written.c_str(), W_OK | X_OK) != 0) fail_with_errno("writing into", written);
+    std::error_code unknown;   // what is no directory is told where checkpoints are looked for
+    if (fs::is_directory(written, unknown) && ::access(written.c_str(), W_OK | X_OK) != 0) fail_with_errno("writing into", written);
   }
   if (!fs::exists(directory)) return;
   if (fs::exists(directory / kRunFile)) return;
