@@ -97,10 +97,29 @@ def folded(label):
 
 
 def two(arms, looks):
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained")
+    lines = sum(folded(arm.label).count("\n") + 1 for arm in arms)
+    height = max(4.2, 0.5 + 0.155 * lines + 0.07 * len(arms))   # the legend's
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, wspace=0.03)
     legend(figure, arms, looks)
     return figure, panels
+
+
+def leave_starts_out(axes, curves):
+    """Where an arm's step 0 is so far up (dropped or random experts) that it would press all else together: it ends at the border, in words."""
+    later = [loss for _, y, _ in curves.values() for loss in y[1:]]
+    low, high = min(later, default=0), max(later, default=0)
+    if low == high:   # no or one loss after the start
+        return
+    far = {arm: y[0] for arm, (_, y, _) in curves.items() if len(y) > 1 and y[0] > high + 2 * (high - low)}
+    if not far:
+        return
+    shown = later + [y[0] for arm, (_, y, _) in curves.items() if arm not in far]
+    margin = 0.06 * (max(shown) - min(shown))
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    words = "\n".join(f"{folded(arm.label)}\nstarts above, at {loss:.3f}" for arm, loss in far.items())
+    axes.text(0.97, 0.97, words, transform=axes.transAxes, ha="right", va="top", fontsize=8, color="#444444", zorder=6,
+              bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})
 
 
 def validation(sweeps, looks):
@@ -109,6 +128,7 @@ def validation(sweeps, looks):
     for axes, points, name in zip(panels, (Run.points, Run.flops_points), ("tokens", "training FLOPs")):
         curves = {arm: curve for arm in arms if (curve := mean_curve([points(run) for run in arm.counted]))}
         draw(axes, curves, looks, name, "validation loss (nats per token)")
+        leave_starts_out(axes, curves)
     return figure
 
 
@@ -135,6 +155,7 @@ def against_control(sweeps, looks):
             if curve := mean_curve(lines):
                 curves[arm] = curve
         draw(axes, curves, looks, name, "difference to the dense control (nats)")
+        leave_starts_out(axes, curves)
         axes.axhline(0, color=CONTROL["color"], linestyle=CONTROL["linestyle"], linewidth=1.5, zorder=2)
     return figure
 
