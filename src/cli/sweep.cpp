@@ -30,6 +30,12 @@ void refuse_foreign_files(const fs::path& directory) {
   fail("sweep.directory = ", directory.string(), " holds files, but no sweep (sweep.json): name another directory");
 }
 
+void make_folders(const fs::path& directory) {
+  std::error_code error;
+  fs::create_directories(directory / "logs", error);
+  if (error) fail("sweep.directory = ", directory.string(), " can't be made: ", error.message(), ". Name one in a directory that can be written");
+}
+
 /// What runs in `directory`: the arms by name. Another sweep's directory is refused, naming what differs; its arms stay as they are.
 void claim(const SweepFile& sweep, const std::vector<SweepArm>& arms) {
   const fs::path directory = sweep.directory, list = directory / "sweep.json";
@@ -50,7 +56,7 @@ void claim(const SweepFile& sweep, const std::vector<SweepArm>& arms) {
       }
     }
   }
-  fs::create_directories(directory / "logs");
+  make_folders(directory);
   // The jobs of an array all come through here: what is there already is left alone.
   const auto write = [](const fs::path& path, const std::string& content) {
     if (!fs::exists(path) || text_of(path) != content) write_text_durably(path, content);
@@ -146,7 +152,7 @@ class Progress {
 /// match = "time": every arm's speed, measured by a short run of its own, gives it the steps that take as long as the reference's.
 void match_time(std::vector<SweepArm>& arms, const SweepFile& sweep) {
   const fs::path directory = fs::path(sweep.directory) / "calibration";
-  fs::create_directories(directory / "logs");
+  make_folders(directory);
   SweepFile short_sweep = sweep;
   short_sweep.directory = directory.string();
   std::vector<SweepArm> short_arms = arms;

@@ -186,6 +186,8 @@ class Sweep(TrainCase):
         runs.mkdir()
         (runs / "thesis.tex").write_text("x")
         self.refused("sweep", path, words=["holds files, but no sweep"])
+        path.write_text(path.read_text().replace(str(runs), "/proc/runs"))
+        self.refused("sweep", path, words=["sweep.directory = /proc/runs can't be made"])
         (self.root / "base.toml").write_text("[run]\nnmae = 3\n")
         self.refused("sweep", path, words=["base.toml", "run.nmae"])
         said = subprocess.run([*MPIRUN, "-np", "2", tiny_run.UPCYCLE, "sweep", str(path)], capture_output=True, text=True, env=os.environ)
