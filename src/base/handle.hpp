@@ -24,6 +24,8 @@ class Handle {
 
   T get() const noexcept { return value_; }
   explicit operator bool() const noexcept { return value_ != Empty(); }
+  /// Gives the handle up without closing it.
+  T release() noexcept { return std::exchange(value_, Empty()); }
   void reset() noexcept {
     if (value_ != Empty()) Close(std::exchange(value_, Empty()));
   }

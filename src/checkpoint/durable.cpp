@@ -21,6 +21,7 @@ void fail_with_errno(const std::string& doing, const fs::path& path) {
   const char* advice = "";
   if (code == ENOSPC || code == EDQUOT) advice = " (free some space, or choose another directory)";
   if (code == EACCES || code == EPERM || code == EROFS) advice = " (choose a directory that you may write)";
+  if (code == EIO) advice = " (the disk fails, or the way to it: the system's log may say why; choose another directory)";
   if (code == EFBIG) advice = " (the limit on file sizes of this process or file system: see ulimit -f)";
   fail(doing, " ", path.string(), ": ", std::strerror(code), advice);
 }

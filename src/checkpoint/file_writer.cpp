@@ -103,7 +103,7 @@ void FileWriter::open(Part& part, bool continued) {
   const bool hyperslabs = options_.transfer == Transfer::independent;
   world_.together([&] {
     if (hyperslabs) {
-      part.hyperslabs = TensorFile::open_for_writing(part.path, world_);
+      part.hyperslabs = TensorFile::open_for_writing(part.path);
     } else {
       part.file.emplace(part.path, options_.transfer);
     }

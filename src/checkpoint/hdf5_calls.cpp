@@ -4,12 +4,7 @@
 
 namespace upcycle {
 
-void close_hdf5(int64_t id) noexcept {
-  // A file whose metadata can't be written (full disk) must stay open: HDF5 would free it, fail, keep the id, and crash
-  // on it when the process ends.
-  if (H5Iget_type(id) == H5I_FILE && H5Fflush(id, H5F_SCOPE_GLOBAL) < 0) return;
-  H5Idec_ref(id);
-}
+void close_hdf5(int64_t id) noexcept { H5Idec_ref(id); }
 
 namespace hdf5 {
 namespace {

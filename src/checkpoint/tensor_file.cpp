@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "checkpoint/hdf5_calls.hpp"
+#include "checkpoint/hdf5_driver.hpp"
 
 namespace upcycle {
 namespace {
@@ -89,15 +90,17 @@ std::vector<uint64_t> TensorFile::checksums() const {
   return out;
 }
 
-TensorFile TensorFile::open_for_writing(const fs::path& path, const Communicator& world) {
-  const Hdf5Id access = access_properties();
-  check(H5Pset_sieve_buf_size(access.get(), 0), "preparing HDF5");  // errors show in the write that causes them
+TensorFile TensorFile::open_for_writing(const fs::path& path) {
+  const Hdf5Id values = access_properties();
   int mpi_is_up = 0;
   MPI_Initialized(&mpi_is_up);  // a process alone may write without MPI
-  if (mpi_is_up)
-    check(H5Pset_fapl_mpio(access.get(), MPI_Comm_f2c(world.mpi_handle()), MPI_INFO_NULL), "preparing MPI-IO");
+  // Nobody else's: what is opened by all ranks must be closed by all, and one that fails would leave the others waiting for it.
+  if (mpi_is_up) check(H5Pset_fapl_mpio(values.get(), MPI_COMM_SELF, MPI_INFO_NULL), "preparing MPI-IO");
+  const auto driven = std::make_shared<DrivenFile>();
+  const Hdf5Id access = access_for_values(driven, values);
+  check(H5Pset_sieve_buf_size(access.get(), 0), "preparing HDF5");  // errors show in the write that causes them
   const std::string doing = "opening " + path.string() + " for writing";
-  return TensorFile(own(H5Fopen(path.c_str(), H5F_ACC_RDWR, access.get()), doing), path.string());
+  return TensorFile(own(H5Fopen(path.c_str(), H5F_ACC_RDWR, access.get()), doing), path.string(), driven);
 }
 
 TensorFile TensorFile::open(const fs::path& path) {
@@ -143,8 +146,8 @@ std::vector<std::pair<TensorSpec, uint64_t>> TensorFile::list() const {
 
 void TensorFile::close() {
   const std::string doing = "closing " + path_;
-  check(H5Fflush(id_.get(), H5F_SCOPE_GLOBAL), doing);
-  id_.reset();
+  check(H5Fclose(id_.release()), doing);
+  if (driven_ && driven_->close_failed) fail(doing, ": the file system says that this failed; is its disk full, or not to be reached?");
 }
 
 }  // namespace upcycle

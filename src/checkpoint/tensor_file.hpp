@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -9,9 +10,12 @@
 
 #include "base/handle.hpp"
 #include "checkpoint/tensor_spec.hpp"
-#include "parallel/communicator.hpp"
 
 namespace upcycle {
+
+namespace hdf5 {
+struct DrivenFile;
+}
 
 void close_hdf5(int64_t id) noexcept;
 constexpr int64_t no_hdf5() noexcept { return -1; }
@@ -53,19 +57,17 @@ class StoredDataset {
 /// nothing.
 class TensorFile {
  public:
-  /// Makes the file with all datasets allocated and no data in them, flushed and fsynced. By one process alone, through
-  /// the serial driver: 20,000 datasets take a second, against five when all ranks create them together. Reserves the
-  /// disk space where the file system can, so that a full disk shows now. The same specs in any order give the same
-  /// bytes. Beside the tensors there is room for the checksum of every block (Blocks), all 0.
+  /// Makes the file with all datasets allocated and no data in them, fsynced. By one process alone: 20,000 datasets take a second,
+  /// against five when all ranks create them together. Reserves the disk space where the file system can, so that a full disk shows
+  /// now. The same specs in any order give the same bytes. Beside the tensors there is room for the checksum of every block (Blocks), all 0.
   static Extents create(const std::filesystem::path& path, std::vector<TensorSpec> specs);
   /// The extents of what create() made, for specs in the order of their names.
   Extents extents(std::span<const TensorSpec> specs) const;
   /// A file without data through which `parts`, files beside it with their tensors, look like one: external links.
   static void create_index(const std::filesystem::path& path, const std::map<std::string, std::vector<TensorSpec>>& parts);
 
-  /// **Collective.** Opens what create() made, by MPI-IO, to write from all ranks of `world`. close() and the
-  /// destructor are collective, too.
-  static TensorFile open_for_writing(const std::filesystem::path& path, const Communicator& world);
+  /// Opens what create() made to write values by MPI-IO, each rank by itself.
+  static TensorFile open_for_writing(const std::filesystem::path& path);
 
   /// By this process alone, read-only.
   static TensorFile open(const std::filesystem::path& path);
@@ -77,13 +79,15 @@ class TensorFile {
   /// All tensors, each with the place of its first byte, in no particular order. Throws UserError on datasets of foreign types.
   std::vector<std::pair<TensorSpec, uint64_t>> list() const;
 
-  /// Flushes and closes; throws where the destructor would hide a failure.
+  /// Throws where the destructor would hide a failure.
   void close();
 
  private:
-  TensorFile(Hdf5Id id, std::string path) : id_(std::move(id)), path_(std::move(path)) {}
+  TensorFile(Hdf5Id id, std::string path, std::shared_ptr<const hdf5::DrivenFile> driven = nullptr)
+      : id_(std::move(id)), path_(std::move(path)), driven_(std::move(driven)) {}
   Hdf5Id id_;
   std::string path_;
+  std::shared_ptr<const hdf5::DrivenFile> driven_;   ///< of what is written
 };
 
 }  // namespace upcycle

@@ -1,12 +1,11 @@
 // The making of checkpoint files, by one process alone: everything but the values.
-#include <fcntl.h>
 #include <hdf5.h>
 
 #include <algorithm>
-#include <cerrno>
 
 #include "checkpoint/durable.hpp"
 #include "checkpoint/hdf5_calls.hpp"
+#include "checkpoint/hdf5_driver.hpp"
 #include "checkpoint/tensor_file.hpp"
 
 namespace upcycle {
@@ -44,16 +43,6 @@ void make_groups(const Hdf5Id& file, const std::string& path, const Hdf5Id& prop
   }
 }
 
-/// Takes the space of a file at once, where the file system can.
-void reserve(const fs::path& path, uint64_t bytes) {
-  const FileDescriptor descriptor(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
-  if (!descriptor) fail_with_errno("opening", path);
-  if (::fallocate(descriptor.get(), 0, 0, static_cast<off_t>(bytes)) != 0 &&
-      (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
-    fail_with_errno(text("reserving ", bytes, " bytes for"), path);
-  }
-}
-
 }  // namespace
 
 Extents TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) {
@@ -65,10 +54,8 @@ Extents TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) 
     blocks += static_cast<uint64_t>(spec.blocks().count());
   }
   check_free_space(path, bytes, path.filename().string());
-  // Data and more than enough for metadata. HDF5 must not be the one who finds out: it can't close a file that it can't
-  // extend, and crashes on it when the process ends.
-  reserve(path, bytes + 8 * blocks + 8192 * specs.size() + (4 << 20));
-  const Hdf5Id access = access_properties();
+  const auto driven = std::make_shared<DrivenFile>();
+  const Hdf5Id access = access_in_memory(driven);
   // Big datasets on page borders; metadata in blocks of its own instead of strewn between the data.
   check(H5Pset_alignment(access.get(), 64 << 10, 4096), doing);
   check(H5Pset_meta_block_size(access.get(), 1 << 20), doing);
@@ -82,7 +69,7 @@ Extents TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) 
   check(H5Pset_fill_time(of_checksums.get(), H5D_FILL_TIME_ALLOC), doing);
   Extents extents;
   {
-    TensorFile file(own(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, of_file.get(), access.get()), doing), path.string());
+    TensorFile file(own(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, of_file.get(), access.get()), doing), path.string(), driven);
     for (const TensorSpec& spec : specs) {
       const std::string tensor = text(doing, ": tensor '", spec.name, "'");
       const std::string place = hdf5_path(spec.name);
@@ -100,15 +87,15 @@ Extents TensorFile::create(const fs::path& path, std::vector<TensorSpec> specs) 
     extents = file.extents(specs);
     file.close();
   }
-  reserve(path, fs::file_size(path));
-  make_durable(path);
+  driven->memory.store(path);
   return extents;
 }
 
 void TensorFile::create_index(const fs::path& path, const std::map<std::string, std::vector<TensorSpec>>& parts) {
   const std::string doing = "creating " + path.string();
-  const Hdf5Id access = access_properties(), of_file = without_times(H5P_FILE_CREATE), of_group = without_times(H5P_GROUP_CREATE);
-  TensorFile file(own(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, of_file.get(), access.get()), doing), path.string());
+  const auto driven = std::make_shared<DrivenFile>();
+  const Hdf5Id access = access_in_memory(driven), of_file = without_times(H5P_FILE_CREATE), of_group = without_times(H5P_GROUP_CREATE);
+  TensorFile file(own(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, of_file.get(), access.get()), doing), path.string(), driven);
   for (const auto& [part, specs] : parts) {
     for (const TensorSpec& spec : specs) {
       const std::string place = hdf5_path(spec.name);
@@ -117,7 +104,7 @@ void TensorFile::create_index(const fs::path& path, const std::map<std::string, 
     }
   }
   file.close();
-  make_durable(path);
+  driven->memory.store(path);
 }
 
 }  // namespace upcycle

@@ -1,5 +1,7 @@
 #include "checkpoint/writer.hpp"
 
+#include <cerrno>
+
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "base/text_file.hpp"
@@ -27,6 +29,26 @@ void make_way(const fs::path& folder) {
   log::warning(text("a damaged checkpoint is in the way (", why, "): it is now ", set_aside(folder).string()));
 }
 
+/// A partial folder. It goes when nobody publishes it, whatever fails or is dropped, on whatever thread; unless it is to be continued.
+class Unpublished {
+ public:
+  Unpublished(fs::path partial, bool continued) : partial_(std::move(partial)), stays_(continued) {}
+  Unpublished(const Unpublished&) = delete;
+  Unpublished& operator=(const Unpublished&) = delete;
+  ~Unpublished() {
+    std::error_code ignored;
+    if (!stays_) fs::remove_all(partial_, ignored);
+  }
+  void publish(const fs::path& folder) {
+    rename_durably(partial_, folder);
+    stays_ = true;
+  }
+
+ private:
+  fs::path partial_;
+  bool stays_;
+};
+
 }  // namespace
 
 struct CheckpointWriter::State {
@@ -39,7 +61,7 @@ struct CheckpointWriter::State {
   nlohmann::json files = nlohmann::json::object();
   nlohmann::json texts = nlohmann::json::object();
   bool continued = false;
-  bool committed = false;
+  std::shared_ptr<Unpublished> unpublished = {};   ///< on rank 0; in the end the threads'
 
   WriterThreads& threads() { return own_threads ? *own_threads : *options.threads; }
   void refuse_second(const std::string& file) const {
@@ -54,11 +76,15 @@ CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, W
     if (fs::exists(s.folder)) make_way(s.folder);
     const fs::path words = s.partial / kContinues;
     s.continued = !s.options.continues.empty() && fs::exists(words) && text_of(words) == s.options.continues;
+    s.unpublished = std::make_shared<Unpublished>(s.partial, !s.options.continues.empty());
     if (s.continued) return;
     std::error_code error;
     fs::remove_all(s.partial, error);  // of a writer that was killed
     make_directories(s.partial.parent_path());
-    if (!fs::create_directory(s.partial, error) && error) fail("creating ", s.partial.string(), ": ", error.message());
+    if (!fs::create_directory(s.partial, error) && error) {
+      errno = error.value();
+      fail_with_errno("creating", s.partial);
+    }
     if (!s.options.continues.empty()) write_text_durably(words, s.options.continues);
   });
   s.continued = world.all_reduce(int64_t{s.continued}, Reduce::max) > 0;
@@ -66,11 +92,7 @@ CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, W
 }
 
 CheckpointWriter::~CheckpointWriter() {
-  State& s = *state_;
-  s.own_threads.reset();   // nobody writes into what is removed
-  if (s.committed || s.world.rank() != 0 || !s.options.continues.empty()) return;
-  std::error_code ignored;
-  fs::remove_all(s.partial, ignored);
+  state_->own_threads.reset();   // nobody writes into what is removed
 }
 
 uint64_t CheckpointWriter::bytes() const noexcept {
@@ -104,7 +126,8 @@ void CheckpointWriter::commit(Manifest manifest) {
   for (const auto& file : s.added) file->gather_checksums();
   if (s.world.rank() == 0) {
     manifest.schema_version = kSchemaVersion;
-    s.threads().push([folder = s.folder, partial = s.partial, added = s.added, files = s.files, texts = s.texts, manifest = std::move(manifest)]() mutable {
+    s.threads().push([folder = s.folder, partial = s.partial, unpublished = std::move(s.unpublished), added = s.added, files = s.files, texts = s.texts,
+                      manifest = std::move(manifest)]() mutable {
       manifest.tensors = nlohmann::json::object();
       for (const auto& file : added) {
         file->store_checksums();
@@ -116,11 +139,10 @@ void CheckpointWriter::commit(Manifest manifest) {
       manifest.texts = texts;
       write_text_durably(partial / kManifestFile, to_text(manifest));
       make_durable(partial);
-      rename_durably(partial, folder);
+      unpublished->publish(folder);
     });
   }
   if (!s.options.threads) s.world.together([&] { s.threads().finish(); });
-  s.committed = true;   // or, with threads given, on its way: the folder is theirs
 }
 
 }  // namespace upcycle

@@ -21,7 +21,7 @@ namespace upcycle {
 
 /// Writes one checkpoint: parallel HDF5, one contiguous dataset per global tensor, every rank whole blocks of rows (WritePlan), with a
 /// checksum for each. Whole or absent: all goes to <folder>.partial; commit() fsyncs files and directories and renames. A writer
-/// destroyed before commit(), or after an error, removes the partial folder (best effort).
+/// destroyed before commit(), or an error, before or after it, removes the partial folder (best effort), unless options.continues.
 class CheckpointWriter {
  public:
   /// **Collective.** Throws UserError when `folder` is a valid checkpoint already or its parent can't be written.

@@ -21,7 +21,7 @@ class Saver {
   /// where weights and moments will be.
   Saver(std::filesystem::path checkpoints, const Mesh&, const CheckpointSection&, std::function<void()> alive,
         std::function<uint64_t()> available = available_host_memory, c10::Device device = c10::Device(c10::kCPU));
-  /// Drops a save that is not finished: its folder stays a .partial.
+  /// Drops a save that is not finished, and removes what is there of it.
   ~Saver();
 
   /// **Collective.** When the first step has been launched: where checkpoints will be written behind the steps, and the host has room for
