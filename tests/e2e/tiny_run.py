@@ -64,7 +64,7 @@ def write_mask(prefix, masks):
 def steps_of(run):
     """The lines of metrics.jsonl that are training steps."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []   # without the one that is being written
     return [line for line in map(json.loads, lines) if line["kind"] == "step"]
 
 
