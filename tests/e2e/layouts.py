@@ -68,7 +68,7 @@ class Layouts(TrainCase):
         config = self.root / "narrow.json"
         config.write_text(json.dumps(NARROW_14B))
         moe = "[moe]\nexperts = 64\ntop_k = 8\ngranularity = 8\n[checkpoint]\nevery = 2\n"
-        size = dict(steps=2, sequence=128, global_batch=32, source=f'architecture = "{config}"')
+        size = dict(steps=2, sequence=32, global_batch=32, source=f'architecture = "{config}"')
         one, one_run = self.run_file("one", moe, **size)
         self.upcycle("train", one)
         many, many_run = self.run_file("many", moe + "[parallel]\npipeline = 4\nexpert = 8\n", recompute='"full"', **size)
