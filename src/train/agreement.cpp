@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iomanip>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -27,18 +28,16 @@ std::string fingerprint(const fs::path& path, int64_t small = kSample * kSamples
   const auto size = static_cast<int64_t>(fs::file_size(path, none));
   std::ifstream file(path, std::ios::binary);
   if (none || !file) return "can't be read";
-  std::string content;
-  if (size <= small) {
-    content.assign(std::istreambuf_iterator<char>(file), {});
-  } else {
-    std::string sample(kSample, '\0');
-    for (int64_t i = 0; i < kSamples; ++i) {
-      file.seekg(i * (size - kSample) / (kSamples - 1));
-      file.read(sample.data(), kSample);
-      content += sample;
-    }
+  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> digest(XXH3_createState(), &XXH3_freeState);
+  XXH3_64bits_reset(digest.get());
+  std::string sample(kSample, '\0');
+  const int64_t samples = size <= small ? (size + kSample - 1) / kSample : kSamples;
+  for (int64_t i = 0; i < samples; ++i) {
+    file.seekg(size <= small ? i * kSample : i * (size - kSample) / (kSamples - 1));
+    file.read(sample.data(), kSample);
+    XXH3_64bits_update(digest.get(), sample.data(), static_cast<size_t>(file.gcount()));
   }
-  return text(size, " bytes, digest ", std::hex, std::setfill('0'), std::setw(16), XXH3_64bits(content.data(), content.size()));
+  return text(size, " bytes, digest ", std::hex, std::setfill('0'), std::setw(16), XXH3_64bits_digest(digest.get()));
 }
 
 Facts facts_of_data(const std::string& key, const std::vector<Blend>& blend) {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny_run
+from rank_server import served
 from tiny_run import MOE, MPIRUN, VOCAB, TrainCase, make_dense, write_mask, write_tokens
 
 
@@ -20,7 +21,7 @@ class Agreement(TrainCase):
         line = [*MPIRUN]
         for i, rank in enumerate(ranks):
             options, program = (rank[:rank.index("--")], rank[rank.index("--") + 1:]) if "--" in rank else ([], rank)
-            program = program if str(program[0]).startswith("/") else [tiny_run.UPCYCLE, *program]
+            program = program if str(program[0]).startswith("/") else [served(tiny_run.UPCYCLE), *program]
             line += [*([":"] if i else []), "-np", "1", *map(str, options), *map(str, program)]
         before = self.tree()
         result = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=self.root)

@@ -10,6 +10,8 @@ import sys
 import tempfile
 import unittest
 
+from rank_server import served
+
 PROGRAM, SOURCE = sys.argv[1], pathlib.Path(sys.argv[2])
 MODELS = SOURCE / "configs" / "models"
 MPIRUN = os.environ.get("UPCYCLE_MPIRUN", "mpirun --oversubscribe --bind-to none").split()
@@ -38,7 +40,7 @@ class Case(unittest.TestCase):
 
     def run_program(self, *arguments, launcher=()):
         # The program must take nothing from the place where the tests run, nor leave anything there.
-        return subprocess.run([*launcher, PROGRAM, *arguments], cwd=self.folder, capture_output=True, text=True, timeout=120)
+        return subprocess.run([*launcher, served(PROGRAM), *arguments], cwd=self.folder, capture_output=True, text=True, timeout=120)
 
     def refused(self, *arguments, says, launcher=()):
         """Exit code 2, every part of `says` on standard error, nothing written."""
@@ -189,12 +191,12 @@ class CommandLines(Case):
 
 class Plans(Case):
     def plan(self, name, *arguments):
-        result = subprocess.run([PROGRAM, "plan", f"configs/{name}", "--json", *arguments], cwd=SOURCE, capture_output=True, text=True)
+        result = subprocess.run([served(PROGRAM), "plan", f"configs/{name}", "--json", *arguments], cwd=SOURCE, capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stderr)
         return json.loads(result.stdout)
 
     def test_qwen3_14b_with_64_experts(self):
-        result = subprocess.run([PROGRAM, "plan", "configs/qwen3-14b-64e.toml"], cwd=SOURCE, capture_output=True, text=True)
+        result = subprocess.run([served(PROGRAM), "plan", "configs/qwen3-14b-64e.toml"], cwd=SOURCE, capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertIn("89.65 B total, 14.78 B active", result.stdout)
         plan = self.plan("qwen3-14b-64e.toml")
@@ -211,7 +213,7 @@ class Plans(Case):
                      f"source.architecture={MODELS / 'qwen3-14b.json'}",
                      says=["stage 0 needs ", " on each rank, and a GPU has 80.0 GB: train.recompute = \"full\" would need "])
         self.assertEqual(plan["origins"]["moe.pre_softmax"], "default")
-        refused = subprocess.run([PROGRAM, "plan", "configs/qwen3-14b-64e.toml", "--set", "moe.granularity=1"], cwd=SOURCE,
+        refused = subprocess.run([served(PROGRAM), "plan", "configs/qwen3-14b-64e.toml", "--set", "moe.granularity=1"], cwd=SOURCE,
                                  capture_output=True, text=True)
         self.assertEqual(refused.returncode, 2)
         self.assertIn("688.6e9 parameters, more than moe.max_parameters = 140e9", refused.stderr)

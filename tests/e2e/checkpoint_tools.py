@@ -2,6 +2,7 @@
 """upcycle inspect, upcycle verify and checkpoints-schema/ on checkpoints that convert made: good ones pass, damage is named.
 Usage: checkpoint_tools.py UPCYCLE [unittest arguments]"""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import h5py
 import torch
 from check_schema import check, digest_of, texts_of
+from rank_server import served
 from safetensors.torch import save_file
 
 UPCYCLE = None
@@ -53,7 +55,7 @@ class CheckpointTools(unittest.TestCase):
         cls.source = make_source(root / "source")
         run = root / "run.toml"
         run.write_text(f'[run]\ndirectory = "{root / "run"}"\n[source]\nmodel = "{root / "source"}"\n')
-        subprocess.run([UPCYCLE, "convert", run], check=True, capture_output=True, timeout=120)
+        subprocess.run([served(UPCYCLE), "convert", run], check=True, capture_output=True, timeout=120)
         cls.good = root / "run/checkpoints/step-00000000"
 
     def setUp(self):
@@ -62,7 +64,7 @@ class CheckpointTools(unittest.TestCase):
         shutil.copytree(self.good, self.step)
 
     def upcycle(self, *arguments, expect=0):
-        result = subprocess.run([UPCYCLE, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+        result = subprocess.run([served(UPCYCLE), *map(str, arguments)], capture_output=True, text=True, timeout=120)
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result.stdout if expect == 0 else result.stdout + result.stderr
 
@@ -285,5 +287,5 @@ class CheckpointTools(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    UPCYCLE = sys.argv.pop(1)
+    UPCYCLE = os.path.abspath(sys.argv.pop(1))
     unittest.main()

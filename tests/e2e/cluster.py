@@ -13,6 +13,7 @@ import unittest
 from pathlib import Path
 
 import tiny_run
+from rank_server import served
 from tiny_run import CONFIG, MOE, MPIRUN, TrainCase, checkpoint, steps_of
 
 HOST = socket.gethostname()
@@ -124,7 +125,8 @@ class Watch(Cluster):
 class Check(Cluster):
     def here(self, *arguments, **environment):
         """`check` as a batch shell calls it: exit code and what it says."""
-        result = subprocess.run([tiny_run.UPCYCLE, "check", *map(str, arguments)], capture_output=True, text=True, cwd=self.root, env=os.environ | environment)
+        program = tiny_run.UPCYCLE if "LD_PRELOAD" in environment else served(tiny_run.UPCYCLE)
+        result = subprocess.run([program, "check", *map(str, arguments)], capture_output=True, text=True, cwd=self.root, env=os.environ | environment)
         return result.returncode, result.stdout + result.stderr
 
     def of_hosts(self, *ranks, expect, around=()):
@@ -297,7 +299,7 @@ class Check(Cluster):
         job = ["-x", "SLURM_JOB_ID=17", "-x", "SLURM_NTASKS=4"]
 
         def by_mpirun(*arguments, ranks, expect):
-            line = [*MPIRUN, *job, "-np", ranks, tiny_run.UPCYCLE, *arguments]
+            line = [*MPIRUN, *job, "-np", ranks, served(tiny_run.UPCYCLE), *arguments]
             result = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=self.root, timeout=120)
             self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
             return result.stdout + result.stderr

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 from transformers.utils import logging
 
 from check_schema import digest_of
+from rank_server import served
 from seal import seal
 
 UPCYCLE = None
@@ -61,7 +62,8 @@ class ConvertExport(unittest.TestCase):
         self.source = self.root / "source"
 
     def upcycle(self, *arguments, ranks=1, expect=0):
-        result = subprocess.run([*MPIRUN, "-np", str(ranks), UPCYCLE, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+        launcher = [*MPIRUN, "-np", str(ranks)] if ranks > 1 else []
+        result = subprocess.run([*launcher, served(UPCYCLE), *map(str, arguments)], capture_output=True, text=True, timeout=120)
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result.stdout + result.stderr
 

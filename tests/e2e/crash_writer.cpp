@@ -1,4 +1,4 @@
-// A run without training, to be killed: crash_writer DIRECTORY STEPS ANNOUNCED MODE, or crash_writer --serve SOCKET for as_rank.c
+// A run without training, to be killed: crash_writer DIRECTORY STEPS ANNOUNCED MODE
 // Loads the newest checkpoint of DIRECTORY on whatever number of ranks there is and holds every bit of it against what its step must have
 // written, then writes STEPS more as MODE says, and keeps 2. ANNOUNCED gets "loaded N" (-1: none), "good", and "published N" after each commit.
 // MODE: plain; asynchronous, as the Saver does it, from a copy and streamed in turn; divided, into several files; buffered; independent.
@@ -15,7 +15,6 @@
 #include "checkpoint/boxes.hpp"
 #include "checkpoint/reader.hpp"
 #include "checkpoint/writer.hpp"
-#include "e2e/rank_server.hpp"
 #include "parallel/mesh.hpp"
 #include "support/scratch.hpp"
 
@@ -169,7 +168,11 @@ int run(const fs::path& folder, int64_t steps, const char* announced, const std:
   return 0;
 }
 
-int as_rank(int argc, char** argv) {
+}  // namespace
+}  // namespace upcycle
+
+int main(int argc, char** argv) {
+  using namespace upcycle;
   const MpiSession session(&argc, &argv);
   try {
     return run(argv[1], std::atoll(argv[2]), argv[3], argv[4]);
@@ -180,12 +183,4 @@ int as_rank(int argc, char** argv) {
     std::cerr << text("crash_writer: rank ", world_rank(), ": ", error.what(), "\n") << std::flush;
     abort_all_ranks(1);
   }
-}
-
-}  // namespace
-}  // namespace upcycle
-
-int main(int argc, char** argv) {
-  if (argc == 3 && std::strcmp(argv[1], "--serve") == 0) upcycle::serve_ranks(argv[2], upcycle::as_rank);
-  return upcycle::as_rank(argc, argv);
 }

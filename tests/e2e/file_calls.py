@@ -1,9 +1,10 @@
 """Runs an MPI program with file_calls.c in front of the C library, and reads what it tells."""
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import NamedTuple
+
+from rank_server import served
 
 MPIRUN = os.environ.get("UPCYCLE_MPIRUN", "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1").split()
 LIBRARY = None   # file_calls.so; set by the script that is run
@@ -24,28 +25,15 @@ class Event(NamedTuple):
         return not self.begins and not self.rest.startswith("-")
 
 
-def start(program, *arguments, ranks, under, trace, hurt=None):
-    """The job in the background. `program`: a path, or a Server. Its ranks are children of mpirun, also when there is one rank."""
+def start(program, *arguments, ranks, under, trace, hurt=None, options=()):
+    """The job in the background, with further `options` of mpirun. Its ranks are children of mpirun, also when there is one rank; but see rank_server.py."""
     told = {"FILE_CALLS_UNDER": under, "FILE_CALLS_TRACE": trace} | ({"FILE_CALLS_HURT": hurt} if hurt else {})
-    told |= {"RANK_SERVER": program.socket} if isinstance(program, Server) else {"LD_PRELOAD": LIBRARY}
+    started = served(program, preload=(LIBRARY,))
+    if started == program:
+        told["LD_PRELOAD"] = LIBRARY
     exports = [word for key, value in told.items() for word in ("-x", f"{key}={value}")]
-    line = [*MPIRUN, "-np", str(ranks), *exports, program.rank if isinstance(program, Server) else program, *map(str, arguments)]
+    line = [*MPIRUN, *options, "-np", str(ranks), *exports, started, *map(str, arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-class Server:
-    """A process that has loaded its libraries, of which each rank of a job is a fork: rank_server.hpp. To be closed."""
-
-    def __init__(self, program, rank, socket):
-        self.rank, self.socket = rank, socket
-        self.process = subprocess.Popen([program, "--serve", socket], env=os.environ | {"LD_PRELOAD": LIBRARY})
-        while not os.path.exists(socket):
-            assert self.process.poll() is None, "the server of ranks did not start"
-            time.sleep(0.01)
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
 
 
 def pids_of(trace):

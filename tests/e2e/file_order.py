@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The order in which a save makes its files durable, which no kill can test: read from a trace of its system calls. And a disk that is full, fails,
 or takes less than it was given, at any of these calls.
-Usage: file_order.py UPCYCLE CRASH_WRITER AS_RANK FILE_CALLS.so [unittest arguments]"""
+Usage: file_order.py UPCYCLE CRASH_WRITER FILE_CALLS.so [unittest arguments]"""
+import concurrent.futures
 import errno
 import hashlib
 import os
 import sys
-import tempfile
 import unittest
 
 import file_calls
@@ -14,15 +14,7 @@ import tiny_run
 from mpi_job import output_of
 from tiny_run import MOE, TrainCase, checkpoint
 
-PROGRAM, AS_RANK, WRITER = None, None, None
-
-
-def setUpModule():
-    global WRITER
-    scratch = tempfile.TemporaryDirectory()
-    unittest.addModuleCleanup(scratch.cleanup)
-    WRITER = file_calls.Server(PROGRAM, AS_RANK, f"{scratch.name}/server")
-    unittest.addModuleCleanup(WRITER.close)
+WRITER = None
 
 
 def files_in(folder):
@@ -30,17 +22,13 @@ def files_in(folder):
     return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-class Case(TrainCase):
-    def setUp(self):
-        super().setUp()
-        self.trace = self.root / "trace"
-        self.begin("plain")
+class Run:
+    """A run directory of its own, for crash_writer in one mode."""
 
-    def begin(self, mode):
-        """A run directory of its own."""
-        self.mode, run = mode, self.root / mode
-        self.steps, self.announced = run / "checkpoints", run / "announced"
-        run.mkdir(exist_ok=True)
+    def __init__(self, root, mode):
+        run, self.mode = root / mode, mode
+        self.steps, self.announced, self.trace = run / "checkpoints", run / "announced", root / f"{mode}.trace"
+        run.mkdir()
 
     def save(self, steps=1, ranks=2, hurt=None, expect=0, announcements=False):
         """What the job says, and its calls on checkpoints; and those on the file of announcements, too."""
@@ -48,11 +36,11 @@ class Case(TrainCase):
         job = file_calls.start(WRITER, self.steps, steps, self.announced, self.mode, ranks=ranks,
                                under=self.steps.parent if announcements else self.steps, trace=self.trace, hurt=hurt)
         said = output_of(job, lambda: file_calls.pids_of(self.trace))
-        self.assertEqual(job.returncode, expect, said)
+        assert job.returncode == expect, f"{self.mode}, {hurt}: exit code {job.returncode}\n{said}"
         return said, file_calls.read_trace(self.trace)
 
 
-class Order(Case):
+class Order(TrainCase):
     def after(self, events, place, kind, path, rank=None):
         """Where the first call of that kind on `path` that begins after `place` ends well."""
         for begin in range(place + 1, len(events)):
@@ -71,13 +59,12 @@ class Order(Case):
     def test_a_save(self):
         for mode in file_calls.MODES:
             with self.subTest(mode):
-                self.begin(mode)
-                self.in_order()
+                self.in_order(Run(self.root, mode))
 
-    def in_order(self):
-        self.save(steps=2)
-        _, events = self.save(steps=1, announcements=True)
-        partial, final = self.steps / "step-00000002.partial", self.steps / "step-00000002"
+    def in_order(self, run):
+        run.save(steps=2)
+        _, events = run.save(steps=1, announcements=True)
+        partial, final = run.steps / "step-00000002.partial", run.steps / "step-00000002"
         publish = [i for i, e in enumerate(events) if e.begins and e.kind == "rename" and e.path == partial]
         self.assertEqual([events[i].rest for i in publish], [str(final)])
         publish = publish[0]
@@ -101,8 +88,8 @@ class Order(Case):
 
         # 3. The new name is durable before anybody is told, and before an older step goes.
         published = self.after(events, publish - 1, "rename", partial)
-        durable = self.after(events, published, "fsync", self.steps)
-        told = [i for i, e in enumerate(events) if e.path == self.announced and e.kind == "write" and i > publish]
+        durable = self.after(events, published, "fsync", run.steps)
+        told = [i for i, e in enumerate(events) if e.path == run.announced and e.kind == "write" and i > publish]
         self.assertLess(durable, told[0])
         removals = [i for i, e in enumerate(events)
                     if (e.kind == "remove" and partial not in e.path.parents) or (e.kind == "rename" and e.rest.endswith(".removed"))]
@@ -113,11 +100,11 @@ class Order(Case):
     def test_the_first_save_of_a_run(self):
         """The directory of checkpoints is there for good before the first of them is published in it."""
         path, run = self.run_file("run", steps=1)
-        steps = run / "checkpoints"
-        job = file_calls.start(tiny_run.UPCYCLE, "train", path, ranks=2, under=self.root, trace=self.trace)
+        steps, trace = run / "checkpoints", self.root / "trace"
+        job = file_calls.start(tiny_run.UPCYCLE, "train", path, ranks=2, under=self.root, trace=trace)
         self.assertEqual(job.wait(300), 0, job.stdout.read())
         job.stdout.close()
-        events = file_calls.read_trace(self.trace)
+        events = file_calls.read_trace(trace)
         made = self.last(events, lambda e: e.kind == "create" and e.path == steps and e.succeeds)
         publish = min(i for i, e in enumerate(events) if e.begins and e.kind == "rename" and e.path == steps / "step-00000000.partial")
         self.assertLess(self.after(events, made, "fsync", run), publish)
@@ -125,7 +112,7 @@ class Order(Case):
         self.assertLess(self.after(events, made, "fsync", run.parent), publish, "so is the run's own")
 
 
-class Faults(Case):
+class Faults(TrainCase):
     def numbers(self, events, rank, kind):
         """Of the calls of a kind that are to fail: the first, one further on, the last, and the first one of weights.h5 itself, which is the index
         where there are several files. What MPI-IO tries out and does without is no call of ours."""
@@ -135,28 +122,33 @@ class Faults(Case):
         return sorted({*ours[:1], *ours[len(ours) // 2:][:1], *ours[-1:], *first})
 
     def test_full_and_failing_disks(self):
-        """Every kind of call on every rank fails."""
-        for mode in file_calls.MODES:
-            self.begin(mode)
-            self.save(steps=2)
-            _, events = self.save(steps=1)
-            publish = max(i for i, e in enumerate(events) if e.kind == "rename" and e.path == self.steps / "step-00000002.partial")
-            kept = files_in(self.steps)
-            for kind, code in (("create", errno.ENOSPC), ("reserve", errno.ENOSPC), ("write", errno.ENOSPC), ("fsync", errno.EIO), ("rename", errno.EDQUOT)):
-                for rank in (0, 1):
-                    for number in self.numbers(events[:publish + 1], rank, kind):
-                        with self.subTest(mode, kind=kind, rank=rank, number=number):
-                            said, _ = self.save(hurt=f"{rank} {kind} {number} {code}", expect=2)
-                            self.assertEqual(said.count("crash_writer: "), 1, said)
-                            self.assertIn(".partial", said)
-                            self.assertRegex(said, os.strerror(code) + ("|a full disk, a quota" if mode == "independent" else ""))   # MPI-IO does not say why
-                            self.assertRegex(said, r"\(.*choose another directory.*\)", "and what to do")
-                            self.assertEqual(files_in(self.steps), kept, "an earlier checkpoint was touched, or something is left over")
-            self.save(steps=1)   # nothing is lost, and it goes on
-            self.assertEqual(sorted(path.name for path in self.steps.iterdir()), ["step-00000002", "step-00000003"])
+        """Every kind of call on every rank fails. The modes take turns: mpirun waits for a second when a rank has failed."""
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            list(pool.map(self.of_mode, file_calls.MODES))
+
+    def of_mode(self, mode):
+        run = Run(self.root, mode)
+        run.save(steps=2)
+        _, events = run.save(steps=1)
+        publish = max(i for i, e in enumerate(events) if e.kind == "rename" and e.path == run.steps / "step-00000002.partial")
+        kept = files_in(run.steps)
+        for kind, code in (("create", errno.ENOSPC), ("reserve", errno.ENOSPC), ("write", errno.ENOSPC), ("fsync", errno.EIO), ("rename", errno.EDQUOT)):
+            for rank in (0, 1):
+                for number in self.numbers(events[:publish + 1], rank, kind):
+                    hurt = f"{rank} {kind} {number} {code}"
+                    said, _ = run.save(hurt=hurt, expect=2)
+                    story = f"{mode}, {hurt}: {said}"
+                    self.assertEqual(said.count("crash_writer: "), 1, story)
+                    self.assertIn(".partial", said, story)
+                    self.assertRegex(said, os.strerror(code) + ("|a full disk, a quota" if mode == "independent" else ""), story)   # MPI-IO does not say why
+                    self.assertRegex(said, r"\(.*choose another directory.*\)", f"and what to do; {story}")
+                    self.assertEqual(files_in(run.steps), kept, f"an earlier checkpoint was touched, or something is left over; {story}")
+        run.save(steps=1)   # nothing is lost, and it goes on
+        self.assertEqual(sorted(path.name for path in run.steps.iterdir()), ["step-00000002", "step-00000003"])
 
     def test_short_writes_are_completed(self):
-        _, events = self.save(steps=2, hurt="-1 write 1 short")
+        run = Run(self.root, "plain")
+        _, events = run.save(steps=2, hurt="-1 write 1 short")
         begun = {}
         short = set()
         for event in events:
@@ -165,7 +157,7 @@ class Faults(Case):
             elif event.kind == "write" and event.succeeds and int(event.rest) < begun[event.rank, event.thread]:
                 short.add((event.rank, event.path.name))
         self.assertTrue({(0, "weights.h5"), (1, "weights.h5"), (1, "exp_avg.h5")} <= short, short)
-        self.save(steps=0)   # loads, and holds every bit against what was meant
+        run.save(steps=0)   # loads, and holds every bit against what was meant
 
     def test_of_the_trainer(self):
         """The program itself: the message, exit code 2, the step before as it was, and the run goes on."""
@@ -176,13 +168,13 @@ class Faults(Case):
     def of_the_trainer(self, asynchronous):
         path, run = self.run_file(f"asynchronous-{asynchronous}", MOE + f"[parallel]\nexpert = 2\n[checkpoint]\nevery = 3\nasynchronous = {asynchronous}\n", steps=3)
         self.upcycle("train", path, ranks=2)
-        kept = files_in(run / "checkpoints")
+        kept, trace = files_in(run / "checkpoints"), self.root / "trace"
 
         def train(hurt, expect=2):
-            self.trace.unlink(missing_ok=True)
+            trace.unlink(missing_ok=True)
             job = file_calls.start(tiny_run.UPCYCLE, "train", path, "--set", "train.steps=6", "--accept-changes", ranks=2,
-                                   under=run / "checkpoints", trace=self.trace, hurt=hurt)
-            said = output_of(job, lambda: file_calls.pids_of(self.trace))
+                                   under=run / "checkpoints", trace=trace, hurt=hurt)
+            said = output_of(job, lambda: file_calls.pids_of(trace))
             self.assertEqual(job.returncode, expect, said)
             return said
         for hurt in (f"0 reserve 3 {errno.ENOSPC}", f"1 write 2 {errno.ENOSPC}", f"1 fsync 1 {errno.EIO}"):
@@ -197,7 +189,5 @@ class Faults(Case):
 
 
 if __name__ == "__main__":
-    tiny_run.UPCYCLE = os.path.abspath(sys.argv.pop(1))
-    PROGRAM, AS_RANK = (os.path.abspath(sys.argv.pop(1)) for _ in range(2))
-    file_calls.LIBRARY = os.path.abspath(sys.argv.pop(1))
+    tiny_run.UPCYCLE, WRITER, file_calls.LIBRARY = (os.path.abspath(sys.argv.pop(1)) for _ in range(3))
     unittest.main()

@@ -1,6 +1,8 @@
 """The executable on many ranks: tensor x pipeline x expert from the command line gives one rank's losses and checkpoints travel between
 layouts; the layout of configs/qwen3-14b-64e.toml (TP1 PP4 EP8 on 32 ranks) at a small width gives one rank's losses."""
 import json
+import os
+import shutil
 import sys
 import unittest
 
@@ -40,12 +42,15 @@ class Layouts(TrainCase):
         self.assertEqual(certificate["verdict"], "passed", certificate)
 
         # Stopped on eight ranks, gone on with on four of another layout, and on one: every tensor is that of the run on one rank.
+        whole, whole_run = self.run_file("whole", MOE, steps=8)
+        self.upcycle("train", whole, "--set=optimizer.schedule=constant")
+        going, run = self.run_file("going", MOE, steps=8)
+        self.upcycle("train", going, "--set=train.steps=4", "--set=optimizer.schedule=constant", *axes, ranks=8)
+        shutil.copytree(run, self.root / "stopped")
         for ranks, other in ((4, ["--set=parallel.context=2", "--set=parallel.expert=4"]), (1, [])):
-            going, run = self.run_file(f"going-{ranks}", MOE, steps=8)
-            self.upcycle("train", going, "--set=train.steps=4", "--set=optimizer.schedule=constant", *axes, ranks=8)
+            shutil.rmtree(run)
+            shutil.copytree(self.root / "stopped", run)
             self.upcycle("train", going, "--set=optimizer.schedule=constant", *other, ranks=ranks)
-            whole, whole_run = self.run_file(f"whole-{ranks}", MOE, steps=8)
-            self.upcycle("train", whole, "--set=optimizer.schedule=constant")
             self.assert_close(self.losses(whole_run), self.losses(run), 1e-5)
             for name in ("weights.h5", "exp_avg.h5", "exp_avg_sq.h5"):
                 self.assert_close_files(checkpoint(whole_run, 8) / name, checkpoint(run, 8) / name)
@@ -73,5 +78,5 @@ class Layouts(TrainCase):
 
 
 if __name__ == "__main__":
-    tiny_run.UPCYCLE = sys.argv.pop(1)
+    tiny_run.UPCYCLE = os.path.abspath(sys.argv.pop(1))
     unittest.main()

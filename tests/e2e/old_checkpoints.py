@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import torch
+from rank_server import served
 from safetensors.torch import load_file
 
 UPCYCLE = None
@@ -25,7 +26,7 @@ class OldCheckpoints(unittest.TestCase):
         self.root = Path(scratch.name)
 
     def upcycle(self, *arguments):
-        result = subprocess.run([UPCYCLE, *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=self.root)
+        result = subprocess.run([served(UPCYCLE), *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=self.root)
         self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
         return result.stdout + result.stderr
 

@@ -26,9 +26,9 @@ class RankFailure(TrainCase):
         """What mpirun is told about one rank alone."""
         return []
 
-    def command(self, *arguments, ranks=1):
+    def command(self, *arguments, ranks=1, program=None):
         if ranks == 1:
-            return super().command(*arguments)
+            return super().command(*arguments, program=program)
         preload = ["-x", f"LD_PRELOAD={FAIL_ALLOCATIONS}", "-x", f"FAIL_ALLOCATIONS={self.root / 'no_memory'}"]
         line = [*MPIRUN, *(["--enable-recovery"] if self.recovery else [])]
         for rank in range(ranks):

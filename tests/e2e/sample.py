@@ -11,6 +11,7 @@ import unittest
 from pathlib import Path
 
 import torch
+from rank_server import served
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
@@ -69,13 +70,13 @@ class Sample(unittest.TestCase):
         cls.run_file.write_text(f'[run]\ndirectory = "{cls.run_directory}"\ndevice = "cpu"\n[source]\nmodel = "{cls.dense}"\n'
                                 '[moe]\nexperts = 8\ntop_k = 2\n[data]\ntrain = "mock"\n[optimizer]\nlr = 1e-2\nschedule = "constant"\n'
                                 '[train]\nsteps = 3\nsequence = 16\nglobal_batch = 4\nprecision = "fp32"\n')
-        subprocess.run([UPCYCLE, "train", cls.run_file], check=True, capture_output=True, timeout=200)
+        subprocess.run([served(UPCYCLE), "train", cls.run_file], check=True, capture_output=True, timeout=200)
         cls.exported = cls.root / "exported"
-        subprocess.run([UPCYCLE, "export", cls.run_directory, cls.exported, "--dtype", "fp32"], check=True, capture_output=True, timeout=200)
+        subprocess.run([served(UPCYCLE), "export", cls.run_directory, cls.exported, "--dtype", "fp32"], check=True, capture_output=True, timeout=200)
 
     def call(self, *arguments, ranks=1, expect=0):
         launcher = [*MPIRUN, "-np", str(ranks)] if ranks > 1 else []
-        result = subprocess.run([*launcher, UPCYCLE, "sample", *map(str, arguments)], capture_output=True, timeout=120)
+        result = subprocess.run([*launcher, served(UPCYCLE), "sample", *map(str, arguments)], capture_output=True, timeout=120)
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result
 

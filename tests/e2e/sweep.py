@@ -12,6 +12,7 @@ import unittest
 import unittest.mock
 
 import tiny_run
+from rank_server import served
 from tiny_run import MPIRUN, TrainCase, checkpoint, steps_of
 
 
@@ -32,7 +33,7 @@ class Sweep(TrainCase):
         return path, self.root / name
 
     def plan(self, path, *arguments):
-        said = subprocess.run([tiny_run.UPCYCLE, "sweep", str(path), "--dry-run", "--json", *arguments], capture_output=True, text=True, cwd=self.root)
+        said = subprocess.run([served(tiny_run.UPCYCLE), "sweep", str(path), "--dry-run", "--json", *arguments], capture_output=True, text=True, cwd=self.root)
         self.assertEqual(said.returncode, 0, said.stderr)
         return {arm["name"]: arm for arm in json.loads(said.stdout)["arms"]}
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """tools/bench: both sides of a comparison do the same work, what it reports is what it measured, and a measurement that is none is refused.
 Usage: test_bench.py UPCYCLE SOURCE_DIR [unittest arguments]"""
+import itertools
 import json
 import shutil
 import statistics
@@ -30,34 +31,33 @@ class Bench(unittest.TestCase):
         model say little to the 2e-2 that the tool allows there, and these are 1e-4 apart."""
         ways = {("dense", "fp32"): {"fp32"}, ("moe", "fp32"): {"fp32 grouped_mm", "fp32 eager"}, ("dense", "bf16"): {"bf16", "autocast"},
                 ("moe", "bf16"): {f"{kind} {experts}" for kind in ("bf16", "autocast") for experts in ("grouped_mm", "eager")}}
-        first_losses = {}
-        for precision, tolerance in (("fp32", 1e-4), ("bf16", 1e-3)):
-            with self.subTest(precision):
-                out = self.root / "out.json"
-                said = self.bench("cpu", "--only", "training", "--size", "tiny", "--precision", precision, "--steps", 2, "--repeats", 1, "--threads", 2,
-                                  "--upcycle", UPCYCLE, "--scratch", self.root, "--json", out)
-                self.assertEqual(sorted(self.root.iterdir()), [out], "scratch files are left")
-                rows = json.loads(out.read_text())["training"]
-                self.assertEqual([(row["model"], row["precision"]) for row in rows], [("dense", precision), ("moe", precision)])
-                for row in rows:
-                    self.assertEqual(set(row["losses"]), {"transformers", "ours, 1 rank", "ours, 2 ranks"})
-                    for losses in row["losses"].values():
-                        self.assertEqual(len(losses), 4)
-                        for mine, theirs in zip(losses, row["losses"]["transformers"]):
-                            self.assertAlmostEqual(mine, theirs, delta=tolerance * theirs)
-                    first_losses.setdefault(row["model"], set()).add(row["losses"]["ours, 1 rank"][0])
-                    way, tries = row["transformers"], row["transformers_tries_seconds"]
-                    self.assertIn(way, ways[row["model"], precision])
-                    if len(ways[row["model"], precision]) > 1:   # where there is a choice, the fastest of those that run here
-                        self.assertTrue(tries)
-                        self.assertLessEqual(set(tries), ways[row["model"], precision])
-                        self.assertEqual(way, min(tries, key=tries.get))
-                        self.assertGreater(min(tries.values()), 0)
-                    rates = row["tokens_per_second"]
-                    for side, rate in rates.items():
-                        self.assertAlmostEqual(rate, row["tokens_per_step"] / statistics.median(row["run_medians_seconds"][side]))
-                    best = max(rate for side, rate in rates.items() if side != "transformers")
-                    self.assertRegex(said, rf'\n{row["model"]} +{precision} .* {rates["transformers"]:.0f} +{way} .* {best:.0f} .* {best / rates["transformers"]:.2f} ')
+        first_losses, tolerances = {}, {"fp32": 1e-4, "bf16": 1e-3}
+        out = self.root / "out.json"
+        said = self.bench("cpu", "--only", "training", "--size", "tiny", "--steps", 2, "--repeats", 1, "--threads", 2, "--upcycle", UPCYCLE,
+                          "--scratch", self.root, "--json", out)
+        self.assertEqual(sorted(self.root.iterdir()), [out], "scratch files are left")
+        rows = json.loads(out.read_text())["training"]
+        self.assertEqual([(row["model"], row["precision"]) for row in rows], list(itertools.product(("dense", "moe"), tolerances)))
+        for row in rows:
+            precision = row["precision"]
+            self.assertEqual(set(row["losses"]), {"transformers", "ours, 1 rank", "ours, 2 ranks"})
+            for losses in row["losses"].values():
+                self.assertEqual(len(losses), 4)
+                for mine, theirs in zip(losses, row["losses"]["transformers"]):
+                    self.assertAlmostEqual(mine, theirs, delta=tolerances[precision] * theirs)
+            first_losses.setdefault(row["model"], set()).add(row["losses"]["ours, 1 rank"][0])
+            way, tries = row["transformers"], row["transformers_tries_seconds"]
+            self.assertIn(way, ways[row["model"], precision])
+            if len(ways[row["model"], precision]) > 1:   # where there is a choice, the fastest of those that run here
+                self.assertTrue(tries)
+                self.assertLessEqual(set(tries), ways[row["model"], precision])
+                self.assertEqual(way, min(tries, key=tries.get))
+                self.assertGreater(min(tries.values()), 0)
+            rates = row["tokens_per_second"]
+            for side, rate in rates.items():
+                self.assertAlmostEqual(rate, row["tokens_per_step"] / statistics.median(row["run_medians_seconds"][side]))
+            best = max(rate for side, rate in rates.items() if side != "transformers")
+            self.assertRegex(said, rf'\n{row["model"]} +{precision} .* {rates["transformers"]:.0f} +{way} .* {best:.0f} .* {best / rates["transformers"]:.2f} ')
         self.assertEqual({model: len(losses) for model, losses in first_losses.items()}, {"dense": 2, "moe": 2}, "bf16 did what fp32 does")
 
     def test_other_work_is_refused(self):

@@ -2,6 +2,7 @@
 """train --profile: traces that a viewer can open, with the program's ranges rightly nested, and the same training as without.
 Usage: tracing.py UPCYCLE [unittest arguments]"""
 import json
+import os
 import re
 import sys
 import unittest
@@ -91,5 +92,5 @@ class Profile(TrainCase):
 
 
 if __name__ == "__main__":
-    tiny_run.UPCYCLE = sys.argv.pop(1)
+    tiny_run.UPCYCLE = os.path.abspath(sys.argv.pop(1))
     unittest.main()

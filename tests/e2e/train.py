@@ -24,7 +24,7 @@ def numbers_of(run):
 
 
 class StopAndResume(TrainCase):
-    STEPS = 120
+    STEPS = 60
 
     def stopped_and_resumed(self, directory, extra, stop, ranks=2, **settings):
         """Stops by `stop(job)` between two checkpoints, resumes with the same command; returns the run directory."""

@@ -88,10 +88,20 @@ keep = 1
     return [row["seconds"] for row in rows], [row["loss"] for row in rows]
 
 
-def theirs(folder, model, precision, experts, threads, steps):
-    done = common.run([sys.executable, PEER, model, folder / "tokens.npy", steps, precision, experts], common.environment(threads))
+def theirs(folder, model, ways, threads, steps):
+    """For each way that runs here, the seconds and losses of its steps; why the others do not."""
+    done = common.run([sys.executable, PEER, model, folder / "tokens.npy", steps, *("/".join(way) for way in ways)], common.environment(threads))
     rows = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
-    return [row["seconds"] for row in rows], [row["loss"] for row in rows]
+    failed = {tuple(row["way"].split("/")): row["failed"] for row in rows if "failed" in row}
+    steps_of = {way: [row for row in rows if row["way"] == "/".join(way)] for way in ways if way not in failed}
+    return {way: ([row["seconds"] for row in rows], [row["loss"] for row in rows]) for way, rows in steps_of.items()}, failed
+
+
+def steps_of_theirs(folder, model, way, threads, steps):
+    done, failed = theirs(folder, model, [way], threads, steps)
+    if failed:
+        raise common.Failed(f"transformers, {' '.join(way)}: {failed[way]}")
+    return done[way]
 
 
 def best_of_theirs(folder, model, precision, moe, threads):
@@ -100,14 +110,12 @@ def best_of_theirs(folder, model, precision, moe, threads):
             for experts in (("grouped_mm", "eager") if moe else ("",))]
     if len(ways) == 1:
         return ways[0], {}
-    tries = {}
-    for way in ways:
-        try:
-            tries[way] = min(theirs(folder, model, *way, threads, 3)[0][1:])
-        except common.Failed as why:
-            common.say(f"  transformers, {' '.join(way)}: does not run here ({str(why).strip().splitlines()[-1]})")
-    if not tries:
+    done, failed = theirs(folder, model, ways, threads, 3)
+    for way, why in failed.items():
+        common.say(f"  transformers, {' '.join(way)}: does not run here ({why})")
+    if not done:
         raise common.Failed("transformers runs none of its ways here")
+    tries = {way: min(seconds[1:]) for way, (seconds, _) in done.items()}
     return min(tries, key=tries.get), {" ".join(way).strip(): seconds for way, seconds in tries.items()}
 
 
@@ -121,7 +129,7 @@ def compare(folder, size, precisions, steps, repeats, threads, upcycle):
         parameters = make_model(model, size, kind == "moe")
         for precision in precisions:
             way, tries = best_of_theirs(folder, model, precision, kind == "moe", threads)
-            sides = {"transformers": lambda: theirs(folder, model, *way, threads, steps + WARM_UP)}
+            sides = {"transformers": lambda: steps_of_theirs(folder, model, way, threads, steps + WARM_UP)}
             for ranks in dict.fromkeys((1, min(threads, sequences))):
                 sides[f"ours, {ranks} rank{'s' if ranks > 1 else ''}"] = lambda ranks=ranks: ours(
                     folder, model, size, precision, kind == "moe", ranks, threads, steps + WARM_UP, upcycle, f"{kind}-{precision}-{ranks}")

@@ -1,10 +1,12 @@
-"""Training steps of a Qwen3 or Qwen3-MoE as Hugging Face transformers and torch.optim do them; a process of its own.
-Usage: transformers_step.py MODEL_DIR TOKENS.npy STEPS PRECISION EXPERTS. Prints a line of JSON a step: seconds, loss.
+"""Training steps of a Qwen3 or Qwen3-MoE as Hugging Face transformers and torch.optim do them, one way after another, each in a process of its own.
+Usage: transformers_step.py MODEL_DIR TOKENS.npy STEPS PRECISION/EXPERTS... Prints a line of JSON a step: way, seconds, loss; where a way does
+not run: way, failed.
 
 PRECISION: fp32; bf16 (weights, gradients and moments in bf16); autocast (fp32 weights and moments, products in bf16).
 EXPERTS: transformers' implementation of a mixture's experts, or nothing. TOKENS: [sequences, length + 1], the same batch every step."""
 import contextlib
 import json
+import os
 import sys
 import time
 
@@ -13,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def main(directory, tokens, steps, precision, experts):
+def train(directory, tokens, steps, way):
+    precision, _, experts = way.partition("/")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa",
                                                  **({"experts_implementation": experts} if experts else {}))
@@ -34,7 +37,22 @@ def main(directory, tokens, steps, precision, experts):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        print(json.dumps({"loss": loss.item(), "seconds": time.perf_counter() - start}), flush=True)
+        print(json.dumps({"way": way, "loss": loss.item(), "seconds": time.perf_counter() - start}), flush=True)
+
+
+def main(directory, tokens, steps, *ways):
+    """Each way in a fork of this process, which has done no more than load torch: that takes longer than the steps of a small model."""
+    for way in ways:
+        child = os.fork()
+        if child == 0:
+            try:
+                train(directory, tokens, steps, way)
+                os._exit(0)
+            except Exception as why:
+                print(json.dumps({"way": way, "failed": f"{type(why).__name__}: {why}"}), flush=True)
+                os._exit(1)
+        if os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
+            print(json.dumps({"way": way, "failed": f"ended by signal {os.WTERMSIG(status)}"}), flush=True)
 
 
 if __name__ == "__main__":
