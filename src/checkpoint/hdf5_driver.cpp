@@ -85,7 +85,11 @@ herr_t read(H5FD_t* file, H5FD_mem_t, hid_t, haddr_t offset, size_t size, void* 
 
 herr_t write(H5FD_t* file, H5FD_mem_t type, hid_t, haddr_t offset, size_t size, const void* from) {
   Opened& opened = of(file);
-  if (type != H5FD_MEM_DRAW || !opened.values) return opened.file->memory.write({static_cast<const std::byte*>(from), size}, offset) ? 0 : -1;
+  if (type != H5FD_MEM_DRAW || !opened.values) {
+    // The rest of a page may not be readable: that must not fail here either, and who closes is told.
+    if (!opened.file->memory.write({static_cast<const std::byte*>(from), size}, offset)) opened.file->close_failed = true;
+    return 0;
+  }
   return H5FDwrite(opened.values, type, H5P_DEFAULT, offset, size, from);
 }
 

@@ -11,7 +11,7 @@ namespace upcycle::hdf5 {
 /// writes of its own stays in memory, where nothing fails.
 struct DrivenFile {
   FileInMemory memory;
-  bool close_failed = false;   ///< of the file of values
+  bool close_failed = false;   ///< of the file of values, or reading in it what the close needs
 };
 
 /// Properties for H5Fcreate: all of the file is in the memory of `file`. Whoever has closed it stores it.
