@@ -78,7 +78,7 @@ class Sweep(TrainCase):
 
     def test_killed_its_arm_stops_and_goes_on(self):
         """Nobody is there to ask the arm to stop: it does by itself, and holds its directory no longer."""
-        path, runs = self.sweep_file("[[arms]]\nmoe.experts = 2\nmoe.top_k = 2\n", steps=300)
+        path, runs = self.sweep_file("[[arms]]\nmoe.experts = 2\nmoe.top_k = 2\n", steps=150)
         job = self.amid_an_arm(path, runs)
         job.kill()
         job.wait()
@@ -87,7 +87,7 @@ class Sweep(TrainCase):
             self.assertLess(time.monotonic(), deadline, "its arm goes on")
             time.sleep(0.1)
         stopped = len(steps_of(runs / "experts-2_top_k-2"))
-        self.assertTrue(5 <= stopped < 300 and checkpoint(runs / "experts-2_top_k-2", stopped).is_dir(), stopped)
+        self.assertTrue(5 <= stopped < 150 and checkpoint(runs / "experts-2_top_k-2", stopped).is_dir(), stopped)
         said = self.upcycle("sweep", path)
         self.assertIn("2 of 2 arms are done (1 were before)", said)
 

@@ -15,7 +15,7 @@ UPCYCLE = SOURCE = None
 sys.dont_write_bytecode = True
 
 
-class Bench(unittest.TestCase):
+class Case(unittest.TestCase):
     def setUp(self):
         scratch = tempfile.TemporaryDirectory()
         self.addCleanup(scratch.cleanup)
@@ -26,6 +26,8 @@ class Bench(unittest.TestCase):
         self.assertEqual(result.returncode, expect, result.stdout + result.stderr)
         return result.stdout + result.stderr
 
+
+class Training(Case):
     def test_training(self):
         """Every step's loss is transformers', as AdamW and clipping are the same, too. In bf16 both round in other places; the losses of an untrained
         model say little to the 2e-2 that the tool allows there, and these are 1e-4 apart."""
@@ -69,6 +71,8 @@ class Bench(unittest.TestCase):
                           "--upcycle", program, expect=1)
         self.assertIn("they do not do the same work", said)
 
+
+class Others(Case):
     STEP = ("step", "--device", "cpu", "--model", "tiny", "--micro-batch", 2, "--sequence", 32, "--warm-up", 2, "--steps", 3)
 
     def test_step(self):
