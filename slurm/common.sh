@@ -122,34 +122,36 @@ train() {
     say "asked to leave before training began"
     rc=75
   else
-    if ((rc != 0)); then drop_successor; leave "$rc" "the pre-flight check could not run, twice (code $rc): nothing was started"; fi
+    if ((rc != 0)); then drop_successor; leave "$rc" "the pre-flight check could not run, three times (code $rc): nothing was started"; fi
     train_on "$@"
   fi
   conclude
 }
 
-# The pre-flight check. UPCYCLE_CHECK=off: none. Once more if it can't run: its ranks could not start, or one of them did not come, which it then says.
+# The pre-flight check. UPCYCLE_CHECK=off: none. Up to three times if it can't run: its ranks could not start, or one of them did not come, which
+# it then says.
 check() {
   local try
   rc=0
   [[ ${UPCYCLE_CHECK:-} != off ]] || return 0
   checking=yes
-  for try in 1 2; do
+  for try in 1 2 3; do
     # Words, on purpose: several options in one setting.
     # shellcheck disable=SC2086
     launch check "$@" ${lead:+--save-within "$lead"} ${UPCYCLE_CHECK:-}
     finish
-    if ((try == 2 || rc == 0 || rc == 2)) || [[ $asked$ended == *yes* ]]; then break; fi
+    if ((try == 3 || rc == 0 || rc == 2)) || [[ $asked$ended == *yes* ]]; then break; fi
     say "the pre-flight check could not run (code $rc): once more"
   done
   checking=no
 }
 
-# The training step. Once more if no rank came as far as its first heartbeat: on a node that has crashed, Slurm's PMIx plugin trips over a
-# socket that the same step of an earlier life has left (srun may even say 0), and MPI does not always come up at once.
+# The training step. Up to four times if no rank came as far as its first heartbeat: on a node that has crashed, Slurm's PMIx plugin trips over
+# a socket that the same step of an earlier life has left (srun may even say 0), and now and then it lets a rank out of MPI_Init before another
+# has got that far, which Open MPI answers with a null call in btl_tcp (cbfunc not registered; open-mpi/ompi issue 12495 reports the like).
 train_on() {
   local try beat
-  for try in 1 2; do
+  for try in 1 2 3 4; do
     beat=$(first_heartbeat)
     launch train "$@"
     if [[ ${UPCYCLE_WATCH:-} != off ]]; then
@@ -158,7 +160,7 @@ train_on() {
       watcher=$!
     fi
     finish
-    if ((try == 2 || rc == 2 || rc == 75)) || [[ $asked$ended$hung == *yes* || $(first_heartbeat) != "$beat" || -f $run/finished ]]; then return; fi
+    if ((try == 4 || rc == 2 || rc == 75)) || [[ $asked$ended$hung == *yes* || $(first_heartbeat) != "$beat" || -f $run/finished ]]; then return; fi
     say "code $rc, and no rank has begun: once more"
   done
 }

@@ -166,7 +166,7 @@ class NoScontrol(More):
 
 
 class AbsentRank(More):
-    """A rank never comes to the check, as on a node whose file system hangs: it and its node are named, twice, and nothing is started."""
+    """A rank never comes to the check, as on a node whose file system hangs: it and its node are named, each time, and nothing is started."""
 
     def test(self):
         place = self.place()
@@ -177,7 +177,7 @@ class AbsentRank(More):
         self.assertEqual(job.ends(180), "FAILED", job.log())
         self.assertEqual(job.restarts(), 0)
         self.said(job, f"1 of 8 ranks has not come within 25 s, nor answered in {place.root}: rank 5 (node n3)", "once more",
-                  "the pre-flight check could not run, twice", "nothing was started")
+                  "the pre-flight check could not run, three times", "nothing was started")
         self.assertFalse(place.run.exists())
         self.assertEqual([*place.root.glob(".upcycle-check*")], [])
 
