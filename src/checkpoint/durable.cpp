@@ -34,6 +34,14 @@ FileDescriptor create_file(const fs::path& path) {
   return file;
 }
 
+void reserve(const FileDescriptor& file, uint64_t bytes, const fs::path& path) {
+  const auto size = static_cast<off_t>(bytes);
+  const std::string doing = text("reserving ", bytes, " bytes for");
+  if (::ftruncate(file.get(), size) != 0) fail_with_errno(doing, path);
+  // Not every file system can reserve.
+  if (size > 0 && ::fallocate(file.get(), 0, 0, size) != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) fail_with_errno(doing, path);
+}
+
 void write_at(const FileDescriptor& file, std::span<const std::byte> bytes, uint64_t offset, const fs::path& path) {
   while (!bytes.empty()) {
     const ssize_t written = ::pwrite(file.get(), bytes.data(), bytes.size(), static_cast<off_t>(offset));

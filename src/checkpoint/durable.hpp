@@ -20,6 +20,9 @@ using FileDescriptor = Handle<int, close_descriptor, no_descriptor>;
 
 /// Creates or empties `path`, makes missing parent directories. Throws UserError naming it.
 FileDescriptor create_file(const std::filesystem::path& path);
+/// The file is `bytes` long from now on, what is in it stays, and its room is taken where the file system can do so: a full disk shows at
+/// once. Throws UserError naming `path` and the bytes.
+void reserve(const FileDescriptor&, uint64_t bytes, const std::filesystem::path& path);
 /// Writes all of `bytes` at `offset`. Throws UserError naming `path` when the disk is full or fails.
 void write_at(const FileDescriptor&, std::span<const std::byte> bytes, uint64_t offset,
               const std::filesystem::path& path);

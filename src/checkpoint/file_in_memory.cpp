@@ -1,13 +1,10 @@
 #include "checkpoint/file_in_memory.hpp"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <vector>
 
-#include "base/error.hpp"
 #include "checkpoint/durable.hpp"
 
 namespace upcycle {
@@ -61,11 +58,7 @@ void FileInMemory::resize(uint64_t size) {
 
 void FileInMemory::store(const std::filesystem::path& path) const {
   const FileDescriptor file = create_file(path);
-  const auto size = static_cast<off_t>(size_);
-  if (size > 0 && ::fallocate(file.get(), 0, 0, size) != 0) {
-    if (errno == ENOSPC || errno == EDQUOT || errno == EFBIG) fail_with_errno(text("reserving ", size, " bytes for"), path);
-    if (::ftruncate(file.get(), size) != 0) fail_with_errno("making room in", path);   // a file system that can't reserve
-  }
+  reserve(file, size_, path);
   std::vector<std::byte> run;
   uint64_t begin = 0;
   const auto put = [&] {

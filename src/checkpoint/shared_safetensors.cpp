@@ -7,7 +7,6 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
@@ -33,10 +32,7 @@ constexpr uint64_t kPage = Blocks::kAlignment, kRoom = uint64_t{32} << 20;
 void make_file(const fs::path& path, const SafetensorsShard& shard) {
   const FileDescriptor file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
   if (!file) fail_with_errno("opening", path);
-  const auto bytes = static_cast<off_t>(shard.header.size() + shard.bytes);
-  if (::ftruncate(file.get(), bytes) != 0) fail_with_errno("resizing", path);
-  // So that a full disk shows now. Not every file system can, and it is a full one's turn to say so.
-  if (::fallocate(file.get(), 0, 0, bytes) != 0 && (errno == ENOSPC || errno == EDQUOT)) fail_with_errno("writing", path);
+  reserve(file, shard.header.size() + shard.bytes, path);
   write_at(file, std::as_bytes(std::span(shard.header)), 0, path);
 }
 
