@@ -1,7 +1,5 @@
 #include "checkpoint/file_in_memory.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -71,7 +69,7 @@ void FileInMemory::store(const std::filesystem::path& path) const {
     run.insert(run.end(), page.begin(), page.end());
   }
   if (!run.empty()) put();
-  if (::fsync(file.get()) != 0) fail_with_errno("storing", path);
+  make_durable(path);
 }
 
 }  // namespace upcycle

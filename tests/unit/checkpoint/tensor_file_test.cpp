@@ -48,7 +48,7 @@ TEST(TensorFile, ACloseThatFailsIsAnError) {
   // And HDF5 must not crash when this process ends.
 }
 
-TEST(TensorFile, AFullDiskIsToldByTheIndex) {
+TEST(TensorFile, AnIndexThatCantBeStoredIsTold) {
   const Scratch scratch;
   const std::map<std::string, std::vector<TensorSpec>> parts = {{"w-00001-of-00001.h5", kSpecs}};
   fs::create_symlink("/dev/full", scratch / "w.h5");
