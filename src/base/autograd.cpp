@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "base/postponed.hpp"
 #include "base/trace_range.hpp"
 
 namespace upcycle {
@@ -82,8 +83,14 @@ GraphEnd::GraphEnd(const Tensor& output) : edge_(torch::autograd::impl::gradient
 void GraphEnd::backward(const Tensor& gradient) {
   const torch::autograd::Edge end = std::exchange(edge_, {});
   if (!end.is_valid()) throw std::logic_error("backward from a tensor that has no graph, or from one graph twice");
-  torch::autograd::Engine::get_default_engine().execute({end}, {gradient}, /*keep_graph=*/false, /*create_graph=*/false,
-                                                        /*accumulate_grad=*/true);
+  try {
+    torch::autograd::Engine::get_default_engine().execute({end}, {gradient}, /*keep_graph=*/false, /*create_graph=*/false,
+                                                          /*accumulate_grad=*/true);
+    Postponed::finish();
+  } catch (...) {
+    Postponed::drop();
+    throw;
+  }
 }
 
 Tensor recomputed(Tensor output, const std::vector<Tensor>& inputs, std::function<Tensor(const std::vector<Tensor>& inputs)> again) {

@@ -28,8 +28,8 @@ class GraphEnd {
  public:
   /// `output` was computed while recording.
   explicit GraphEnd(const Tensor& output);
-  /// Backward from here, once; the graph is freed. `gradient` has the output's shape, dtype and device. Gradients of leaves are added to
-  /// their .grad.
+  /// Backward from here, once, with all that was Postponed; the graph is freed. `gradient` has the output's shape, dtype and device.
+  /// Gradients of leaves are added to their .grad.
   void backward(const Tensor& gradient);
 
  private:

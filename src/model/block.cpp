@@ -15,10 +15,11 @@ MoeLayer make_moe(Weights& weights, const Mesh& mesh, int64_t layer, const std::
   Parameter& router = weights.add({prefix + "gate.weight"});
   Parameter& gate_up = weights.add({prefix + "experts.gate_proj.weight", prefix + "experts.up_proj.weight"}, 1);
   Parameter& down = weights.add({prefix + "experts.down_proj.weight"});
+  const bool beside_transfers = mesh.world().size() > mesh.along(Axis::pipeline).size();   // stages exchange little
   return {Router(router, mesh.along(Axis::sequence), {architecture.top_k, architecture.renormalise, layer}),
           Dispatcher(mesh.along(Axis::expert), mesh.along(Axis::expert_tensor),
                      {architecture.experts, architecture.top_k, settings.dispatcher, settings.pad_to_capacity}),
-          Experts(gate_up, down), mesh.along(Axis::sequence), settings.capacity};
+          Experts(gate_up, down, beside_transfers), mesh.along(Axis::sequence), settings.capacity};
 }
 
 }  // namespace

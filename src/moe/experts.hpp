@@ -1,6 +1,6 @@
 #pragma once
 #include "base/autograd.hpp"
-#include "ops/parameter.hpp"
+#include "ops/grouped_matmul.hpp"
 
 // Shapes: R rows sorted by expert, L experts of this rank, F width of one expert here, D width of the model.
 namespace upcycle {
@@ -9,7 +9,9 @@ namespace upcycle {
 /// over several ranks, this rank's part of that sum.
 class Experts {
  public:
-  Experts(Parameter& gate_up_LFD, Parameter& down_LDF) : gate_up_(gate_up_LFD), down_(down_LDF) {}
+  /// `beside_transfers`: this rank exchanges something with others while it computes.
+  Experts(Parameter& gate_up_LFD, Parameter& down_LDF, bool beside_transfers = false)
+      : gate_up_(gate_up_LFD), down_(down_LDF), kernels_{.beside_transfers = beside_transfers} {}
   /// `x` [R, D] -> [R, D]; `weight_R1` fp32; `end_L` as in Route. Adds the product weight * silu(gate x) * up x to `remade`. The weight is
   /// multiplied in before the down map, which is linear: its output need not be kept for the weight's gradient.
   Tensor forward(const Tensor& x_RD, const Tensor& weight_R1, const Tensor& end_L, Remade& remade);
@@ -17,6 +19,7 @@ class Experts {
  private:
   Parameter& gate_up_;
   Parameter& down_;
+  GroupedKernels kernels_;
 };
 
 }  // namespace upcycle

@@ -12,6 +12,7 @@
 #include "base/autograd.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
+#include "base/postponed.hpp"
 #include "device/stream.hpp"
 #include "ops/cuda/grouped_gemm.hpp"
 #include "ops/linear.hpp"
@@ -35,15 +36,15 @@ bool on_borders_of_16_bytes(const Tensor& x) { return reinterpret_cast<uintptr_t
 
 /// Rows of an expert are K of its weight gradient: with few of them the result is what takes time, and square tiles write one while they
 /// multiply the next. Else wide ones read a third less through the L2 cache, unless half of the last of few columns would be empty.
-GroupedKernel fastest(GroupedProduct product, int64_t rows_of_expert, int64_t in) {
-  if (product != GroupedProduct::weight_gradient) return aten;
+GroupedKernel fastest(GroupedProduct product, int64_t rows_of_expert, int64_t in, bool beside_transfers) {
+  if (product != GroupedProduct::weight_gradient) return beside_transfers ? wide : aten;
   const bool half_empty = in < 1024 && in % 256 > 0 && in % 256 <= 128;
   return rows_of_expert < 1024 || half_empty ? square : wide;
 }
 
 /// `operands`: all that is read and written; `weight`: [E, O, I], or its gradient.
 GroupedKernel choose(GroupedProduct product, const Tensor& rows, const Tensor& weight, std::initializer_list<Tensor> operands,
-                     GroupedKernel wish) {
+                     GroupedKernel wish, bool beside_transfers = false) {
   if (wish == one_by_one) return one_by_one;
   const int64_t out = weight.size(1), in = weight.size(2);
   if (!rows.is_cuda() || rows.size(0) == 0 || rows.scalar_type() != at::kBFloat16 || out % 8 != 0 || in % 8 != 0) {
@@ -54,7 +55,7 @@ GroupedKernel choose(GroupedProduct product, const Tensor& rows, const Tensor& w
   bool ours = cuda::has_grouped_gemm();
   for (const Tensor& x : operands) ours = ours && x.is_contiguous() && on_borders_of_16_bytes(x);
   if (wish == automatic) {
-    const GroupedKernel kernel = fastest(product, rows.size(0) / weight.size(0), in);
+    const GroupedKernel kernel = fastest(product, rows.size(0) / weight.size(0), in, beside_transfers);
     return ours || kernel == aten ? kernel : aten;
   }
   if (wish != aten && (!ours || (wish == square && product != GroupedProduct::weight_gradient))) {
@@ -63,18 +64,25 @@ GroupedKernel choose(GroupedProduct product, const Tensor& rows, const Tensor& w
   return wish;
 }
 
+/// Blocks per processor. Measured beside NCCL on 2 H100s, ZeRO-1: 1 reaches 93 % of perfect, 2: 94, 4: 96, 8: 97.
+int rounds(bool beside_transfers) { return beside_transfers ? 8 : 1; }
+
+cuda::GroupedTile tile_of(GroupedKernel kernel) { return kernel == wide ? cuda::GroupedTile::wide : cuda::GroupedTile::square; }
+
 void multiply_ours(GroupedProduct product, GroupedKernel kernel, const Tensor& left, const Tensor& right, Tensor result,
-                   const Tensor& end_E, int64_t out, int64_t in) {
+                   const Tensor& end_E, int64_t out, int64_t in, int rounds = 1, double* squares = nullptr) {
   const int experts = static_cast<int>(end_E.size(0));
-  const Tensor workspace = at::empty({cuda::grouped_gemm_workspace(experts)}, left.options().dtype(at::kByte));
-  cuda::grouped_gemm(product, kernel == wide ? cuda::GroupedTile::wide : cuda::GroupedTile::square,
+  const Tensor workspace = at::empty({cuda::grouped_gemm_workspace(experts, rounds)}, left.options().dtype(at::kByte));
+  cuda::grouped_gemm(product, tile_of(kernel),
                      {.left = left.const_data_ptr(),
                       .right = right.const_data_ptr(),
                       .result = result.mutable_data_ptr(),
+                      .squares = squares,
                       .end = end_E.const_data_ptr<int32_t>(),
                       .experts = experts,
                       .in = in,
                       .out = out,
+                      .rounds = rounds,
                       .workspace = workspace.mutable_data_ptr(),
                       .stream = device::current_stream(left.device())});
 }
@@ -105,17 +113,19 @@ Tensor grouped_product(const Tensor& x_RI, const Tensor& weight_EOI, const Tenso
   return y_RO;
 }
 
-Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel wish) {
-  const GroupedKernel kernel = choose(GroupedProduct::input_gradient, dy_RO, weight_EOI, {dy_RO, weight_EOI}, wish);
+Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel wish, bool beside_transfers) {
+  const GroupedKernel kernel = choose(GroupedProduct::input_gradient, dy_RO, weight_EOI, {dy_RO, weight_EOI}, wish, beside_transfers);
   if (kernel == one_by_one) return multiply_one_by_one(dy_RO, weight_EOI, end_E);
   if (kernel == aten) return at::_grouped_mm(dy_RO, weight_EOI, end_E);
   const Tensor dx_RI = at::empty({dy_RO.size(0), weight_EOI.size(2)}, dy_RO.options());
-  multiply_ours(GroupedProduct::input_gradient, kernel, dy_RO, weight_EOI, dx_RI, end_E, weight_EOI.size(1), weight_EOI.size(2));
+  multiply_ours(GroupedProduct::input_gradient, kernel, dy_RO, weight_EOI, dx_RI, end_E, weight_EOI.size(1), weight_EOI.size(2),
+                rounds(beside_transfers));
   return dx_RI;
 }
 
-void add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E, GroupedKernel wish,
-                                 bool overwrite) {
+Tensor add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E, GroupedKernel wish,
+                                   bool overwrite, bool beside_transfers) {
+  const int64_t experts = main_grad_EOI.size(0), out = main_grad_EOI.size(1), in = main_grad_EOI.size(2);
   const GroupedKernel kernel = choose(GroupedProduct::weight_gradient, dy_RO, main_grad_EOI, {dy_RO, x_RI, main_grad_EOI}, wish);
   if (kernel == one_by_one) {
     for_each_expert(end_E, [&](int64_t expert, int64_t begin, int64_t rows) {
@@ -124,10 +134,15 @@ void add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, cons
   } else if (kernel == aten) {
     const Tensor products = at::_grouped_mm(dy_RO.t(), x_RI, end_E);   // in bf16; the sum over micro-batches is fp32
     overwrite ? main_grad_EOI.copy_(products) : main_grad_EOI.add_(products);
+  } else if (!overwrite) {
+    multiply_ours(GroupedProduct::added_weight_gradient, kernel, dy_RO, x_RI, main_grad_EOI, end_E, out, in, rounds(beside_transfers));
   } else {
-    const GroupedProduct product = overwrite ? GroupedProduct::weight_gradient : GroupedProduct::added_weight_gradient;
-    multiply_ours(product, kernel, dy_RO, x_RI, main_grad_EOI, end_E, main_grad_EOI.size(1), main_grad_EOI.size(2));
+    const Tensor squares = at::empty({experts * cuda::square_sums_of_expert(tile_of(kernel), out, in)}, dy_RO.options().dtype(at::kDouble));
+    multiply_ours(GroupedProduct::weight_gradient, kernel, dy_RO, x_RI, main_grad_EOI, end_E, out, in, rounds(beside_transfers),
+                  squares.mutable_data_ptr<double>());
+    return squares;
   }
+  return {};
 }
 
 Tensor grouped_matmul(const Tensor& x, Parameter& weight, const Tensor& end_E, GroupedKernels kernels) {
@@ -138,9 +153,14 @@ Tensor grouped_matmul(const Tensor& x, Parameter& weight, const Tensor& end_E, G
   }
   return record(y, {x}, [x = x.detach(), end_E, kernels, &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_RO = dy[0].contiguous();
-    add_grouped_weight_gradient(weight.main_grad, dy_RO, x, end_E, kernels.weight_gradient, weight.overwrites());
-    weight.ready();
-    return {grouped_input_gradient(dy_RO, weight.value, end_E, kernels.input_gradient)};
+    const auto weight_gradient = [dy_RO, x, end_E, kernels, &weight] {
+      const bool overwrite = weight.overwrites();
+      weight.squares = add_grouped_weight_gradient(weight.main_grad, dy_RO, x, end_E, kernels.weight_gradient, overwrite, kernels.beside_transfers);
+      weight.ready();
+    };
+    return {Postponed::product_backward(weight_gradient, [&] {
+      return grouped_input_gradient(dy_RO, weight.value, end_E, kernels.input_gradient, kernels.beside_transfers);
+    })};
   });
 }
 

@@ -15,6 +15,9 @@ enum class GroupedKernel {
 };
 struct GroupedKernels {
   GroupedKernel forward = GroupedKernel::automatic, input_gradient = GroupedKernel::automatic, weight_gradient = GroupedKernel::automatic;
+  /// Backward has company on the GPU: what travels between ranks takes processors away. Then ours make all of its products, in many small
+  /// shares (GroupedGemm::rounds). The same bits.
+  bool beside_transfers = false;
 };
 
 /// y_RO: rows of expert e times weight[e]^T. `x` [R, I]; `weight.value` [E, O, I], same dtype. Backward adds into weight.main_grad.
@@ -25,10 +28,12 @@ Tensor grouped_matmul(const Tensor& x_RI, Parameter& weight_EOI, const Tensor& e
 
 /// Its three products, each by itself; nothing is recorded.
 Tensor grouped_product(const Tensor& x_RI, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {});
-Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {});
+Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {},
+                              bool beside_transfers = false);
 /// main_grad [E, O, I] (fp32) += each expert's dy^T x. Ours adds in fp32 without a temporary; ATen's makes the products of this micro-batch
-/// in bf16 first. An expert without rows keeps its gradient. `overwrite`: main_grad = those products, zeros without rows, whatever was there.
-void add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E,
-                                 GroupedKernel kernel = {}, bool overwrite = false);
+/// in bf16 first. An expert without rows keeps its gradient. `overwrite`: main_grad = those products, zeros without rows, whatever was there;
+/// ours then return partial sums (fp64) of main_grad's squares, made before it leaves the registers. Undefined otherwise.
+Tensor add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, const Tensor& x_RI, const Tensor& end_E,
+                                   GroupedKernel kernel = {}, bool overwrite = false, bool beside_transfers = false);
 
 }  // namespace upcycle

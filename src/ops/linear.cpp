@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 
 #include "base/autograd.hpp"
+#include "base/postponed.hpp"
 
 namespace upcycle {
 namespace {
@@ -53,9 +54,11 @@ Tensor linear(const Tensor& x, Parameter& weight) {
   }
   return record(y, {x}, [x = x.detach(), &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_TO = dy[0].reshape({-1, dy[0].size(-1)});
-    add_weight_gradient(weight.main_grad, dy_TO, x.reshape({-1, x.size(-1)}).to(dy_TO.scalar_type()), weight.overwrites());
-    weight.ready();
-    return {matrix_product(dy[0], weight.value).to(x.scalar_type())};
+    const auto weight_gradient = [dy_TO, x, &weight] {
+      add_weight_gradient(weight.main_grad, dy_TO, x.reshape({-1, x.size(-1)}).to(dy_TO.scalar_type()), weight.overwrites());
+      weight.ready();
+    };
+    return {Postponed::product_backward(weight_gradient, [&] { return matrix_product(dy[0], weight.value).to(x.scalar_type()); })};
   });
 }
 

@@ -4,9 +4,13 @@
 
 namespace upcycle {
 
-bool Parameter::overwrites() { return std::exchange(outdated, false); }
+bool Parameter::overwrites() {
+  squares = Tensor();
+  return std::exchange(outdated, false);
+}
 
 const Tensor& Parameter::sums() {
+  squares = Tensor();
   if (std::exchange(outdated, false)) main_grad.zero_();
   return main_grad;
 }

@@ -16,6 +16,9 @@ struct Parameter {
   /// main_grad still holds the sums of an earlier step, and the next addition takes their place: what a matrix product fills anyway, nobody
   /// need zero, nor read to add to it.
   bool outdated = false;
+  /// Any number of partial sums, fp64: all together, of main_grad's squares, from the product that wrote it. Undefined where nothing did that
+  /// tells, or something was added since.
+  Tensor squares;
   /// For an op that can overwrite main_grad instead of adding to it: whether it must; the one who asks does so.
   bool overwrites();
   /// For any other op: main_grad, to add to.

@@ -1,6 +1,7 @@
 #include "ops/sum_of_squares.hpp"
 
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
@@ -20,8 +21,14 @@ Tensor sum_of_squares_written_out(const std::vector<Tensor>& all, const std::vec
   return at::stack(shared).sum();
 }
 
-Tensor sum_of_squares(const std::vector<Tensor>& all, const std::vector<double>& shares) {
-  if (all.empty() || all.size() != shares.size()) throw std::logic_error("each tensor has a share");
+Tensor sum_of_squares(const std::vector<Tensor>& all, const std::vector<double>& shares, const std::vector<Tensor>& known) {
+  if (all.size() != shares.size()) throw std::logic_error("each tensor has a share");
+  if (!known.empty()) {
+    const Unrecorded guard;
+    const Tensor sum = at::cat(known).sum();
+    return all.empty() ? sum : sum.add_(sum_of_squares(all, shares));
+  }
+  if (all.empty()) throw std::logic_error("there is nothing to sum the squares of");
   if (!all.front().is_cuda()) return sum_of_squares_written_out(all, shares);
   const at::TensorOptions options = all.front().options().dtype(at::kDouble);
   CUstream_st* const stream = device::current_stream(all.front().device());

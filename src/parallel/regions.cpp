@@ -5,11 +5,15 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "base/postponed.hpp"
+#include "device/side_stream.hpp"
 #include "parallel/zigzag.hpp"
 
 namespace upcycle {
@@ -66,6 +70,18 @@ Tensor reduced_rows(const Communicator& group, const Tensor& x, const Rows& rows
   return group.reduce_scatter(at::cat(parts, 0), 0).narrow(0, 0, rows[static_cast<size_t>(group.rank())]).contiguous();
 }
 
+/// What `exchange` returns, which is under way while the current stream does what was Postponed.
+Tensor with_postponed(at::Device device, const std::function<Tensor()>& exchange) {
+  if (!Postponed::waiting()) return exchange();
+  static std::map<at::DeviceType, device::SideStream> streams;   // a process computes on one GPU
+  device::SideStream& beside = streams.try_emplace(device.type(), device).first->second;
+  Tensor arrived;
+  beside.run([&] { arrived = exchange(); });
+  Postponed::finish();
+  beside.join();
+  return arrived;
+}
+
 /// The op `forward(x)` with `backward(dy)`, neither recorded by ATen.
 template <class Forward, class Transpose>
 Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
@@ -74,8 +90,9 @@ Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
     const Unrecorded guard;
     y = forward(x.contiguous());
   }
-  return record(y, {x}, [incoming = Incoming(y), transpose](const std::vector<Tensor>& dy) {
-    return Gradients{transpose(incoming(dy))};
+  return record(y, {x}, [incoming = Incoming(y), transpose, ahead = Postponed::Ahead()](const std::vector<Tensor>& dy_1) {
+    const Tensor dy = incoming(dy_1);
+    return Gradients{with_postponed(dy.device(), [&] { return transpose(dy); })};
   });
 }
 

@@ -41,12 +41,21 @@ Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double 
     buffers_.emplace_back(bucket.masters, own_of(bucket.gradients), exp_avg_.back(), exp_avg_sq_.back(),
                           bucket.dtype == at::kFloat ? Tensor() : own_of(bucket.values), runs);
     const double share = bucket.divided() ? 1.0 : 1.0 / static_cast<double>(bucket.place.holders);
-    const auto sum = [&](const Tensor& gradients) { squared_.push_back(gradients), shares_.push_back(share); };
-    if (flat) {
-      sum(buffers_.back().gradients());   // what is between runs is zero
-    } else {
-      for (const AdamWRun& run : runs) sum(buffers_.back().gradients().narrow(0, run.begin, run.end - run.begin));
+    const auto sum = [&](int64_t begin, int64_t end, const Parameter* whole = nullptr) {
+      if (begin < end) squared_.push_back({buffers_.back().gradients().narrow(0, begin, end - begin), share, whole});
+    };
+    int64_t summed = 0;   // in one go as far as it may be: what is between runs is zero
+    for (size_t i = 0; i < bucket.weights.size(); ++i) {
+      const auto [begin, end] = bucket.owned(i);
+      if (begin == end) continue;
+      const Weight& weight = weights.all()[bucket.weights[i]];
+      const bool tells = bucket.place.holders == 1 && weight.spec().role == Role::expert;
+      if (flat && !tells) continue;
+      if (flat) sum(summed, begin - bucket.own.begin);
+      summed = end - bucket.own.begin;
+      sum(begin - bucket.own.begin, summed, tells ? &weight.parameter : nullptr);
     }
+    if (flat) sum(summed, bucket.own.size());
     Range open;   // neighbours are zeroed together, with what lies between them
     const auto close = [&] {
       if (open.size() > 0) zeroed_.push_back(bucket.gradients.narrow(0, open.begin, open.size()));
@@ -71,10 +80,19 @@ Tensor Optimizer::squared_norm_share() const {
     if (weight.parameter.outdated) throw std::logic_error(text("nothing was added to the gradient of ", weight.spec().name, " in this step"));
   }
   if (squared_.empty()) return at::zeros({}, updates_.options().dtype(at::kDouble));
-  return sum_of_squares(squared_, shares_);
+  std::vector<Tensor> read, known;
+  std::vector<double> shares;
+  for (const Squared& stretch : squared_) {
+    if (stretch.whole && stretch.whole->squares.defined()) {
+      known.push_back(stretch.whole->squares);
+    } else {
+      read.push_back(stretch.gradients), shares.push_back(stretch.share);
+    }
+  }
+  return sum_of_squares(read, shares, known);
 }
 
-void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted) {
+void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted, const std::function<void(size_t bucket)>& updated) {
   const TraceRange range("optimizer");
   const Unrecorded guard;
   const Tensor norm = squared_norm.sqrt();
@@ -87,7 +105,10 @@ void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted
   updates_.add_(1.0 - skip);
   const AdamW settings{.lr = lr, .beta1 = settings_.betas[0], .beta2 = settings_.betas[1], .eps = settings_.eps,
                        .weight_decay = settings_.weight_decay};
-  for (const AdamWBuffer& buffer : buffers_) buffer.step(settings, updates_, divisor, skip);
+  for (size_t index = buffers_.size(); index-- > 0;) {
+    buffers_[index].step(settings, updates_, divisor, skip);
+    if (updated) updated(index);
+  }
 }
 
 void Optimizer::forget() {

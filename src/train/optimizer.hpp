@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <vector>
 
 #include "config/run_config.hpp"
@@ -21,8 +22,9 @@ class Optimizer {
 
   /// One update with the (reduced) gradients: clipped to the configured norm, at learning rate `lr`; skipped, with nothing
   /// changed, where `squared_norm` (fp64 scalar, of the whole model) is not finite, or `wanted` (bool scalar; undefined: yes) is false.
-  /// Values become the masters, rounded. What the gradients are afterwards is undefined: see zero_gradients.
-  void step(double lr, const Tensor& squared_norm, const Tensor& wanted = {});
+  /// Values become the masters, rounded. What the gradients are afterwards is undefined: see zero_gradients. From the last bucket to the first,
+  /// as forward wants them; `updated` is called after each.
+  void step(double lr, const Tensor& squared_norm, const Tensor& wanted = {}, const std::function<void(size_t bucket)>& updated = {});
   /// Before the first addition of a step, each time. Only what ops add to is zeroed, norms and routers; a matrix is left as it is and told
   /// so (Parameter::outdated): the first product of the step overwrites it. Until then main_grad is not to be looked at.
   void zero_gradients();
@@ -40,8 +42,13 @@ class Optimizer {
   OptimizerSection settings_;
   std::vector<Tensor> exp_avg_, exp_avg_sq_;   ///< by bucket
   std::vector<AdamWBuffer> buffers_;           ///< by bucket: what this rank owns of it
-  std::vector<Tensor> squared_;                ///< gradients whose squares are summed: all that this rank owns
-  std::vector<double> shares_;                 ///< of each: 1 / the ranks that own the same elements
+  /// A stretch of gradients whose squares are summed. All of them: what this rank owns.
+  struct Squared {
+    Tensor gradients;
+    double share;               ///< 1 / the ranks that own the same elements
+    const Parameter* whole;     ///< where it is just this weight's gradient, which no rank adds to after backward: its `squares` hold. Else null
+  };
+  std::vector<Squared> squared_;
   Tensor updates_;
   std::vector<Parameter*> overwritten_;        ///< whose first addition in a step overwrites
   std::vector<Tensor> zeroed_;                 ///< all other gradients: stretches of buckets

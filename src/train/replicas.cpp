@@ -9,6 +9,7 @@
 
 #include "base/autograd.hpp"
 #include "base/error.hpp"
+#include "base/postponed.hpp"
 #include "base/trace_range.hpp"
 
 namespace upcycle {
@@ -94,6 +95,7 @@ void Replicas::launch_next() {
 
 void Replicas::sum_gradients() {
   const TraceRange range("reduce");
+  if (Postponed::waiting()) throw std::logic_error("gradients are summed before backward has ended");
   while (next_ < additions_.size()) launch_next();
   beside_.join();
   if (expected_.empty()) expected_ = additions_;
@@ -102,13 +104,11 @@ void Replicas::sum_gradients() {
   next_ = 0;
 }
 
-void Replicas::share_values() {
-  for (size_t index = weights_.buckets().size(); index-- > 0;) {   // forward wants the last bucket first
-    Bucket& bucket = weights_.buckets()[index];
-    if (!bucket.divided()) continue;
-    beside_.run([&] { groups_[bucket.group].gather_from_own_part(bucket.values); });
-    values_arrived_[index] = beside_.mark();
-  }
+void Replicas::share_values(size_t index) {
+  Bucket& bucket = weights_.buckets()[index];
+  if (!bucket.divided()) return;
+  beside_.run([&] { groups_[bucket.group].gather_from_own_part(bucket.values); });
+  values_arrived_[index] = beside_.mark();
 }
 
 std::vector<std::string> Replicas::differences() {

@@ -25,9 +25,9 @@ class Replicas {
   /// (std::logic_error).
   void sum_gradients();
 
-  /// **Collective.** With ZeRO-1: gives every holder the values that this rank has updated, and takes theirs. On a GPU that goes on
-  /// beside what follows: whoever wants a value says Parameter::arrived().
-  void share_values();
+  /// **Collective**, with the same bucket everywhere. With ZeRO-1: gives every holder the bucket's values that this rank has updated, and
+  /// takes theirs. On a GPU that goes on beside what follows, the next bucket's update above all: whoever wants a value says Parameter::arrived().
+  void share_values(size_t bucket);
 
   /// **Collective.** Compares what ranks hold alike: values, and masters where everybody keeps all of them. One line for each weight that
   /// is not the same on all its holders, "model.norm.weight: ranks 0, 1, 3 and rank 2 differ", told by the first of them; empty on all

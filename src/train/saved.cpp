@@ -91,17 +91,21 @@ int64_t passing_in_layer(const Architecture& a, const RunConfig& run, const Grid
   const Widths n(a, grid);
   const MicroBatch rows(a, run, grid);
   const int64_t w = rows.width;
+  // Weight gradients wait for an exchange, with what they multiply (Postponed).
+  const bool waits = grid.size(Axis::tensor) > 1 || grid.size(Axis::context) > 1 || !experts_at_home(grid);
   // What stands before backward of this layer begins is still there; less what it has freed on the way.
   if (!a.is_moe_layer(layer)) {
     const int64_t weight_gradient = w < kFp32 ? 2 * n.f * n.h * kFp32 : 0;                      // linear's, fp32 before it is added
-    return rows.own * n.h * w + rows.gathered * 2 * n.f * w + weight_gradient;                  // swiglu: d and the pair, less the product
+    const int64_t product = rows.gathered * n.f * w;
+    return rows.own * n.h * w + (waits ? 3 : 2) * product + weight_gradient;                    // swiglu: d and the pair, less the product
   }
   const int64_t answers = rows.routed * n.h * w, product = rows.routed * n.fe * w;
   const int64_t weight_gradient = w < kFp32 ? n.local_experts * n.fe * n.h * w : 0;             // grouped_matmul's, bf16
   const int64_t copies = experts_at_home(grid) ? answers : 0;                                   // the experts' rows, once more
   return rows.own * n.h * w + copies + std::max({answers + product + weight_gradient,           // grouped_matmul down: d, the product's
                                                  3 * product,                                   // swiglu: d, the pair, a CPU's term; less the product
-                                                 answers + 2 * weight_gradient - product});     // to gate and up: the pair, the rows'; less those
+                                                 answers + 2 * weight_gradient - product,       // to gate and up: the pair, the rows'; less those
+                                                 waits ? 3 * answers : 0});                     // the exchange: down's d, the rows' twice
 }
 
 int64_t passing_in_head(const Architecture& a, const RunConfig& run, const Grid& grid) {

@@ -66,8 +66,8 @@ PendingReport Trainer::step(const Word& word) {
     good = good.logical_and(spike.logical_not());
   }
   if (saver_) saver_->before_update();
-  optimizer_.step(report.lr, numbers[kSquaredNorm], good);                 // 4. clip by that norm, then move
-  replicas_.share_values();
+  const auto share = [this](size_t bucket) { replicas_.share_values(bucket); };
+  optimizer_.step(report.lr, numbers[kSquaredNorm], good, share);          // 4. clip by that norm, then move
   balance_.update(count_LX, good);                                         // 5. move the routers' biases towards balance
   if (loss.is_cpu()) report.arrived = std::chrono::steady_clock::now();
   return report;

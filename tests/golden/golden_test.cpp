@@ -1,5 +1,6 @@
 // Our model against Hugging Face transformers on the tiny models of make_golden.py: logits, loss, every gradient, 20 AdamW steps.
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 

@@ -86,7 +86,9 @@ TEST(GroupedProducts, OfRowsByEveryKernel) {
       at::full(y32.sizes(), kNaN, x.options());
       EXPECT_LE(distance(grouped_product(x, weight, end, kernel), y32), 0x1p-8);
       at::full(dx32.sizes(), kNaN, x.options());
-      EXPECT_LE(distance(grouped_input_gradient(dy, weight, end, kernel), dx32), 0x1p-8);
+      const Tensor dx = grouped_input_gradient(dy, weight, end, kernel);
+      EXPECT_LE(distance(dx, dx32), 0x1p-8);
+      if (kernel == wide) EXPECT_TRUE(grouped_input_gradient(dy, weight, end, kernel, /*beside_transfers=*/true).equal(dx)) << "not the same bits";
     }
   }
 }
@@ -126,10 +128,25 @@ TEST(GroupedProducts, WeightGradientsAreAddedByEveryKernel) {
       // Overwriting what is no number is adding to nothing, also where an expert has no rows, and only inside.
       const Tensor x = rows_before_nan(c.rows(), c.in, 10).to(at::kBFloat16), dy = rows_before_nan(c.rows(), c.out, 20).to(at::kBFloat16);
       const Tensor sum = at::zeros_like(before);
-      add_grouped_weight_gradient(sum, dy, x, end, kernel);
+      EXPECT_FALSE(add_grouped_weight_gradient(sum, dy, x, end, kernel).defined()) << "the product does not know what was there";
       main_grad.fill_(kNaN);
-      add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/true);
+      Tensor squares = add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/true);
       EXPECT_TRUE(main_grad.equal(sum)) << "overwritten";
+      EXPECT_EQ(squares.defined(), kernel != aten && runs_here(wide));
+      if (squares.defined()) {
+        const double of_all = main_grad.to(at::kDouble).square().sum().item<double>();
+        EXPECT_NEAR(squares.sum().item<double>(), of_all, 1e-6 * of_all);
+        const Tensor first = squares.clone();
+        squares.fill_(kNaN);
+        squares = Tensor();   // the allocator hands this memory on
+        EXPECT_TRUE(add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/true).equal(first)) << "not the same bits";
+        main_grad.fill_(kNaN);
+        EXPECT_TRUE(add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/true, /*beside_transfers=*/true).equal(first));
+        EXPECT_TRUE(main_grad.equal(sum)) << "in many small shares";
+        add_grouped_weight_gradient(main_grad, dy, x, end, kernel, /*overwrite=*/false, /*beside_transfers=*/true);
+        add_grouped_weight_gradient(sum, dy, x, end, kernel);
+        EXPECT_TRUE(main_grad.equal(sum)) << "added in many small shares";
+      }
       EXPECT_TRUE(memory.narrow(0, 0, margin).eq(1234.5).all().item<bool>()) << "it wrote in front of the gradient";
       EXPECT_TRUE(memory.narrow(0, margin + numbers, margin).eq(1234.5).all().item<bool>()) << "it wrote behind the gradient";
     }
@@ -159,6 +176,12 @@ TEST(GroupedProducts, WithBackwardAndWithoutWaiting) {
     EXPECT_LE(distance(x.grad(), x32.grad()), 0x1p-8);
     EXPECT_LE(distance(weight.main_grad, plain.main_grad), kernel == aten || !runs_here(wide) ? 0x1p-8 : 1e-4);
     EXPECT_EQ(weight.additions, 1);
+    EXPECT_FALSE(weight.squares.defined()) << "it was added to";
+    weight.outdated = true;
+    run_backward(grouped_matmul(x.detach().requires_grad_(), weight, end, {kernel, kernel, kernel}), dy);
+    EXPECT_EQ(weight.squares.defined(), kernel != aten && runs_here(wide));
+    weight.sums();
+    EXPECT_FALSE(weight.squares.defined()) << "it may be added to";
   }
 }
 

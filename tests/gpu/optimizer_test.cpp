@@ -136,6 +136,10 @@ TEST(SumOfSquaresOnGpu, IsTheSumAndTheSameEachTime) {
   EXPECT_NEAR(sum.item<double>(), expected, 1e-7 * expected);
   EXPECT_NEAR(sum_of_squares_written_out(all, shares).item<double>(), expected, 1e-4 * expected);
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(same_bits(sum_of_squares(all, shares).cpu(), sum.cpu()));
+  const Tensor known = normal({300000}, 8).to(kGpu).to(at::kDouble);
+  const double more = known.sum().item<double>();
+  EXPECT_NEAR(sum_of_squares(all, shares, {known, known.sum().reshape({1})}).item<double>(), expected + 2 * more, 1e-7 * (expected + std::abs(more)));
+  EXPECT_NEAR(sum_of_squares({}, {}, {known}).item<double>(), more, 1e-9 * std::abs(more) + 1e-6);
   all[4][1000002] = NAN;
   EXPECT_TRUE(std::isnan(sum_of_squares(all, shares).item<double>()));
   all[4][1000002] = 0.0, all[6][0] = INFINITY;

@@ -2,11 +2,11 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd.h>
 
 #include <stdexcept>
 #include <vector>
 
+#include "base/autograd.hpp"
 #include "base/box.hpp"
 #include "ops/parameter.hpp"
 
@@ -32,6 +32,6 @@ inline double distance(const Tensor& a, const Tensor& b) {
 }
 
 /// dy through the graph of y.
-inline void run_backward(const Tensor& y, const Tensor& dy) { torch::autograd::backward({y}, {dy}); }
+inline void run_backward(const Tensor& y, const Tensor& dy) { GraphEnd(y).backward(dy); }
 
 }  // namespace upcycle

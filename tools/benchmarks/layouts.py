@@ -96,6 +96,7 @@ def layouts(chosen, of, long_recompute):
     alone = Work(chosen.sequence, chosen.micro_batch, chosen.micro_batch)
     grown = Work(chosen.sequence, n * chosen.micro_batch, chosen.micro_batch)
     piped = Work(chosen.sequence, chosen.micro_batches, 1)
+    paired = Work(chosen.sequence, 2 * chosen.micro_batches, 2)   # tensor ranks halve what a micro-batch takes, and its products
     long = Work(chosen.long_sequence, 1, 1, long_recompute)
     all_of_them = []
 
@@ -115,7 +116,7 @@ def layouts(chosen, of, long_recompute):
         expert = min(n // 2, of["experts"])
         add("dp-ep", f"DP{n // expert} x EP{expert}", {"expert": expert}, grown, alone)
         parallel, at_best = pipeline(of, chosen.sequence, n // 2, 1, chosen.micro_batches)
-        add("tp-pp", f"TP2 x PP{n // 2}, 1F1B", {"tensor": 2} | parallel, piped, piped, at_best)
+        add("tp-pp", f"TP2 x PP{n // 2}, 1F1B", {"tensor": 2} | parallel, paired, paired, at_best)
     return [layout for layout in all_of_them if layout.key in chosen.only]
 
 

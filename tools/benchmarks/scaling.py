@@ -40,7 +40,7 @@ def options(words):
     parser.add_argument("--sequence", type=int, default=4096, metavar="N", help="default: 4096")
     parser.add_argument("--long-sequence", type=int, default=32768, metavar="N", help="of CP (default: 32768)")
     parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences of a GPU at a time, but for PP and CP (default: 4)")
-    parser.add_argument("--micro-batches", type=int, default=32, metavar="N", help="of PP, one sequence each (default: 32)")
+    parser.add_argument("--micro-batches", type=int, default=32, metavar="N", help="of PP, one sequence each, with TP two (default: 32)")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="measured steps; of PP half as many (default: 8)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before them (default: 3)")
     parser.add_argument("--sizes", metavar="MIB,...", help="of the collectives (default: 1,16,128,1024; without GPUs of their own 1,16)")

@@ -27,7 +27,8 @@ void cross_entropy_gradient(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy(const CrossEntropy&, CUstream_st*) { absent(); }
 void add_embedding_gradient(const EmbeddingGradient&, CUstream_st*) { absent(); }
 bool has_grouped_gemm() { return false; }
-int64_t grouped_gemm_workspace(int) { absent(); }
+int64_t grouped_gemm_workspace(int, int) { absent(); }
+int64_t square_sums_of_expert(GroupedTile, int64_t, int64_t) { absent(); }
 void grouped_gemm(GroupedProduct, GroupedTile, const GroupedGemm&) { absent(); }
 int square_sum_blocks(int64_t) { absent(); }
 void sum_squares(const SquareSums&, CUstream_st*) { absent(); }

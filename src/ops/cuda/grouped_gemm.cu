@@ -22,7 +22,12 @@ bool has_grouped_gemm() {
   return attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
-int64_t grouped_gemm_workspace(int experts) { return bytes_of_groups(experts) + bytes_of_descriptors(processors()); }
+int64_t grouped_gemm_workspace(int experts, int rounds) { return bytes_of_groups(experts) + bytes_of_descriptors(processors() * rounds); }
+
+int64_t square_sums_of_expert(GroupedTile tile, int64_t out, int64_t in) {
+  const Tiles tiles = Tiles::of(tile, out, in);
+  return tiles.m * tiles.n * tiles.warps;
+}
 
 void grouped_gemm(GroupedProduct product, GroupedTile tile, const GroupedGemm& g) {
   const bool wide = tile == GroupedTile::wide;
@@ -36,7 +41,8 @@ void grouped_gemm(GroupedProduct product, GroupedTile tile, const GroupedGemm& g
     throw std::logic_error("grouped_gemm: no such product");
   }();
   if (!kernel) throw std::logic_error("grouped_gemm: rows are multiplied with wide tiles only");
-  kernel(g, processors());
+  if (g.squares && product != GroupedProduct::weight_gradient) throw std::logic_error("grouped_gemm: squares are summed of what is written");
+  kernel(g, processors() * g.rounds);
 }
 
 }  // namespace upcycle::cuda

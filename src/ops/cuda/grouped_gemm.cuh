@@ -102,13 +102,13 @@ template <GroupedTile tile>
 struct Schedule;
 template <>
 struct Schedule<GroupedTile::wide> {
-  using Shape = cute::Shape<cute::_128, cute::_256, cute::_64>;
+  using Shape = cute::Shape<cute::Int<Tiles::kHeight>, cute::Int<Tiles::width(GroupedTile::wide)>, cute::_64>;
   using Mainloop = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative;
   using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative;
 };
 template <>
 struct Schedule<GroupedTile::square> {
-  using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;
+  using Shape = cute::Shape<cute::Int<Tiles::kHeight>, cute::Int<Tiles::width(GroupedTile::square)>, cute::_64>;
   using Mainloop = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedPingpong;
   using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecializedPingpong;
 };
@@ -124,18 +124,92 @@ struct Adding<cutlass::epilogue::collective::CollectiveEpilogue<Policy, Tile, Su
                                                                  AddingStore, LayoutD, WriteD, AtomC, Transform>;
 };
 
+/// A node of an epilogue (CUTLASS's "epilogue visitor tree"): hands on what it is given, and sums its squares. Each warp of a tile writes one
+/// sum, to a place of its own: the same numbers in the same order each time. What lies outside the matrix is zero.
+template <GroupedTile tile>
+struct SquareSums : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
+  struct Arguments {
+    double* sums = nullptr;   ///< [experts, tiles.m, tiles.n, tiles.warps]; null: not wanted
+    Tiles tiles = {};
+  };
+  using Params = Arguments;
+  using SharedStorage = cutlass::epilogue::fusion::Sm90VisitorImpl<>::SharedStorage;
+
+  template <class Problem>
+  static constexpr Params to_underlying_arguments(const Problem&, const Arguments& arguments, void*) {
+    return arguments;
+  }
+  template <class Problem>
+  static bool can_implement(const Problem&, const Arguments&) {
+    return true;
+  }
+  template <class Problem>
+  static size_t get_workspace_size(const Problem&, const Arguments&) {
+    return 0;
+  }
+  template <class Problem>
+  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE SquareSums() {}
+  CUTLASS_HOST_DEVICE SquareSums(const Params& params, const SharedStorage&) : params(params) {}
+  Params params;
+
+  struct ConsumerStoreCallbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
+    double* mine;     ///< of this warp and tile
+    int lane;
+    float part = 0;   ///< of one part of the tile
+    double sum = 0;
+    CUTLASS_DEVICE ConsumerStoreCallbacks(double* mine, int lane) : mine(mine), lane(lane) {}
+
+    template <class Accumulator, class Input, int kSize>
+    CUTLASS_DEVICE auto visit(const cutlass::Array<Accumulator, kSize>&, int, int, int, const cutlass::Array<Input, kSize>& x) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kSize; ++i) part = __fmaf_rn(x[i], x[i], part);
+      return x;
+    }
+    CUTLASS_DEVICE void end_loop(int, int) {
+      sum += part;
+      part = 0;
+    }
+    CUTLASS_DEVICE void end() {
+      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      if (mine && lane == 0) *mine = sum;
+    }
+  };
+
+  template <bool, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
+    const auto [m, n, k, expert] = args.tile_coord_mnkl;
+    const Tiles& tiles = params.tiles;
+    const int64_t place = ((expert * tiles.m + m) * tiles.n + n) * tiles.warps + args.thread_idx / 32;
+    return ConsumerStoreCallbacks(params.sums ? params.sums + place : nullptr, args.thread_idx % 32);
+  }
+};
+
+/// What happens to a tile between the product and its way out.
+template <GroupedProduct product, GroupedTile tile>
+struct Fusion {
+  using type = cutlass::epilogue::fusion::LinearCombination<typename Matrices<product>::Result, float, void>;
+};
+template <GroupedTile tile>
+struct Fusion<GroupedProduct::weight_gradient, tile> {
+  using type = cutlass::epilogue::fusion::Sm90EVT<SquareSums<tile>, cutlass::epilogue::fusion::Sm90AccFetch>;
+};
+
 template <GroupedProduct product, GroupedTile tile>
 struct GroupedKernel {
   using M = Matrices<product>;
   using S = Schedule<tile>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;   // two blocks, one above the other, share B
+  using Cluster = cute::Shape<cute::Int<Tiles::kClusterHeight>, cute::_1, cute::_1>;   // two blocks, one above the other, share B
   using Problem = cutlass::gemm::GroupProblemShape<cute::Shape<int, int, int>>;
   static constexpr int kAlignment = 8, kResultAlignment = 16 / sizeof(typename M::Result);
 
   using Storing = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename S::Shape, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float,
       float, void, RowMajor*, kResultAlignment, typename M::Result, RowMajor*, kResultAlignment, typename S::Epilogue,
-      cutlass::epilogue::fusion::LinearCombination<typename M::Result, float, void>>::CollectiveOp;
+      typename Fusion<product, tile>::type>::CollectiveOp;
   using Epilogue = typename std::conditional_t<product == GroupedProduct::added_weight_gradient, Adding<Storing>, std::type_identity<Storing>>::type;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BFloat16, typename M::A*, kAlignment, BFloat16, typename M::B*, kAlignment, float,
@@ -175,8 +249,8 @@ inline Groups groups_in(void* memory, int experts) {
 __device__ inline int rows_of(const GroupedGemm& g, int expert) { return g.end[expert] - (expert == 0 ? 0 : g.end[expert - 1]); }
 
 /// What no tile will overwrite.
-__device__ inline void zero_experts_without_rows(const GroupedGemm& g) {
-  const int64_t vectors = g.in * g.out / 4, step = int64_t{gridDim.x} * blockDim.x;
+__device__ inline void zero_experts_without_rows(const GroupedGemm& g, int64_t square_sums) {
+  const int64_t vectors = g.in * g.out / 4, step = int64_t{gridDim.x} * blockDim.x, thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int threads = static_cast<int>(blockDim.x);
   for (int first = 0; first < g.experts; first += threads) {
     const int own = first + static_cast<int>(threadIdx.x);
@@ -184,16 +258,17 @@ __device__ inline void zero_experts_without_rows(const GroupedGemm& g) {
     for (int e = first; e < g.experts && e < first + threads; ++e) {
       if (rows_of(g, e) > 0) continue;
       float4* const matrix = reinterpret_cast<float4*>(static_cast<float*>(g.result) + e * g.in * g.out);
-      for (int64_t i = int64_t{blockIdx.x} * threads + threadIdx.x; i < vectors; i += step) matrix[i] = float4{};
+      for (int64_t i = thread; i < vectors; i += step) matrix[i] = float4{};
+      for (int64_t i = thread; g.squares && i < square_sums; i += step) g.squares[e * square_sums + i] = 0;
     }
   }
 }
 
 /// One block describes; for weight gradients that are written all blocks zero what has no rows.
 template <GroupedProduct product>
-__global__ void describe_groups(GroupedGemm g, Groups groups) {
+__global__ void describe_groups(GroupedGemm g, Groups groups, int64_t square_sums) {
   if constexpr (product == GroupedProduct::weight_gradient) {
-    zero_experts_without_rows(g);
+    zero_experts_without_rows(g, square_sums);
     if (blockIdx.x > 0) return;
   }
   const auto* left = static_cast<const BFloat16*>(g.left);
@@ -236,28 +311,29 @@ struct GroupedLaunch {
   static_assert(sizeof(typename Kernel::InternalStrideA) == 8 && sizeof(typename Kernel::InternalStrideB) == 8 &&
                 sizeof(typename Kernel::InternalStrideD) == 8);
 
-  static typename Kernel::Arguments arguments(const GroupedGemm& g, const Groups& groups, int processors) {
+  static typename Kernel::Arguments arguments(const GroupedGemm& g, const Groups& groups, int blocks) {
     using D = typename Kernel::ElementD;
     typename Kernel::Arguments a;
     a.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
     a.problem_shape = {g.experts, groups.size, nullptr};
     a.mainloop = {groups.a, reinterpret_cast<typename Kernel::StrideA>(groups.stride_a), groups.b,
                   reinterpret_cast<typename Kernel::StrideB>(groups.stride_b)};
+    if constexpr (product == GroupedProduct::weight_gradient) a.epilogue.thread = {{}, {g.squares, Tiles::of(tile, g.out, g.in)}};
     a.epilogue.ptr_D = reinterpret_cast<D**>(groups.d);
     a.epilogue.dD = reinterpret_cast<typename Kernel::StrideD>(groups.stride_d);
-    a.hw_info.device_id = 0;   // only asked for the number of processors, which is known
-    a.hw_info.sm_count = processors;
+    a.hw_info.device_id = 0;   // only asked for the number of processors
+    a.hw_info.sm_count = blocks;   // all that CUTLASS takes from it is how many to launch
     return a;
   }
 
-  static void run(const GroupedGemm& g, int processors) {
+  static void run(const GroupedGemm& g, int blocks) {
     const Groups groups = groups_in(g.workspace, g.experts);
     const bool zeroes = product == GroupedProduct::weight_gradient;
     const int threads = zeroes || g.experts > 256 ? 256 : (g.experts + 31) / 32 * 32;
-    describe_groups<product><<<zeroes ? processors : 1, threads, 0, g.stream>>>(g, groups);
+    describe_groups<product><<<zeroes ? blocks : 1, threads, 0, g.stream>>>(g, groups, square_sums_of_expert(tile, g.out, g.in));
     check_launch("describe_groups");
-    const auto args = arguments(g, groups, processors);
-    if (static_cast<int64_t>(Kernel::get_workspace_size(args)) > bytes_of_descriptors(processors)) {
+    const auto args = arguments(g, groups, blocks);
+    if (static_cast<int64_t>(Kernel::get_workspace_size(args)) > bytes_of_descriptors(blocks)) {
       throw std::logic_error("grouped_gemm: CUTLASS wants more memory than it is given");
     }
     auto params = Kernel::to_underlying_arguments(args, static_cast<char*>(g.workspace) + bytes_of_groups(g.experts));

@@ -2,11 +2,11 @@
 
 namespace upcycle::cuda {
 
-void forward_wide(const GroupedGemm& g, int processors) {
-  GroupedLaunch<GroupedProduct::forward, GroupedTile::wide>::run(g, processors);
+void forward_wide(const GroupedGemm& g, int blocks) {
+  GroupedLaunch<GroupedProduct::forward, GroupedTile::wide>::run(g, blocks);
 }
-void input_gradient_wide(const GroupedGemm& g, int processors) {
-  GroupedLaunch<GroupedProduct::input_gradient, GroupedTile::wide>::run(g, processors);
+void input_gradient_wide(const GroupedGemm& g, int blocks) {
+  GroupedLaunch<GroupedProduct::input_gradient, GroupedTile::wide>::run(g, blocks);
 }
 
 }  // namespace upcycle::cuda

@@ -1,5 +1,6 @@
 #include "train/optimizer.hpp"
 
+#include <ATen/ops/full.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -62,6 +63,22 @@ TEST(Optimizer, MatricesAreOverwrittenAndTheRestIsZeroed) {
   EXPECT_THROW(t.optimizer.squared_norm_share(), std::logic_error) << "gate and up hold an earlier step's sums";
   EXPECT_TRUE(t.gate_up.overwrites());
   EXPECT_NO_THROW(t.optimizer.squared_norm_share());
+}
+
+// What a product says of the squares that it wrote is taken for read, until something is added.
+TEST(Optimizer, SquaresThatAreKnownAreNotReadAgain) {
+  Trained t(at::kBFloat16);
+  t.optimizer.zero_gradients();
+  t.add(1);
+  const double all = t.optimizer.squared_norm_share().item<double>(), own = t.gate_up.main_grad.to(at::kDouble).square().sum().item<double>();
+  t.gate_up.squares = at::full({4}, 0.25 * own + 8.0, at::kDouble);
+  EXPECT_NEAR(t.optimizer.squared_norm_share().item<double>(), all + 32.0, 1e-5 * all);
+  t.gate_up.sums();
+  EXPECT_EQ(t.optimizer.squared_norm_share().item<double>(), all);
+  t.gate_up.squares = at::full({}, 1e9, at::kDouble);
+  EXPECT_TRUE(!t.gate_up.overwrites() && !t.gate_up.squares.defined());
+  t.qkv.squares = at::full({}, 1e9, at::kDouble);
+  EXPECT_EQ(t.optimizer.squared_norm_share().item<double>(), all) << "only experts' products tell, and others' are summed together";
 }
 
 // Steps whose gradients are zeroed throughout give the same bits; so do those after a bad one, and after additions that no step has used.

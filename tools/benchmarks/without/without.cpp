@@ -4,13 +4,16 @@
 // Itanium's mangled ones, of which __real_ is the op itself; a signature that changes does not link any more. Says once on stderr what it replaces.
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "base/postponed.hpp"
 #include "ops/adamw.hpp"
 #include "ops/attention.hpp"
 #include "ops/cross_entropy.hpp"
+#include "ops/cuda/grouped_gemm.hpp"
 #include "ops/grouped_matmul.hpp"
 #include "ops/linear.hpp"
 #include "ops/permute.hpp"
@@ -24,8 +27,8 @@
 namespace upcycle {
 namespace {
 
-const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "grouped_matmul", "overwriting", "qk_norm_rope", "rms_norm",
-                                              "router", "rows", "sum_of_squares", "swiglu"};
+const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "grouped_matmul", "overwriting", "postponed", "qk_norm_rope",
+                                              "rms_norm", "router", "rows", "shares", "sum_of_squares", "swiglu"};
 
 bool listed(const std::string& technique) {
   const char* given = std::getenv("WITHOUT");
@@ -124,6 +127,27 @@ Tensor wrap_swiglu(const Tensor& gate_up, const Tensor& weight) {
   return WITHOUT(swiglu) ? swiglu_written_out(gate_up, weight) : real_swiglu(gate_up, weight);
 }
 
+// --- between ranks (WITHOUT=postponed,shares tools/bench scaling --upcycle .../upcycle_without): weight gradients that wait for an exchange;
+// grouped products in many small shares.
+void real_grouped_gemm(cuda::GroupedProduct, cuda::GroupedTile, const cuda::GroupedGemm&)
+    asm("__real__ZN7upcycle4cuda12grouped_gemmENS0_14GroupedProductENS0_11GroupedTileERKNS0_11GroupedGemmE");
+void wrap_grouped_gemm(cuda::GroupedProduct, cuda::GroupedTile, const cuda::GroupedGemm&)
+    asm("__wrap__ZN7upcycle4cuda12grouped_gemmENS0_14GroupedProductENS0_11GroupedTileERKNS0_11GroupedGemmE");
+void wrap_grouped_gemm(cuda::GroupedProduct product, cuda::GroupedTile tile, const cuda::GroupedGemm& g) {
+  cuda::GroupedGemm mine = g;
+  if (WITHOUT(shares)) mine.rounds = 1;
+  real_grouped_gemm(product, tile, mine);
+}
+using WeightGradient = std::function<void()>;
+using InputGradient = std::function<Tensor()>;
+Tensor real_backward(WeightGradient, const InputGradient&) asm("__real__ZN7upcycle9Postponed16product_backwardESt8functionIFvvEERKS1_IFN2at6TensorEvEE");
+Tensor wrap_backward(WeightGradient, const InputGradient&) asm("__wrap__ZN7upcycle9Postponed16product_backwardESt8functionIFvvEERKS1_IFN2at6TensorEvEE");
+Tensor wrap_backward(WeightGradient weight, const InputGradient& input) {
+  if (!WITHOUT(postponed)) return real_backward(std::move(weight), input);
+  weight();
+  return input();
+}
+
 // --- the loss and the optimizer.
 Tensor real_loss(Tensor, const Tensor&, const Tensor&) asm("__real__ZN7upcycle13cross_entropyEN2at6TensorERKS1_S3_");
 Tensor wrap_loss(Tensor, const Tensor&, const Tensor&) asm("__wrap__ZN7upcycle13cross_entropyEN2at6TensorERKS1_S3_");
@@ -134,12 +158,16 @@ Tensor wrap_loss(Tensor logits, const Tensor& labels, const Tensor& weight) {
   cross_entropy_gradient_written_out(std::move(logits), labels, weight, sums);
   return losses;
 }
-Tensor real_squares(const std::vector<Tensor>&, const std::vector<double>&)
-    asm("__real__ZN7upcycle14sum_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEE");
-Tensor wrap_squares(const std::vector<Tensor>&, const std::vector<double>&)
-    asm("__wrap__ZN7upcycle14sum_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEE");
-Tensor wrap_squares(const std::vector<Tensor>& all, const std::vector<double>& shares) {
-  return WITHOUT(sum_of_squares) ? sum_of_squares_written_out(all, shares) : real_squares(all, shares);
+using Tensors = std::vector<Tensor>;
+Tensor real_squares(const Tensors&, const std::vector<double>&, const Tensors&)
+    asm("__real__ZN7upcycle14sum_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEES6_");
+Tensor wrap_squares(const Tensors&, const std::vector<double>&, const Tensors&)
+    asm("__wrap__ZN7upcycle14sum_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEES6_");
+Tensor wrap_squares(const Tensors& all, const std::vector<double>& shares, const Tensors& known) {
+  if (!WITHOUT(sum_of_squares)) return real_squares(all, shares, known);
+  Tensor sum = all.empty() ? Tensor() : sum_of_squares_written_out(all, shares);
+  for (const Tensor& one : known) sum = sum.defined() ? sum + one.sum() : one.sum();
+  return sum;
 }
 void real_step(const AdamWBuffer*, const AdamW&, const Tensor&, const Tensor&, const Tensor&)
     asm("__real__ZNK7upcycle11AdamWBuffer4stepERKNS_5AdamWERKN2at6TensorES7_S7_");
