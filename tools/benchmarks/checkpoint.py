@@ -42,7 +42,15 @@ def options(words):
     parser.add_argument("--transfer", default="auto", choices=["auto", "direct", "buffered", "independent"])
     parser.add_argument("--build", default=str(common.ROOT / "build/cpu"), metavar="DIR", help="build tree (default: build/cpu)")
     parser.add_argument("--scratch", metavar="DIR", help="on the disk to measure (default: the system's for temporary files)")
-    return parser.parse_args(words)
+    given = parser.parse_args(words)
+    try:
+        given.ranks = [int(number) for number in given.ranks.split(",")]
+    except ValueError:
+        parser.error(f"--ranks: no list of numbers: {given.ranks}")
+    for name, numbers in (("ranks", given.ranks), ("layers", [given.layers]), ("experts", [given.experts]), ("repeats", [given.repeats])):
+        if min(numbers) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    return given
 
 
 def architecture(folder, model, layers):
@@ -97,7 +105,7 @@ def main(words):
             folder = Path(scratch)
             path = architecture(folder, given.model, given.layers)
             for name, parallel in LAYOUTS.items():
-                for ranks in map(int, given.ranks.split(",")):
+                for ranks in given.ranks:
                     if ranks == 1 and rows:
                         continue
                     found = measure(program, folder, given, ranks, parallel(ranks), path)
