@@ -32,7 +32,6 @@ int64_t square_sums_of_expert(GroupedTile, int64_t, int64_t) { absent(); }
 void grouped_gemm(GroupedProduct, GroupedTile, const GroupedGemm&) { absent(); }
 int square_sum_blocks(int64_t) { absent(); }
 void sum_squares(const SquareSums&, CUstream_st*) { absent(); }
-void sum_partials(const Partials&, CUstream_st*) { absent(); }
 void rms_norm(const RmsNorm&, CUstream_st*) { absent(); }
 void rms_norm_backward(const RmsNormBackward&, CUstream_st*) { absent(); }
 void qk_norm_rope(const QkNormRope&, CUstream_st*) { absent(); }
