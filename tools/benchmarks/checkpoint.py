@@ -2,8 +2,8 @@
 
 The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
 (data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save, load and `upcycle verify`, in turn, as many processes write
-and read the same bytes, from and into as much memory, with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one counts. A ratio of 1: as fast as
-that. Who comes first changes from repeat to repeat: what was written last may still lie in a cache behind the disk. Files are dropped from
+and read the same bytes, from and into as much memory, with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one
+counts. A ratio of 1: as fast as that. Who comes first changes from repeat to repeat: what was written last may still lie in a cache behind the disk. Files are dropped from
 the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
 Figures are medians over repeats; --json has all of them.
 
