@@ -2,11 +2,8 @@
 
 #include <ATen/cpu/Utils.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
-
-#include <utility>
 
 #include "base/autograd.hpp"
 #include "base/postponed.hpp"
@@ -48,28 +45,12 @@ void add_weight_gradient(Tensor main_grad_OI, const Tensor& dy_TO, const Tensor&
   }
 }
 
-BegunProduct begin_linear(int64_t rows, int64_t begin, const Tensor& x_TI, Parameter& weight) {
-  const Unrecorded guard;
-  const Tensor& value = weight.arrived();
-  const BegunProduct begun = {at::empty({rows, value.size(0)}, value.options()), begin, begin + x_TI.size(0)};
-  matrix_product_into(begun.y_TO.narrow(0, begin, x_TI.size(0)), x_TI.to(value.scalar_type()), value.t());
-  return begun;
-}
-
-Tensor linear(const Tensor& x, Parameter& weight, const BegunProduct& begun) {
-  Tensor y;
-  {
+Tensor linear(const Tensor& x, Parameter& weight, const Tensor& made) {
+  Tensor y = made;
+  if (!y.defined()) {
     const Unrecorded guard;
     const Tensor& value = weight.arrived();
-    if (begun.y_TO.defined()) {
-      y = begun.y_TO;
-      for (const auto& [begin, end] : {std::pair{int64_t{0}, begun.begin}, {begun.end, x.size(0)}}) {
-        if (begin == end) continue;
-        matrix_product_into(y.narrow(0, begin, end - begin), x.narrow(0, begin, end - begin).to(value.scalar_type()), value.t());
-      }
-    } else {
-      y = matrix_product(x.to(value.scalar_type()), value.t());
-    }
+    y = matrix_product(x.to(value.scalar_type()), value.t());
   }
   return record(y, {x}, [x = x.detach(), &weight](const std::vector<Tensor>& dy) -> Gradients {
     const Tensor dy_TO = dy[0].reshape({-1, dy[0].size(-1)});

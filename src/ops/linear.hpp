@@ -10,17 +10,9 @@ Tensor matrix_product(const Tensor& x, const Tensor& matrix_IO);
 /// The same of x [T, I] into `out` [T, O].
 void matrix_product_into(Tensor out_TO, const Tensor& x_TI, const Tensor& matrix_IO);
 
-/// A product of which the rows `begin` to `end` are made already.
-struct BegunProduct {
-  Tensor y_TO;   ///< undefined: nothing is
-  int64_t begin = 0, end = 0;
-};
-/// Of the y of `rows` rows, those of `x` [T, I], the first of which is `begin`.
-BegunProduct begin_linear(int64_t rows, int64_t begin, const Tensor& x_TI, Parameter& weight);
-
 /// y = x W^T, in the dtype of `weight.value` [O, I], whatever that of `x` [..., I]; x is kept as it came. Backward adds dy^T x into
-/// weight.main_grad. With `begun`, of x [T, I], y is that one, and only its other rows are computed.
-Tensor linear(const Tensor& x, Parameter& weight, const BegunProduct& begun = {});
+/// weight.main_grad. With `made`, y is that, whoever computed it.
+Tensor linear(const Tensor& x, Parameter& weight, const Tensor& made = {});
 
 /// main_grad [O, I] (fp32) += dy^T x, for dy [T, O] and x [T, I]; products of bf16 are summed and added in fp32. `overwrite`: = dy^T x,
 /// whatever was there.
