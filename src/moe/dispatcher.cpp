@@ -53,17 +53,6 @@ Splits runs(const Tensor& sent_E, const Tensor& count_SL, bool by_sender) {
   return splits;
 }
 
-/// The first half of a rank's experts, and the other: their rows among those that arrive, and which runs those are.
-void add_waves(Route& route, const Tensor& count_SL) {
-  const int64_t senders = count_SL.size(0), local = count_SL.size(1), first = local / 2;
-  const int64_t rows = count_SL.narrow(1, 0, first).sum().item<int64_t>(), all = count_SL.sum().item<int64_t>();
-  route.waves = {{0, first, 0, rows, route.end_L.narrow(0, 0, first)}, {first, local - first, rows, all - rows, route.end_L.narrow(0, first, local - first) - rows}};
-  for (int64_t i = 0; i < senders * local; ++i) {
-    route.splits.send_first.push_back(i % local < first);
-    route.splits.receive_first.push_back(i / senders < first);
-  }
-}
-
 }  // namespace
 
 // A row counts 2 bytes on its way (bf16), and 4 where partial sums come home in fp32.
@@ -122,10 +111,7 @@ Route Dispatcher::plan_all_to_all(const Routing& routing) const {
   } else if (routing.capacity > 0) {
     route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_E.sum().item<int64_t>());
   }
-  if (peers == 1) {
-    if (ranks > 1 && num_local_ > 1) add_waves(route, count_SL);
-    return route;
-  }
+  if (peers == 1) return route;
   const Tensor count_PSL = slots > 0 ? count_SL.expand({peers, ranks, num_local_}).contiguous() : expert_tensor_.all_gather(count_SL.unsqueeze(0), 0);
   route.rows_P = numbers(count_PSL.flatten(1).sum(1));
   route.by_expert_R = by_expert(numbers(count_PSL), peers * ranks, num_local_, device);
@@ -160,10 +146,9 @@ Tensor Dispatcher::travel(const Tensor& x_ND, const Route& route) const {
   return route.by_expert_R.defined() ? permute_rows(gather_rows(expert_tensor_, arrived, route.rows_P), route.by_expert_R) : arrived;
 }
 
-Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route, const std::function<void(const Tensor& x_RD)>& arrived) const {
+Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route) const {
   const TraceRange range("dispatch");
   if (how_ == Dispatch::all_gather) return spread_rows(of_all(x_TD, route), route.order);
-  if (arrived && !route.waves.empty()) return exchange_ahead(experts_, spread_rows(x_TD, route.order), route.splits, arrived);
   return travel(spread_rows(x_TD, route.order), route);
 }
 
@@ -175,7 +160,7 @@ Tensor Dispatcher::weights(const Tensor& weight_TK, const Route& route) const {
   return how_ == Dispatch::all_gather ? weight_N1 : travel(weight_N1, route);
 }
 
-Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD, const Meanwhile& rest) const {
+Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD) const {
   const TraceRange range("combine");
   if (how_ == Dispatch::all_gather) {
     const Tensor partial = sum_rows(y_RD, route.order, at::kFloat);
@@ -183,8 +168,7 @@ Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor&
     return (onto_TD.defined() ? onto_TD + y_TD : y_TD).to(y_RD.scalar_type());
   }
   const Tensor own_RD = route.by_sender_R.defined() ? reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P) : y_RD;
-  const Splits home = route.splits.reversed();
-  const Tensor y_ND = rest ? exchange_behind(experts_, own_RD, home, rest) : exchange(experts_, own_RD, home);
+  const Tensor y_ND = exchange(experts_, own_RD, {route.splits.receive, route.splits.send});
   return onto_TD.defined() ? add_rows(onto_TD, y_ND, route.order) : sum_rows(y_ND, route.order);
 }
 

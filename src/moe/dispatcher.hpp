@@ -1,7 +1,6 @@
 #pragma once
 #include "config/run_config.hpp"
 #include "moe/router.hpp"
-#include "ops/grouped_matmul.hpp"
 #include "ops/permute.hpp"
 #include "parallel/regions.hpp"
 
@@ -14,7 +13,6 @@ struct Route {
   Tensor end_L;         ///< int32: expert l owns rows end[l-1] .. end[l] of those that arrive; on the device of the rows
   RowOrder order;       ///< how choices become rows: all-to-all, of this rank's tokens; all-gather, of everyone's
   Splits splits;        ///< all-to-all: the runs of rows that go to and come from each rank of the expert group
-  std::vector<GroupedPart> waves;   ///< all-to-all in two goes: whose rows travel first, whose then; else empty
   Tensor by_expert_R;   ///< all-to-all: order of arrival -> sorted by local expert; undefined when they arrive sorted (P = 1)
   Tensor by_sender_R;   ///< its inverse
   Rows tokens_S;        ///< all-gather: the tokens of each rank of the expert group
@@ -44,15 +42,14 @@ class Dispatcher {
   /// **Collective** over both groups. With one rank nothing is read on the host unless choices were dropped; with several, counts cross
   /// once. When padding, nothing crosses and nothing is read; all ranks must have as many tokens then.
   Route plan(const Routing& routing) const;
-  /// **Collective** over both groups. [T, D] -> [R, D] sorted by local expert. Where the route has waves, `arrived` (if any) is called with the
-  /// result when the first one's rows are in it, while the second one's travel.
-  Tensor dispatch(const Tensor& x_TD, const Route& route, const std::function<void(const Tensor& x_RD)>& arrived = {}) const;
+  /// **Collective** over both groups. [T, D] -> [R, D] sorted by local expert.
+  Tensor dispatch(const Tensor& x_TD, const Route& route) const;
   /// **Collective** over both groups. fp32 [T, K] -> [R, 1]: the weight of each of dispatch's rows, 0 where no choice is. Backward brings
   /// each choice its gradient, summed over the ranks that share its expert's width.
   Tensor weights(const Tensor& weight_TK, const Route& route) const;
   /// **Collective** over both groups. y_TD = sum_k y; `y_RD` in the order of dispatch's rows, weighed; each expert_tensor rank's are its
-  /// part of a sum. With `onto_TD`, onto + that. `rest`, unless empty, makes the second wave's rows of y, while the first one's travel.
-  Tensor combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD = {}, const Meanwhile& rest = {}) const;
+  /// part of a sum. With `onto_TD`, onto + that.
+  Tensor combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD = {}) const;
 
   /// The one in use; Dispatch::automatic was decided when it was made.
   Dispatch how() const noexcept { return how_; }

@@ -13,15 +13,9 @@ Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Route
   Remade copies(dispatcher_.at_home());
   // The weights first: so backward comes from the experts to the rows' way, which is long enough to hide what was Postponed.
   const Tensor weight_R1 = dispatcher_.weights(routing.weight_TK, routed.route);
-  const Route& route = routed.route;
-  Tensor begun_RF;   // where rows travel in waves
-  const Tensor x_RD = dispatcher_.dispatch(x_TD, route, [&](const Tensor& x_RD) { begun_RF = experts_.begin(x_RD, route.waves[0]); });
-  if (begun_RF.defined()) {
-    const auto [y_RD, rest] = experts_.forward_rest(begun_RF, x_RD, weight_R1, route.end_L, route.waves, remade);
-    return dispatcher_.combine(y_RD, route, onto_TD, rest);
-  }
-  copies.add(x_RD, [this, x = x_TD.detach(), route] { return dispatcher_.dispatch(x, route); });
-  return copies.before(dispatcher_.combine(experts_.forward(x_RD, weight_R1, route.end_L, remade), route, onto_TD));
+  const Tensor x_RD = dispatcher_.dispatch(x_TD, routed.route);
+  copies.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
+  return copies.before(dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route, onto_TD));
 }
 
 Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context) {

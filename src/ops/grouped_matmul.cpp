@@ -94,15 +94,11 @@ void for_each_expert(const Tensor& end_E, const std::function<void(int64_t exper
 }
 
 // [R, I] x [E, I, O] -> [R, O]
-void multiply_one_by_one(const Tensor& y, const Tensor& x, const Tensor& matrices, const Tensor& end_E) {
+Tensor multiply_one_by_one(const Tensor& x, const Tensor& matrices, const Tensor& end_E) {
+  Tensor y = at::empty({x.size(0), matrices.size(2)}, x.options());
   for_each_expert(end_E, [&](int64_t expert, int64_t begin, int64_t rows) {
     if (rows > 0) matrix_product_into(y.narrow(0, begin, rows), x.narrow(0, begin, rows), matrices[expert]);
   });
-}
-
-Tensor multiply_one_by_one(const Tensor& x, const Tensor& matrices, const Tensor& end_E) {
-  const Tensor y = at::empty({x.size(0), matrices.size(2)}, x.options());
-  multiply_one_by_one(y, x, matrices, end_E);
   return y;
 }
 
@@ -115,20 +111,6 @@ Tensor grouped_product(const Tensor& x_RI, const Tensor& weight_EOI, const Tenso
   const Tensor y_RO = at::empty({x_RI.size(0), weight_EOI.size(1)}, x_RI.options());
   multiply_ours(GroupedProduct::forward, kernel, x_RI, weight_EOI, y_RO, end_E, weight_EOI.size(1), weight_EOI.size(2));
   return y_RO;
-}
-
-void grouped_product_into(Tensor whole_RO, const Tensor& whole_RI, const Tensor& weight_EOI, const GroupedPart& part, bool beside_transfers) {
-  if (part.rows == 0) return;
-  const Tensor y = whole_RO.narrow(0, part.row, part.rows), x = whole_RI.narrow(0, part.row, part.rows);
-  const Tensor weight = weight_EOI.narrow(0, part.expert, part.experts);
-  const GroupedKernel kernel = choose(GroupedProduct::forward, x, weight, {x, weight, y}, automatic, beside_transfers);
-  if (kernel == one_by_one) {
-    multiply_one_by_one(y, x, weight.transpose(1, 2), part.end);
-  } else if (kernel == aten) {
-    y.copy_(at::_grouped_mm(x, weight.transpose(1, 2), part.end));
-  } else {
-    multiply_ours(GroupedProduct::forward, kernel, x, weight, y, part.end, weight.size(1), weight.size(2), rounds(beside_transfers));
-  }
 }
 
 Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel wish, bool beside_transfers) {
@@ -163,9 +145,9 @@ Tensor add_grouped_weight_gradient(Tensor main_grad_EOI, const Tensor& dy_RO, co
   return {};
 }
 
-Tensor grouped_matmul(const Tensor& x, Parameter& weight, const Tensor& end_E, GroupedKernels kernels, const Tensor& made) {
-  Tensor y = made;
-  if (!y.defined()) {
+Tensor grouped_matmul(const Tensor& x, Parameter& weight, const Tensor& end_E, GroupedKernels kernels) {
+  Tensor y;
+  {
     const Unrecorded guard;
     y = grouped_product(x, weight.arrived(), end_E, kernels.forward);
   }

@@ -20,23 +20,14 @@ struct GroupedKernels {
   bool beside_transfers = false;
 };
 
-/// Some experts, one after another, and their rows: a part of a grouped product.
-struct GroupedPart {
-  int64_t expert, experts;   ///< the first, and how many
-  int64_t row, rows;
-  Tensor end;                ///< int32 [experts], on the rows' device: where their rows end, counted from `row`
-};
-
 /// y_RO: rows of expert e times weight[e]^T. `x` [R, I]; `weight.value` [E, O, I], same dtype. Backward adds into weight.main_grad.
 /// CUDA, bf16, I and O multiples of 8: a grouped kernel that reads `end_E` on the device, no host synchronisation. Else one product per
 /// expert, for which the host waits for `end_E`; for bf16 on a GPU that is logged once a shape. `kernels` other than automatic are for
-/// tests and benchmarks; std::logic_error where one does not take the shape. With `made`, y is that, whoever computed it, or will.
-Tensor grouped_matmul(const Tensor& x_RI, Parameter& weight_EOI, const Tensor& end_E, GroupedKernels kernels = {}, const Tensor& made = {});
+/// tests and benchmarks; std::logic_error where one does not take the shape.
+Tensor grouped_matmul(const Tensor& x_RI, Parameter& weight_EOI, const Tensor& end_E, GroupedKernels kernels = {});
 
 /// Its three products, each by itself; nothing is recorded.
 Tensor grouped_product(const Tensor& x_RI, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {});
-/// Of the first, a part's rows, into those of `y` [R, O].
-void grouped_product_into(Tensor y_RO, const Tensor& x_RI, const Tensor& weight_EOI, const GroupedPart&, bool beside_transfers = false);
 Tensor grouped_input_gradient(const Tensor& dy_RO, const Tensor& weight_EOI, const Tensor& end_E, GroupedKernel kernel = {},
                               bool beside_transfers = false);
 /// main_grad [E, O, I] (fp32) += each expert's dy^T x. Ours adds in fp32 without a temporary; ATen's makes the products of this micro-batch

@@ -2,7 +2,6 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -71,44 +70,15 @@ Tensor reduced_rows(const Communicator& group, const Tensor& x, const Rows& rows
   return group.reduce_scatter(at::cat(parts, 0), 0).narrow(0, 0, rows[static_cast<size_t>(group.rank())]).contiguous();
 }
 
-/// Where exchanges are beside the computation.
-device::SideStream& beside(at::Device device) {
-  static std::map<at::DeviceType, device::SideStream> streams;   // a process computes on one GPU
-  return streams.try_emplace(device.type(), device).first->second;
-}
-
 /// What `exchange` returns, which is under way while the current stream does what `meanwhile` asks of it.
 Tensor beside(at::Device device, const std::function<Tensor()>& exchange, const Meanwhile& meanwhile) {
-  device::SideStream& stream = beside(device);
+  static std::map<at::DeviceType, device::SideStream> streams;   // a process computes on one GPU
+  device::SideStream& stream = streams.try_emplace(device.type(), device).first->second;
   Tensor arrived;
   stream.run([&] { arrived = exchange(); });
   meanwhile();
   stream.join();
   return arrived;
-}
-
-/// Calls visit(run's peer, its rows of `whole`) for the runs of one go that are not empty.
-template <class Visit>
-void for_each_run(const Tensor& whole, const std::vector<Communicator::Run>& runs, const std::vector<bool>& is_first, bool first, Visit&& visit) {
-  int64_t row = 0;
-  for (size_t i = 0; i < runs.size(); row += runs[i++].rows) {
-    if (is_first[i] == first && runs[i].rows > 0) visit(runs[i].peer, whole.narrow(0, row, runs[i].rows));
-  }
-}
-
-/// One go of an exchange of `x` into `y`.
-void go(const Communicator& group, const Tensor& x, const Tensor& y, const Splits& splits, bool first) {
-  std::vector<Communicator::Message> sent, received;
-  std::vector<Tensor> own;
-  for_each_run(x, splits.send, splits.send_first, first, [&](int peer, const Tensor& rows) {
-    peer == group.rank() ? own.push_back(rows) : sent.push_back({peer, rows});
-  });
-  size_t kept = 0;
-  for_each_run(y, splits.receive, splits.receive_first, first, [&](int peer, Tensor rows) {
-    if (peer != group.rank()) return received.push_back({peer, rows});
-    rows.copy_(own.at(kept++));
-  });
-  group.send_receive(sent, received);
 }
 
 /// The op `forward(x)` with `backward(dy)`, neither recorded by ATen.
@@ -124,20 +94,6 @@ Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
     const auto exchange = [&] { return transpose(dy); };
     return Gradients{Postponed::waiting() ? beside(dy.device(), exchange, Postponed::finish) : exchange()};
   });
-}
-
-/// exchange, of which `goes(go_first, go_then, y)` makes the forward.
-template <class Goes>
-Tensor exchange_in_two(const Communicator& group, const Tensor& x_ND, const Splits& splits, Goes&& goes) {
-  return region(
-      x_ND, [&](const Tensor& x) {
-        std::vector<int64_t> sizes = x.sizes().vec();
-        sizes[0] = std::accumulate(splits.receive.begin(), splits.receive.end(), int64_t{0}, [](int64_t rows, const auto& run) { return rows + run.rows; });
-        const Tensor y = at::empty(sizes, x.options());
-        goes([&] { go(group, x, y, splits, true); }, [&] { go(group, x, y, splits, false); }, y);
-        return y;
-      },
-      [&group, splits](const Tensor& dy_ND) { return group.all_to_all(dy_ND, splits.receive, splits.send); });
 }
 
 }  // namespace
@@ -169,28 +125,6 @@ Tensor exchange(const Communicator& group, const Tensor& x_ND, const Splits& spl
   return region(
       x_ND, [&](const Tensor& x) { return group.all_to_all(x, splits.send, splits.receive); },
       [&group, splits](const Tensor& dy_ND) { return group.all_to_all(dy_ND, splits.receive, splits.send); });
-}
-
-Tensor exchange_ahead(const Communicator& group, const Tensor& x_ND, const Splits& splits, const std::function<void(const Tensor& y_ND)>& arrived) {
-  return exchange_in_two(group, x_ND, splits, [&](const auto& go_first, const auto& go_then, const Tensor& y) {
-    device::SideStream& stream = beside(y.device());
-    stream.run(go_first);
-    const device::SideStream::Mark first = stream.mark();
-    stream.run(go_then);
-    device::SideStream::wait(first, y.device());
-    arrived(y);
-    stream.join();
-  });
-}
-
-Tensor exchange_behind(const Communicator& group, const Tensor& x_ND, const Splits& splits, const Meanwhile& make) {
-  return exchange_in_two(group, x_ND, splits, [&](const auto& go_first, const auto& go_then, const Tensor& y) {
-    device::SideStream& stream = beside(y.device());
-    stream.run(go_first);
-    make();
-    stream.run(go_then);
-    stream.join();
-  });
 }
 
 Tensor gather_rows(const Communicator& group, const Tensor& x_ND, const Rows& rows) {

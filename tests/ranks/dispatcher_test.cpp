@@ -97,39 +97,18 @@ Outcome written_out(const Tensor& x_TD, const Tensor& expert_TK, const Tensor& w
   return {y.detach(), x.grad(), weight.grad(), gate_up.grad(), down.grad()};
 }
 
-Outcome run(const Groups& groups, DispatcherSettings settings, const Tensor& x_TD, const Routing& routing, const Tensor& dy_TD, bool in_waves) {
+Outcome run(const Groups& groups, DispatcherSettings settings, const Tensor& x_TD, const Routing& routing, const Tensor& dy_TD) {
   Parameter gate_up = trained(part_of(groups, whole_gate_up(), 1, 2)), down = trained(part_of(groups, whole_down(), 2, 1));
   const Tensor x = x_TD.clone().requires_grad_(), weight = routing.weight_TK.clone().requires_grad_();
   settings.experts = kExperts, settings.top_k = kChoices;
   const Dispatcher dispatcher(groups.experts, groups.expert_tensor, settings);
   const Route route = dispatcher.plan(routing);
   Remade nothing(false);
-  Experts experts(gate_up, down);
-  const Tensor weight_R1 = dispatcher.weights(weight, route);
-  Tensor y;
-  if (in_waves) {
-    EXPECT_EQ(route.waves.size(), settings.how == Dispatch::all_to_all && groups.experts.size() > 1 && groups.expert_tensor.size() == 1 ? 2U : 0U);
-    if (route.waves.empty()) return {};
-    Tensor begun_RF;
-    const Tensor x_RD = dispatcher.dispatch(x, route, [&](const Tensor& x_RD) { begun_RF = experts.begin(x_RD, route.waves[0]); });
-    const auto [y_RD, rest] = experts.forward_rest(begun_RF, x_RD, weight_R1, route.end_L, route.waves, nothing);
-    y = dispatcher.combine(y_RD, route, {}, rest);
-  } else {
-    y = dispatcher.combine(experts.forward(dispatcher.dispatch(x, route), weight_R1, route.end_L, nothing), route);
-  }
+  const Tensor x_RD = dispatcher.dispatch(x, route), weight_R1 = dispatcher.weights(weight, route);
+  const Tensor y = dispatcher.combine(Experts(gate_up, down).forward(x_RD, weight_R1, route.end_L, nothing), route);
   run_backward(y, dy_TD);
   EXPECT_EQ(gate_up.additions, 1);
   return {y.detach(), x.grad(), weight.grad(), gate_up.main_grad, down.main_grad};
-}
-
-/// In one go; and the same bits in two waves, where rows travel so.
-Outcome run(const Groups& groups, const DispatcherSettings& settings, const Tensor& x_TD, const Routing& routing, const Tensor& dy_TD) {
-  const Outcome one = run(groups, settings, x_TD, routing, dy_TD, false), two = run(groups, settings, x_TD, routing, dy_TD, true);
-  if (!two.y_TD.defined()) return one;
-  for (const auto member : {&Outcome::y_TD, &Outcome::dx_TD, &Outcome::d_weight_TK, &Outcome::d_gate_up, &Outcome::d_down}) {
-    EXPECT_TRUE((one.*member).equal(two.*member));
-  }
-  return one;
 }
 
 /// Each factoring of the world into experts x parts of their width, with each dispatcher.

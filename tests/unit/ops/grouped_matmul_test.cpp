@@ -3,7 +3,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <stdexcept>
 
@@ -50,16 +49,6 @@ TEST(GroupedMatmul, ExpertsWithoutRowsGetNoGradient) {
   run_backward(grouped_matmul(x, weight, at::tensor({2, 2, 6}, at::kInt)), normal({6, 4}, 3));
   EXPECT_EQ(weight.main_grad.select(0, 1).abs().max().item<float>(), 0.0F);
   EXPECT_GT(weight.main_grad.select(0, 2).abs().min().item<float>(), 0.0F);
-}
-
-TEST(GroupedMatmul, APartIsItsRows) {
-  const Tensor x = normal({9, 7}, 1), weight = normal({4, 5, 7}, 2), end = at::tensor({3, 3, 7, 9}, at::kInt);
-  const Tensor whole = grouped_product(x, weight, end), y = at::zeros_like(whole);
-  grouped_product_into(y, x, weight, {.expert = 1, .experts = 2, .row = 3, .rows = 4, .end = at::tensor({0, 4}, at::kInt)});
-  EXPECT_TRUE(y.narrow(0, 3, 4).equal(whole.narrow(0, 3, 4)));
-  EXPECT_EQ(y.narrow(0, 0, 3).abs().max().item<float>() + y.narrow(0, 7, 2).abs().max().item<float>(), 0.0F) << "the others are left alone";
-  Parameter same = trained(weight);
-  EXPECT_TRUE(grouped_matmul(x, same, end, {}, y).equal(y)) << "what is made is not made again";
 }
 
 // Asked for by name, a kernel does what it is asked or says that it can't.

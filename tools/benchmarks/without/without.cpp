@@ -10,8 +10,6 @@
 #include <vector>
 
 #include "base/postponed.hpp"
-#include "model/gathered_linear.hpp"
-#include "moe/dispatcher.hpp"
 #include "ops/adamw.hpp"
 #include "ops/attention.hpp"
 #include "ops/cross_entropy.hpp"
@@ -25,13 +23,12 @@
 #include "ops/routing.hpp"
 #include "ops/sums_of_squares.hpp"
 #include "ops/swiglu.hpp"
-#include "parallel/regions.hpp"
 
 namespace upcycle {
 namespace {
 
-const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "gathered", "grouped_matmul", "overwriting", "postponed", "qk_norm_rope",
-                                              "rms_norm", "router", "rows", "shares", "sums_of_squares", "swiglu", "waves"};
+const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "grouped_matmul", "overwriting", "postponed", "qk_norm_rope",
+                                              "rms_norm", "router", "rows", "shares", "sums_of_squares", "swiglu"};
 
 bool listed(const std::string& technique) {
   const char* given = std::getenv("WITHOUT");
@@ -118,11 +115,11 @@ Tensor wrap_add(const Tensor&, const Tensor&, const RowOrder&) asm("__wrap__ZN7u
 Tensor wrap_add(const Tensor& onto, const Tensor& y, const RowOrder& order) {
   return WITHOUT(rows) ? add_rows_written_out(onto, y, order) : real_add(onto, y, order);
 }
-Tensor real_grouped(const Tensor&, Parameter&, const Tensor&, GroupedKernels, const Tensor&) asm("__real__ZN7upcycle14grouped_matmulERKN2at6TensorERNS_9ParameterES3_NS_14GroupedKernelsES3_");
-Tensor wrap_grouped(const Tensor&, Parameter&, const Tensor&, GroupedKernels, const Tensor&) asm("__wrap__ZN7upcycle14grouped_matmulERKN2at6TensorERNS_9ParameterES3_NS_14GroupedKernelsES3_");
-Tensor wrap_grouped(const Tensor& x, Parameter& weight, const Tensor& end, GroupedKernels kernels, const Tensor& made) {
+Tensor real_grouped(const Tensor&, Parameter&, const Tensor&, GroupedKernels) asm("__real__ZN7upcycle14grouped_matmulERKN2at6TensorERNS_9ParameterES3_NS_14GroupedKernelsE");
+Tensor wrap_grouped(const Tensor&, Parameter&, const Tensor&, GroupedKernels) asm("__wrap__ZN7upcycle14grouped_matmulERKN2at6TensorERNS_9ParameterES3_NS_14GroupedKernelsE");
+Tensor wrap_grouped(const Tensor& x, Parameter& weight, const Tensor& end, GroupedKernels kernels) {
   const bool aten = WITHOUT(grouped_matmul) && x.is_cuda();
-  return real_grouped(x, weight, end, aten ? GroupedKernels{GroupedKernel::aten, GroupedKernel::aten, GroupedKernel::aten} : kernels, made);
+  return real_grouped(x, weight, end, aten ? GroupedKernels{GroupedKernel::aten, GroupedKernel::aten, GroupedKernel::aten} : kernels);
 }
 Tensor real_swiglu(const Tensor&, const Tensor&) asm("__real__ZN7upcycle6swigluERKN2at6TensorES3_");
 Tensor wrap_swiglu(const Tensor&, const Tensor&) asm("__wrap__ZN7upcycle6swigluERKN2at6TensorES3_");
@@ -131,24 +128,7 @@ Tensor wrap_swiglu(const Tensor& gate_up, const Tensor& weight) {
 }
 
 // --- between ranks (WITHOUT=postponed,shares tools/bench scaling --upcycle .../upcycle_without): weight gradients that wait for an exchange;
-// grouped products in many small shares; experts' rows in two waves; a tensor rank's own tokens multiplied while the others' travel.
-Route real_plan(const Dispatcher*, const Routing&) asm("__real__ZNK7upcycle10Dispatcher4planERKNS_7RoutingE");
-Route wrap_plan(const Dispatcher*, const Routing&) asm("__wrap__ZNK7upcycle10Dispatcher4planERKNS_7RoutingE");
-Route wrap_plan(const Dispatcher* dispatcher, const Routing& routing) {
-  Route route = real_plan(dispatcher, routing);
-  if (WITHOUT(waves)) route.waves.clear();
-  return route;
-}
-std::pair<Tensor, Tensor> real_gathered(const Communicator&, const Tensor&, Parameter&, Remade&)
-    asm("__real__ZN7upcycle15gathered_linearERKNS_12CommunicatorERKN2at6TensorERNS_9ParameterERNS_6RemadeE");
-std::pair<Tensor, Tensor> wrap_gathered(const Communicator&, const Tensor&, Parameter&, Remade&)
-    asm("__wrap__ZN7upcycle15gathered_linearERKNS_12CommunicatorERKN2at6TensorERNS_9ParameterERNS_6RemadeE");
-std::pair<Tensor, Tensor> wrap_gathered(const Communicator& tensor, const Tensor& x, Parameter& weight, Remade& remade) {
-  if (!WITHOUT(gathered)) return real_gathered(tensor, x, weight, remade);
-  const Tensor rows = gather_along(tensor, x, 0);
-  remade.add(rows, [&tensor, x = x.detach()] { return gather_along(tensor, x, 0); });
-  return {rows, linear(rows, weight)};
-}
+// grouped products in many small shares.
 void real_grouped_gemm(cuda::GroupedProduct, cuda::GroupedTile, const cuda::GroupedGemm&)
     asm("__real__ZN7upcycle4cuda12grouped_gemmENS0_14GroupedProductENS0_11GroupedTileERKNS0_11GroupedGemmE");
 void wrap_grouped_gemm(cuda::GroupedProduct, cuda::GroupedTile, const cuda::GroupedGemm&)
