@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "ops/cuda/adamw.hpp"
+#include "ops/cuda/attention_parts.hpp"
 #include "ops/cuda/cross_entropy.hpp"
 #include "ops/cuda/embedding.hpp"
 #include "ops/cuda/grouped_gemm.hpp"
@@ -22,6 +23,8 @@ namespace {
 }  // namespace
 
 void adamw(const AdamW&, CUstream_st*) { absent(); }
+void merge_parts(const PartsMerge&, CUstream_st*) { absent(); }
+void sum_parts(const PartsSum&, CUstream_st*) { absent(); }
 void softmax_sums(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy_gradient(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy(const CrossEntropy&, CUstream_st*) { absent(); }
