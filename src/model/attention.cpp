@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "model/gathered_linear.hpp"
 #include "ops/attention.hpp"
 #include "ops/linear.hpp"
 #include "ops/qk_norm_rope.hpp"
@@ -51,9 +52,8 @@ Attention::Attention(Weights& weights, const Mesh& mesh, int64_t layer, const st
 }
 
 Tensor Attention::forward(const Tensor& x_TW, const Positions& positions, Remade& remade) {
-  const Tensor rows = gather_along(tensor_, x_TW, 0);   // all rows, this rank's heads
-  remade.add(rows, [this, x = x_TW.detach()] { return gather_along(tensor_, x, 0); });
-  const Tensor qkv = kv_ ? at::cat({linear(rows, qkv_), linear(rows, *kv_)}, -1) : linear(rows, qkv_);
+  const auto [rows, own] = gathered_linear(tensor_, x_TW, qkv_, remade);   // all rows, this rank's heads
+  const Tensor qkv = kv_ ? at::cat({own, linear(rows, *kv_)}, -1) : own;
   const HeadColumns columns = {positions.sequences, heads_, kv_heads_, eps_, positions.rotary};
   const auto [q_BSHD, k_BSGD, v_BSGD] = qk_norm_rope(qkv, q_norm_, k_norm_, columns);
   remade.add(q_BSHD, [this, columns, qkv = qkv.detach()] { return normed_q(qkv, q_norm_, columns); });

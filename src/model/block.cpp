@@ -1,6 +1,7 @@
 #include "model/block.hpp"
 
 #include "base/trace_range.hpp"
+#include "model/gathered_linear.hpp"
 #include "ops/linear.hpp"
 #include "ops/swiglu.hpp"
 #include "parallel/regions.hpp"
@@ -35,9 +36,7 @@ FeedForward::FeedForward(Weights& weights, const Mesh& mesh, const std::string& 
 
 Tensor FeedForward::forward(const Tensor& x_TW, Remade& remade) {
   const TraceRange range("feed-forward");
-  const Tensor rows = gather_along(tensor_, x_TW, 0);
-  remade.add(rows, [this, x = x_TW.detach()] { return gather_along(tensor_, x, 0); });
-  const Tensor gate_up = linear(rows, gate_up_), product = swiglu(gate_up);
+  const Tensor gate_up = gathered_linear(tensor_, x_TW, gate_up_, remade).second, product = swiglu(gate_up);
   remade.add(product, [gate_up = gate_up.detach()] { return swiglu(gate_up); });
   return reduce_scatter_along(tensor_, linear(product, down_), 0);
 }

@@ -53,6 +53,9 @@ Splits runs(const Tensor& sent_E, const Tensor& count_SL, bool by_sender) {
   return splits;
 }
 
+// With one rank there are none.
+Splits splits_of(const Route& route) { return route.splits.valid() ? route.splits.get() : Splits(); }
+
 }  // namespace
 
 // A row counts 2 bytes on its way (bf16), and 4 where partial sums come home in fp32.
@@ -93,7 +96,7 @@ Route Dispatcher::plan_all_to_all(const Routing& routing) const {
     route.end_L = route.order.end_E;
     return route;
   }
-  // count_SE: how many rows each rank has for each expert. The one place where the host must know: split sizes. What the device can do
+  // [S, E]: how many rows each rank has for each expert. The one place where the host must know: split sizes. What the device can do
   // without the host is asked of it first, so that it has work while the host waits.
   const Tensor counts = slots > 0 ? at::full({ranks, num_experts_}, slots, at::kLong) : experts_.all_gather(routing.count_E.unsqueeze(0), 0);
   const device::HostCopy to_host(counts);
@@ -103,15 +106,16 @@ Route Dispatcher::plan_all_to_all(const Routing& routing) const {
   };
   if (slots == 0 && routing.capacity == 0) route.order = sort_by_expert(routing.expert_TK, num_experts_);
   if (peers == 1) route.end_L = ends(counts.narrow(1, experts_.rank() * num_local_, num_local_));
-  const Tensor count_SE = to_host.wait(), sent_E = count_SE[experts_.rank()].contiguous();
-  const Tensor count_SL = count_SE.narrow(1, experts_.rank() * num_local_, num_local_).contiguous();
-  route.splits = runs(sent_E, count_SL, peers > 1);
+  const auto sent_E = [to_host, rank = experts_.rank()] { return to_host.wait()[rank].contiguous(); };
+  const auto count_of_own = [to_host, first = experts_.rank() * num_local_, local = num_local_] { return to_host.wait().narrow(1, first, local).contiguous(); };
+  route.splits = std::async(std::launch::deferred, [=] { return runs(sent_E(), count_of_own(), peers > 1); }).share();
   if (slots > 0) {
     route.order = slots_by_expert(routing.expert_TK, 0, num_experts_, slots);
   } else if (routing.capacity > 0) {
-    route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_E.sum().item<int64_t>());
+    route.order = sort_by_expert(routing.expert_TK, 0, num_experts_, sent_E().sum().item<int64_t>());
   }
   if (peers == 1) return route;
+  const Tensor count_SL = count_of_own();
   const Tensor count_PSL = slots > 0 ? count_SL.expand({peers, ranks, num_local_}).contiguous() : expert_tensor_.all_gather(count_SL.unsqueeze(0), 0);
   route.rows_P = numbers(count_PSL.flatten(1).sum(1));
   route.by_expert_R = by_expert(numbers(count_PSL), peers * ranks, num_local_, device);
@@ -142,7 +146,7 @@ Tensor Dispatcher::of_all(const Tensor& x_TD, const Route& route) const {
 }
 
 Tensor Dispatcher::travel(const Tensor& x_ND, const Route& route) const {
-  const Tensor arrived = exchange(experts_, x_ND, route.splits);
+  const Tensor arrived = exchange(experts_, x_ND, splits_of(route));
   return route.by_expert_R.defined() ? permute_rows(gather_rows(expert_tensor_, arrived, route.rows_P), route.by_expert_R) : arrived;
 }
 
@@ -153,11 +157,23 @@ Tensor Dispatcher::dispatch(const Tensor& x_TD, const Route& route) const {
 }
 
 // Each choice's weight is a row of one number.
+Tensor Dispatcher::spread_weights(const Tensor& weight_TK, const Route& route) const { return spread_rows(weight_TK.reshape({-1, 1}), by_choice(route.order)); }
+
 Tensor Dispatcher::weights(const Tensor& weight_TK, const Route& route) const {
   const TraceRange range("weights");
-  const Tensor all_TK = how_ == Dispatch::all_gather ? of_all(weight_TK, route) : weight_TK;
-  const Tensor weight_N1 = spread_rows(all_TK.reshape({-1, 1}), by_choice(route.order));
-  return how_ == Dispatch::all_gather ? weight_N1 : travel(weight_N1, route);
+  if (how_ == Dispatch::all_gather) return spread_weights(of_all(weight_TK, route), route);
+  return travel(spread_weights(weight_TK, route), route);
+}
+
+// The weights travel first: so backward comes from the experts to the rows' way, which is long enough to hide what was Postponed.
+std::pair<Tensor, Tensor> Dispatcher::dispatch(const Tensor& x_TD, const Tensor& weight_TK, const Route& route) const {
+  const TraceRange range("dispatch");
+  if (how_ == Dispatch::all_gather) {
+    const Tensor weight_R1 = weights(weight_TK, route);
+    return {dispatch(x_TD, route), weight_R1};
+  }
+  const Tensor weight_N1 = spread_weights(weight_TK, route), x_ND = spread_rows(x_TD, route.order), weight_R1 = travel(weight_N1, route);
+  return {travel(x_ND, route), weight_R1};
 }
 
 Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD) const {
@@ -168,7 +184,8 @@ Tensor Dispatcher::combine(const Tensor& y_RD, const Route& route, const Tensor&
     return (onto_TD.defined() ? onto_TD + y_TD : y_TD).to(y_RD.scalar_type());
   }
   const Tensor own_RD = route.by_sender_R.defined() ? reduce_scatter_rows(expert_tensor_, permute_rows(y_RD, route.by_sender_R), route.rows_P) : y_RD;
-  const Tensor y_ND = exchange(experts_, own_RD, {route.splits.receive, route.splits.send});
+  const Splits splits = splits_of(route);
+  const Tensor y_ND = exchange(experts_, own_RD, {splits.receive, splits.send});
   return onto_TD.defined() ? add_rows(onto_TD, y_ND, route.order) : sum_rows(y_ND, route.order);
 }
 

@@ -1,4 +1,7 @@
 #pragma once
+#include <future>
+#include <utility>
+
 #include "config/run_config.hpp"
 #include "moe/router.hpp"
 #include "ops/permute.hpp"
@@ -12,7 +15,9 @@ namespace upcycle {
 struct Route {
   Tensor end_L;         ///< int32: expert l owns rows end[l-1] .. end[l] of those that arrive; on the device of the rows
   RowOrder order;       ///< how choices become rows: all-to-all, of this rank's tokens; all-gather, of everyone's
-  Splits splits;        ///< all-to-all: the runs of rows that go to and come from each rank of the expert group
+  /// all-to-all: the runs of rows that go to and come from each rank of the expert group. Deferred: how many rows they have comes from the
+  /// device, and whoever asks first waits for that.
+  std::shared_future<Splits> splits;
   Tensor by_expert_R;   ///< all-to-all: order of arrival -> sorted by local expert; undefined when they arrive sorted (P = 1)
   Tensor by_sender_R;   ///< its inverse
   Rows tokens_S;        ///< all-gather: the tokens of each rank of the expert group
@@ -40,13 +45,15 @@ class Dispatcher {
   Dispatcher(const Communicator& experts, const Communicator& expert_tensor, DispatcherSettings);
 
   /// **Collective** over both groups. With one rank nothing is read on the host unless choices were dropped; with several, counts cross
-  /// once. When padding, nothing crosses and nothing is read; all ranks must have as many tokens then.
+  /// once, and the host reads them when rows travel, or here where choices were dropped or widths are cut. When padding, nothing crosses and nothing is read; all ranks must have as many tokens then.
   Route plan(const Routing& routing) const;
   /// **Collective** over both groups. [T, D] -> [R, D] sorted by local expert.
   Tensor dispatch(const Tensor& x_TD, const Route& route) const;
   /// **Collective** over both groups. fp32 [T, K] -> [R, 1]: the weight of each of dispatch's rows, 0 where no choice is. Backward brings
   /// each choice its gradient, summed over the ranks that share its expert's width.
   Tensor weights(const Tensor& weight_TK, const Route& route) const;
+  /// **Collective** over both groups. Both, (rows, weights): the way to do it, which gives the device all it can do before the host waits.
+  std::pair<Tensor, Tensor> dispatch(const Tensor& x_TD, const Tensor& weight_TK, const Route& route) const;
   /// **Collective** over both groups. y_TD = sum_k y; `y_RD` in the order of dispatch's rows, weighed; each expert_tensor rank's are its
   /// part of a sum. With `onto_TD`, onto + that.
   Tensor combine(const Tensor& y_RD, const Route& route, const Tensor& onto_TD = {}) const;
@@ -61,6 +68,7 @@ class Dispatcher {
   Route plan_all_gather(const Routing& routing) const;
   int64_t slots(const Routing& routing) const;
   Tensor of_all(const Tensor& x_TD, const Route& route) const;
+  Tensor spread_weights(const Tensor& weight_TK, const Route& route) const;
   Tensor travel(const Tensor& x_ND, const Route& route) const;
 
   const Communicator& experts_;

@@ -11,9 +11,7 @@ Tensor MoeLayer::forward(const Tensor& x_TD, const RouterContext& context, Route
   // The experts' rows are K copies of the tokens'. Unless they had to travel, copying them again costs backward so little that they are
   // never kept, whatever train.recompute says.
   Remade copies(dispatcher_.at_home());
-  // The weights first: so backward comes from the experts to the rows' way, which is long enough to hide what was Postponed.
-  const Tensor weight_R1 = dispatcher_.weights(routing.weight_TK, routed.route);
-  const Tensor x_RD = dispatcher_.dispatch(x_TD, routed.route);
+  const auto [x_RD, weight_R1] = dispatcher_.dispatch(x_TD, routing.weight_TK, routed.route);
   copies.add(x_RD, [this, x = x_TD.detach(), route = routed.route] { return dispatcher_.dispatch(x, route); });
   return copies.before(dispatcher_.combine(experts_.forward(x_RD, weight_R1, routed.route.end_L, remade), routed.route, onto_TD));
 }

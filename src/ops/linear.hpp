@@ -11,8 +11,8 @@ Tensor matrix_product(const Tensor& x, const Tensor& matrix_IO);
 void matrix_product_into(Tensor out_TO, const Tensor& x_TI, const Tensor& matrix_IO);
 
 /// y = x W^T, in the dtype of `weight.value` [O, I], whatever that of `x` [..., I]; x is kept as it came. Backward adds dy^T x into
-/// weight.main_grad.
-Tensor linear(const Tensor& x, Parameter& weight);
+/// weight.main_grad. With `made`, y is that, whoever computed it.
+Tensor linear(const Tensor& x, Parameter& weight, const Tensor& made = {});
 
 /// main_grad [O, I] (fp32) += dy^T x, for dy [T, O] and x [T, I]; products of bf16 are summed and added in fp32. `overwrite`: = dy^T x,
 /// whatever was there.

@@ -4,12 +4,13 @@
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/logaddexp.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <set>
 
 #include "base/autograd.hpp"
+#include "ops/attention_parts.hpp"
 #include "ops/dense_attention.hpp"
 
 namespace upcycle {
@@ -34,6 +35,39 @@ std::vector<Part> parts_of(const Segment& s) {
   return parts;
 }
 
+/// What some keys of some sequences get of one part's backward.
+struct KeyGradients {
+  int64_t first, count, begin, end;
+  Tensor dk_BGPD, dv_BGPD;
+};
+
+/// The sum of all of them in `to` [B, P, G, D]; zeros where nobody has looked.
+void sum_over_keys(const Tensor& to_BPGD, const std::vector<KeyGradients>& all, Tensor KeyGradients::* which) {
+  std::set<int64_t> firsts;
+  for (const KeyGradients& one : all) firsts.insert(one.first);
+  for (const int64_t first : firsts) {   // their borders cut the keys into stretches, each of which the same ones have seen
+    std::set<int64_t> borders = {0, to_BPGD.size(1)};
+    for (const KeyGradients& one : all) {
+      if (one.first == first) borders.insert({one.begin, one.end});
+    }
+    for (auto begin = borders.begin(), end = std::next(begin); end != borders.end(); begin = end++) {
+      std::vector<Tensor> parts;
+      int64_t count = 1;
+      for (const KeyGradients& one : all) {
+        if (one.first != first) continue;
+        count = one.count;
+        if (one.begin <= *begin && *end <= one.end) parts.push_back((one.*which).narrow(2, *begin - one.begin, *end - *begin));
+      }
+      const Tensor stretch = block(to_BPGD, first, count, *begin, *end - *begin);
+      if (parts.empty()) {
+        stretch.zero_();
+      } else {
+        sum_parts(stretch, parts);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 Attended segments_by_parts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
@@ -44,42 +78,43 @@ Attended segments_by_parts(const Tensor& q, const Tensor& k, const Tensor& v, co
     const Unrecorded guard;
     segments.for_each([&](int64_t first, int64_t count, const Segment& s) {
       const auto queries = [&](const Tensor& x) { return block(x, first, count, s.q_begin, s.queries()); };
-      Tensor merged, merged_lse;
+      std::vector<Dense> parts;
       for (const Part& part : parts_of(s)) {
         const auto keys = [&](const Tensor& x) { return block(x, first, count, part.k_begin, part.keys); };
-        const Dense dense = dense_attention(queries(q), keys(k), keys(v), part.causal, AttentionKernel::automatic);
-        done.push_back({{}, {}, dense.seed, dense.offset});
-        if (!merged.defined()) {
-          merged = dense.out_BHSD, merged_lse = dense.log_sum_exp_BHS;
-          continue;
-        }
-        // Each part is normalised by its own sum of exponentials; the whole by the sum of both.
-        const Tensor both = at::logaddexp(merged_lse, dense.log_sum_exp_BHS);
-        merged = merged * (merged_lse - both).exp_().unsqueeze(-1) + dense.out_BHSD * (dense.log_sum_exp_BHS - both).exp_().unsqueeze(-1);
-        merged_lse = both;
+        parts.push_back(dense_attention(queries(q), keys(k), keys(v), part.causal, AttentionKernel::automatic));
+        done.push_back({{}, {}, parts.back().seed, parts.back().offset});
       }
-      queries(out).copy_(merged);
-      lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries()).copy_(merged_lse);
+      const Tensor lse_of_segment = lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries());
+      if (parts.size() == 1) {
+        queries(out).copy_(parts[0].out_BHSD);
+        lse_of_segment.copy_(parts[0].log_sum_exp_BHS);
+      } else {
+        merge_parts(queries(out), lse_of_segment, parts[0], parts[1]);
+      }
     });
   }
   auto backward = [q = q.detach(), k = k.detach(), v = v.detach(), out, lse, done, segments](const std::vector<Tensor>& gradient) -> Gradients {
     const Tensor d = gradient[0].contiguous();
-    const auto sums = [](const Tensor& x) { return at::zeros(x.sizes(), x.options().dtype(at::kFloat)); };
-    const Tensor dq = sums(q), dk = sums(k), dv = sums(v);
+    const auto gradient_of = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
+    const Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
+    std::vector<KeyGradients> of_keys;
     auto next = done.begin();
     segments.for_each([&](int64_t first, int64_t count, const Segment& s) {
       const auto queries = [&](const Tensor& x) { return block(x, first, count, s.q_begin, s.queries()); };
+      std::vector<Tensor> of_queries;
       for (const Part& part : parts_of(s)) {
         const auto keys = [&](const Tensor& x) { return block(x, first, count, part.k_begin, part.keys); };
         const Dense whole{queries(out), lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries()).contiguous(), next->seed, next->offset};
         const auto [part_dq, part_dk, part_dv] = dense_attention_backward(queries(d), queries(q), keys(k), keys(v), whole, part.causal);
-        queries(dq).add_(part_dq);
-        keys(dk).add_(part_dk);
-        keys(dv).add_(part_dv);
+        of_queries.push_back(part_dq);
+        of_keys.push_back({first, count, part.k_begin, part.k_begin + part.keys, part_dk, part_dv});
         ++next;
       }
+      sum_parts(queries(dq), of_queries);
     });
-    return {dq.to(q.scalar_type()), dk.to(k.scalar_type()), dv.to(v.scalar_type())};
+    sum_over_keys(dk, of_keys, &KeyGradients::dk_BGPD);
+    sum_over_keys(dv, of_keys, &KeyGradients::dv_BGPD);
+    return {dq, dk, dv};
   };
   return {record(out, {q, k, v}, backward), lse};
 }

@@ -70,15 +70,14 @@ Tensor reduced_rows(const Communicator& group, const Tensor& x, const Rows& rows
   return group.reduce_scatter(at::cat(parts, 0), 0).narrow(0, 0, rows[static_cast<size_t>(group.rank())]).contiguous();
 }
 
-/// What `exchange` returns, which is under way while the current stream does what was Postponed.
-Tensor with_postponed(at::Device device, const std::function<Tensor()>& exchange) {
-  if (!Postponed::waiting()) return exchange();
+/// What `exchange` returns, which is under way while the current stream does what `meanwhile` asks of it.
+Tensor beside(at::Device device, const std::function<Tensor()>& exchange, const Meanwhile& meanwhile) {
   static std::map<at::DeviceType, device::SideStream> streams;   // a process computes on one GPU
-  device::SideStream& beside = streams.try_emplace(device.type(), device).first->second;
+  device::SideStream& stream = streams.try_emplace(device.type(), device).first->second;
   Tensor arrived;
-  beside.run([&] { arrived = exchange(); });
-  Postponed::finish();
-  beside.join();
+  stream.run([&] { arrived = exchange(); });
+  meanwhile();
+  stream.join();
   return arrived;
 }
 
@@ -92,16 +91,18 @@ Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
   }
   return record(y, {x}, [incoming = Incoming(y), transpose, ahead = Postponed::Ahead()](const std::vector<Tensor>& dy_1) {
     const Tensor dy = incoming(dy_1);
-    return Gradients{with_postponed(dy.device(), [&] { return transpose(dy); })};
+    const auto exchange = [&] { return transpose(dy); };
+    return Gradients{Postponed::waiting() ? beside(dy.device(), exchange, Postponed::finish) : exchange()};
   });
 }
 
 }  // namespace
 
-Tensor gather_along(const Communicator& group, const Tensor& x, int64_t dim) {
+Tensor gather_along(const Communicator& group, const Tensor& x, int64_t dim, Meanwhile meanwhile) {
   if (group.size() == 1) return x;
+  const auto gather = [&](const Tensor& x) { return group.all_gather(x, dim); };
   return region(
-      x, [&](const Tensor& x) { return group.all_gather(x, dim); },
+      x, [&](const Tensor& x) { return meanwhile ? beside(x.device(), [&] { return gather(x); }, meanwhile) : gather(x); },
       [&group, dim](const Tensor& dy) { return group.reduce_scatter(dy, dim); });
 }
 

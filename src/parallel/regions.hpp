@@ -1,4 +1,6 @@
 #pragma once
+#include <functional>
+
 #include "parallel/communicator.hpp"
 
 /// Where parallelism meets autograd: each region is one function whose backward is the transpose of its forward
@@ -9,11 +11,13 @@ namespace upcycle {
 struct Splits {
   std::vector<Communicator::Run> send, receive;
 };
-//                                                                                   forward        | backward
-Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim);           // all-gather     | reduce-scatter
-Tensor reduce_scatter_along(const Communicator&, const Tensor& x, int64_t dim);   // reduce-scatter | all-gather
-Tensor gather_sequence(const Communicator&, const Tensor& x_BC);                  // all-gather     | reduce-scatter
-Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);          // all-to-all     | its reverse
+/// What to do while a forward's exchange is under way, on a GPU beside it; not called where nothing travels.
+using Meanwhile = std::function<void()>;
+//                                                                                          forward        | backward
+Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim, Meanwhile = {});  // all-gather     | reduce-scatter
+Tensor reduce_scatter_along(const Communicator&, const Tensor& x, int64_t dim);          // reduce-scatter | all-gather
+Tensor gather_sequence(const Communicator&, const Tensor& x_BC);                         // all-gather     | reduce-scatter
+Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);                 // all-to-all     | its reverse
 // gather_sequence: a context rank's positions, [B, C, ...], become the whole sequence's, [B, S, ...], in its order (zigzag.hpp).
 
 // The same along dim 0 where ranks have different numbers of rows: rows[r] of rank r, the same list on all of them. They travel

@@ -1,6 +1,7 @@
 #include "train/optimizer.hpp"
 
 #include <ATen/ops/_foreach_zero.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -10,7 +11,7 @@
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "base/trace_range.hpp"
-#include "ops/sum_of_squares.hpp"
+#include "ops/sums_of_squares.hpp"
 
 namespace upcycle {
 namespace {
@@ -41,8 +42,9 @@ Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double 
     buffers_.emplace_back(bucket.masters, own_of(bucket.gradients), exp_avg_.back(), exp_avg_sq_.back(),
                           bucket.dtype == at::kFloat ? Tensor() : own_of(bucket.values), runs);
     const double share = bucket.divided() ? 1.0 : 1.0 / static_cast<double>(bucket.place.holders);
+    squared_.emplace_back();
     const auto sum = [&](int64_t begin, int64_t end, const Parameter* whole = nullptr) {
-      if (begin < end) squared_.push_back({buffers_.back().gradients().narrow(0, begin, end - begin), share, whole});
+      if (begin < end) squared_.back().push_back({buffers_.back().gradients().narrow(0, begin, end - begin), share, whole});
     };
     int64_t summed = 0;   // in one go as far as it may be: what is between runs is zero
     for (size_t i = 0; i < bucket.weights.size(); ++i) {
@@ -75,24 +77,29 @@ Optimizer::Optimizer(Weights& weights, const OptimizerSection& settings, double 
   updates_ = at::zeros({}, weights.buckets().front().gradients.options());
 }
 
-Tensor Optimizer::squared_norm_share() const {
+Tensor Optimizer::squared_norm_share(const BucketFunction& arrived) const {
   for (const Weight& weight : weights_.all()) {
     if (weight.parameter.outdated) throw std::logic_error(text("nothing was added to the gradient of ", weight.spec().name, " in this step"));
   }
-  if (squared_.empty()) return at::zeros({}, updates_.options().dtype(at::kDouble));
-  std::vector<Tensor> read, known;
-  std::vector<double> shares;
-  for (const Squared& stretch : squared_) {
-    if (stretch.whole && stretch.whole->squares.defined()) {
-      known.push_back(stretch.whole->squares);
-    } else {
-      read.push_back(stretch.gradients), shares.push_back(stretch.share);
+  const Unrecorded guard;
+  std::vector<Tensor> sums;
+  for (size_t bucket = 0; bucket < squared_.size(); ++bucket) {
+    if (arrived) arrived(bucket);
+    std::vector<Tensor> read;
+    std::vector<double> shares;
+    for (const Squared& stretch : squared_[bucket]) {
+      if (stretch.whole && stretch.whole->squares.defined()) {
+        sums.push_back(stretch.whole->squares);
+      } else {
+        read.push_back(stretch.gradients), shares.push_back(stretch.share);
+      }
     }
+    if (!read.empty()) sums.push_back(sums_of_squares(read, shares));
   }
-  return sum_of_squares(read, shares, known);
+  return sums.empty() ? at::zeros({}, updates_.options().dtype(at::kDouble)) : at::cat(sums).sum();
 }
 
-void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted, const std::function<void(size_t bucket)>& updated) {
+void Optimizer::step(double lr, const Tensor& squared_norm, const Tensor& wanted, const BucketFunction& updated) {
   const TraceRange range("optimizer");
   const Unrecorded guard;
   const Tensor norm = squared_norm.sqrt();

@@ -50,6 +50,7 @@ std::string parties(const Tensor& sum_R, const std::vector<int>& ranks) {
 Replicas::Replicas(Weights& weights, const Mesh& mesh)
     : weights_(weights),
       beside_(weights.buckets().front().gradients.device()),
+      summed_(weights.buckets().size()),
       values_arrived_(weights.buckets().size()),
       additions_(weights.buckets().size(), 0) {
   const size_t rank = static_cast<size_t>(mesh.world().rank());
@@ -87,21 +88,26 @@ void Replicas::added(size_t bucket) {
 }
 
 void Replicas::launch_next() {
-  Bucket& bucket = weights_.buckets()[next_++];
+  Bucket& bucket = weights_.buckets()[next_];
+  device::SideStream::Mark& summed = summed_[next_++];
   const Communicator& group = groups_[bucket.group];
   if (group.size() == 1) return;
   beside_.run([&] { bucket.divided() ? group.reduce_into_own_part(bucket.gradients) : group.all_reduce(bucket.gradients); });
+  summed = beside_.mark();
 }
 
 void Replicas::sum_gradients() {
   const TraceRange range("reduce");
   if (Postponed::waiting()) throw std::logic_error("gradients are summed before backward has ended");
   while (next_ < additions_.size()) launch_next();
-  beside_.join();
   if (expected_.empty()) expected_ = additions_;
   if (additions_ != expected_) throw std::logic_error("this step added to some gradient more or less often than the first: its sum came too early");
   additions_.assign(additions_.size(), 0);
   next_ = 0;
+}
+
+void Replicas::wait_for_sum(size_t bucket) const {
+  device::SideStream::wait(summed_[bucket], weights_.buckets()[bucket].gradients.device());
 }
 
 void Replicas::share_values(size_t index) {

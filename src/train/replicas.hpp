@@ -20,10 +20,13 @@ class Replicas {
   Replicas& operator=(const Replicas&) = delete;
 
   /// **Collective.** The end of a step's backward passes: every gradient is summed over the ranks that hold the same slice (with
-  /// ZeRO-1 only what this rank owns of it), as the current stream sees it. From the second step on most of that has happened
-  /// already: a bucket's sum is launched by the last addition to it. Each step must add as often to each bucket as the first one
-  /// (std::logic_error).
+  /// ZeRO-1 only what this rank owns of it). On a GPU that goes on beside what follows: see wait_for_sum. From the second step on most of it
+  /// has happened already: a bucket's sum is launched by the last addition to it. Each step must add as often to each bucket as the
+  /// first one (std::logic_error).
   void sum_gradients();
+  /// The current stream goes on when this bucket's sum, and those of the buckets before it, are there. After each sum_gradients for the last
+  /// bucket at least.
+  void wait_for_sum(size_t bucket) const;
 
   /// **Collective**, with the same bucket everywhere. With ZeRO-1: gives every holder the bucket's values that this rank has updated, and
   /// takes theirs. On a GPU that goes on beside what follows, the next bucket's update above all: whoever wants a value says Parameter::arrived().
@@ -44,6 +47,7 @@ class Replicas {
   std::vector<Communicator> groups_;     ///< by index of weights.groups().partitions()
   std::vector<std::vector<int>> members_;   ///< of each: their ranks in the world
   device::SideStream beside_;
+  std::vector<device::SideStream::Mark> summed_;           ///< by bucket
   std::vector<device::SideStream::Mark> values_arrived_;   ///< by bucket; null when nothing is on its way
   std::vector<int64_t> additions_;       ///< to each bucket, in this step
   std::vector<int64_t> expected_;        ///< in every step; empty until the first one is over

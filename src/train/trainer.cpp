@@ -51,7 +51,8 @@ PendingReport Trainer::step(const Word& word) {
   report.ranks = mesh_.world().size();
   const Tensor own_R = at::zeros({report.ranks}, loss.options());
   own_R[mesh_.world().rank()].fill_(word.own_seconds);
-  Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(), loss, said(shutdown::requested()), said(saver_ && saver_->writes()),
+  const auto arrived = [this](size_t bucket) { replicas_.wait_for_sum(bucket); };   // the norm is taken beside the last sums
+  Tensor numbers = at::cat({at::stack({optimizer_.squared_norm_share(arrived), loss, said(shutdown::requested()), said(saver_ && saver_->writes()),
                                        said(saver_ && saver_->failed()), said(word.save)}), balance_.measures(), own_R});
   mesh_.world().all_reduce(numbers);                                       // 3. the whole model's norm; what ranks have to say rides along
   const Tensor count_LX = balance_.counts();

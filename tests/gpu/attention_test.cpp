@@ -1,5 +1,7 @@
 // Attention by cuDNN and by the flash kernel against every score written out in fp32: outputs, log-sum-exp, gradients.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <c10/core/Event.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
@@ -8,9 +10,11 @@
 #include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <tuple>
 
 #include "device/device.hpp"
 #include "ops/attention.hpp"
+#include "ops/attention_parts.hpp"
 #include "support/no_waiting.hpp"
 #include "support/numbers.hpp"
 
@@ -105,6 +109,37 @@ TEST(AttentionKernels, TakeTheStretchesOfContextRanks) {
       for (int time = 0; time < 2; ++time) {   // plans are kept
         const auto [y, x] = pass(at::kBFloat16, [&](const auto&... qkv) { return attention(qkv..., seen); });
         expect_near(y, x, y32, x32, "");
+      }
+    }
+  }
+}
+
+// The kernels that join parts, against the forms written out in fp32: heads first or positions first in memory, parts of larger tensors,
+// widths of few and many vectors, and what no kernel takes (five parts, a width of 12).
+TEST(AttentionParts, AreTheFormulas) {
+  const auto random = [](const Shape& shape, uint64_t seed) { return normal(shape, seed).to(at::kBFloat16).to(kGpu); };
+  for (const auto& [b, h, s, d] : {std::tuple<int64_t, int64_t, int64_t, int64_t>{1, 1, 1, 8}, {2, 3, 37, 64}, {1, 16, 300, 128}, {3, 5, 65, 256}, {2, 2, 9, 12}}) {
+    SCOPED_TRACE(testing::Message() << b << " x " << h << " heads x " << s << " positions x " << d);
+    for (const bool positions_first : {false, true}) {
+      const auto laid = [&](uint64_t seed) { return positions_first ? random({b, s, h, d}, seed).transpose(1, 2) : random({b, h, s, d}, seed); };
+      const auto of_larger = [&](uint64_t seed) { return random({b, s + 5, h, d}, seed).transpose(1, 2).narrow(2, 3, s); };
+      const auto sums = [&](uint64_t seed) { return (normal({b, h, s}, seed) * 20).to(kGpu); };
+      const Dense x{laid(1), sums(2), {}, {}}, y{of_larger(3), sums(4), {}, {}};
+      const Tensor around = at::full({b, s + 2, h, d}, 7.0, x.out_BHSD.options()), lse_around = at::full({b, h, s + 2}, 7.0, x.log_sum_exp_BHS.options());
+      const Tensor out = around.narrow(1, 1, s).transpose(1, 2), lse = lse_around.narrow(2, 1, s), out32 = at::empty(out.sizes(), lse.options()), lse32 = at::empty_like(lse);
+      merge_parts(out, lse, x, y);
+      merge_parts_written_out(out32, lse32, {x.out_BHSD.to(at::kFloat), x.log_sum_exp_BHS, {}, {}}, {y.out_BHSD.to(at::kFloat), y.log_sum_exp_BHS, {}, {}});
+      EXPECT_LE((out.to(at::kFloat) - out32).abs().max().item<float>(), 0x1p-8 * out32.abs().max().item<float>());
+      EXPECT_LE((lse - lse32).abs().max().item<float>(), 1e-5);
+      std::vector<Tensor> parts, parts32;
+      for (uint64_t i = 0; i < 5; ++i) {
+        parts.push_back(i % 2 == 0 ? laid(10 + i) : of_larger(10 + i)), parts32.push_back(parts.back().to(at::kFloat));
+        sum_parts(out, parts);
+        sum_parts_written_out(out32, parts32);
+        EXPECT_TRUE(out.equal(out32.to(at::kBFloat16))) << parts.size() << " parts";
+      }
+      for (const int64_t edge : {int64_t{0}, s + 1}) {
+        EXPECT_TRUE(around.select(1, edge).eq(7.0).all().item<bool>() && lse_around.select(2, edge).eq(7.0).all().item<bool>()) << "written beside it";
       }
     }
   }

@@ -104,7 +104,7 @@ Outcome run(const Groups& groups, DispatcherSettings settings, const Tensor& x_T
   const Dispatcher dispatcher(groups.experts, groups.expert_tensor, settings);
   const Route route = dispatcher.plan(routing);
   Remade nothing(false);
-  const Tensor x_RD = dispatcher.dispatch(x, route), weight_R1 = dispatcher.weights(weight, route);
+  const auto [x_RD, weight_R1] = dispatcher.dispatch(x, weight, route);
   const Tensor y = dispatcher.combine(Experts(gate_up, down).forward(x_RD, weight_R1, route.end_L, nothing), route);
   run_backward(y, dy_TD);
   EXPECT_EQ(gate_up.additions, 1);

@@ -76,6 +76,13 @@ TEST_F(Regions, GatherAlong) {
   }
 }
 
+TEST_F(Regions, SomethingIsDoneWhileRowsAreGathered) {
+  int times = 0;
+  check(
+      all({2, 3}), [&](const Tensor& x) { return gather_along(world, x, 0, [&] { ++times; }); },
+      [&](const std::vector<Tensor>& x) { return std::vector<Tensor>(x.size(), at::cat(x, 0)); });
+  EXPECT_EQ(times, size > 1 ? 1 : 0);
+}
 TEST_F(Regions, ReduceScatterAlong) {
   for (const int64_t dim : {0, 1, 2}) {
     check(

@@ -318,7 +318,10 @@ TEST_P(Sums, AreLaunchedByTheLastAdditionFromTheSecondStepOn) {
   backward(weights, last_to_first, 2, mesh.world().rank() + 1);   // the first step counts
   for (size_t b = 0; b < weights.buckets().size(); ++b) EXPECT_TRUE(summed(b, own)) << b;
   replicas.sum_gradients();
-  for (size_t b = 0; b < weights.buckets().size(); ++b) EXPECT_TRUE(summed(b, sum)) << b;
+  for (size_t b = 0; b < weights.buckets().size(); ++b) {
+    replicas.wait_for_sum(b);
+    EXPECT_TRUE(summed(b, sum)) << b;
+  }
 
   backward(weights, last_to_first, 2, mesh.world().rank() + 1);
   for (size_t b = 0; b < weights.buckets().size(); ++b) EXPECT_TRUE(summed(b, sum)) << b << ": before anyone asked";

@@ -15,7 +15,7 @@ TECHNIQUES = {
     "grouped_matmul": "grouped products of our own: gradients straight into fp32", "attention": "attention by cuDNN instead of flash",
     "qk_norm_rope": "q, k, v: norms and rotation in one kernel", "rms_norm": "norms with the sum before them", "swiglu": "SwiGLU with the routing weight",
     "rows": "sorting, spreading and summing rows", "router": "routing in one pass, its product on bf16 units", "cross_entropy": "loss and its gradient in one pass",
-    "adamw": "AdamW and bf16 values in one pass", "overwriting": "gradients overwritten by a step's first product", "sum_of_squares": "the gradient's norm",
+    "adamw": "AdamW and bf16 values in one pass", "overwriting": "gradients overwritten by a step's first product", "sums_of_squares": "the norm of the other gradients",
 }
 
 

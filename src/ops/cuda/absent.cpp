@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "ops/cuda/adamw.hpp"
+#include "ops/cuda/attention_parts.hpp"
 #include "ops/cuda/cross_entropy.hpp"
 #include "ops/cuda/embedding.hpp"
 #include "ops/cuda/grouped_gemm.hpp"
@@ -22,6 +23,8 @@ namespace {
 }  // namespace
 
 void adamw(const AdamW&, CUstream_st*) { absent(); }
+void merge_parts(const PartsMerge&, CUstream_st*) { absent(); }
+void sum_parts(const PartsSum&, CUstream_st*) { absent(); }
 void softmax_sums(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy_gradient(const CrossEntropy&, CUstream_st*) { absent(); }
 void cross_entropy(const CrossEntropy&, CUstream_st*) { absent(); }
@@ -32,7 +35,6 @@ int64_t square_sums_of_expert(GroupedTile, int64_t, int64_t) { absent(); }
 void grouped_gemm(GroupedProduct, GroupedTile, const GroupedGemm&) { absent(); }
 int square_sum_blocks(int64_t) { absent(); }
 void sum_squares(const SquareSums&, CUstream_st*) { absent(); }
-void sum_partials(const Partials&, CUstream_st*) { absent(); }
 void rms_norm(const RmsNorm&, CUstream_st*) { absent(); }
 void rms_norm_backward(const RmsNormBackward&, CUstream_st*) { absent(); }
 void qk_norm_rope(const QkNormRope&, CUstream_st*) { absent(); }

@@ -10,15 +10,14 @@ constexpr int kThreads = 512;
 constexpr int kAhead = 4;   // loads of a thread on their way at once
 
 /// Thread 0 gets the sum of the block's numbers.
-template <int kCount>
 __device__ double block_total(double x) {
-  __shared__ double shared[kCount / 32];
+  __shared__ double shared[kThreads / 32];
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   x = 0.0;
   if (threadIdx.x == 0) {
-    for (int warp = 0; warp < kCount / 32; ++warp) x += shared[warp];
+    for (int warp = 0; warp < kThreads / 32; ++warp) x += shared[warp];
   }
   return x;
 }
@@ -43,15 +42,8 @@ __global__ void __launch_bounds__(kThreads) square_kernel(SquareSums p) {
     for (int j = 0; j < kAhead; ++j) sum += squares(x[j]);
   }
   for (int64_t i = 4 * vectors + thread; i < p.size; i += threads) sum += static_cast<double>(p.x[i] * p.x[i]);
-  sum = block_total<kThreads>(sum);
+  sum = block_total(sum);
   if (threadIdx.x == 0) p.partials[blockIdx.x] = sum * p.share;
-}
-
-__global__ void __launch_bounds__(1024) partials_kernel(Partials p) {
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < p.count; i += 1024) sum += p.x[i];
-  sum = block_total<1024>(sum);
-  if (threadIdx.x == 0) *p.out = sum;
 }
 
 }  // namespace
@@ -65,11 +57,6 @@ void sum_squares(const SquareSums& p, CUstream_st* stream) {
   reinterpret_cast<uintptr_t>(p.x) % 16 == 0 ? square_kernel<true><<<blocks, kThreads, 0, stream>>>(p)
                                              : square_kernel<false><<<blocks, kThreads, 0, stream>>>(p);
   check_launch("sum of squares");
-}
-
-void sum_partials(const Partials& p, CUstream_st* stream) {
-  partials_kernel<<<1, 1024, 0, stream>>>(p);
-  check_launch("sum of partial sums");
 }
 
 }  // namespace upcycle::cuda

@@ -16,12 +16,4 @@ int square_sum_blocks(int64_t size);
 /// Squares are summed four by four in fp32 and then in fp64. Reads x once.
 void sum_squares(const SquareSums&, CUstream_st*);
 
-/// out = the sum of `count` numbers, in one order.
-struct Partials {
-  const double* x;
-  int64_t count;
-  double* out;
-};
-void sum_partials(const Partials&, CUstream_st*);
-
 }  // namespace upcycle::cuda

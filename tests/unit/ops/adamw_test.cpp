@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "ops/sum_of_squares.hpp"
+#include "ops/sums_of_squares.hpp"
 #include "unit/ops/reference.hpp"
 
 namespace upcycle {
@@ -132,16 +132,17 @@ TEST(AdamWBuffer, RefusesWhatDoesNotFit) {
   EXPECT_THROW(AdamWBuffer(flat(8), flat(8).to(at::kDouble), flat(8), flat(8), {}, {}), std::logic_error);
 }
 
-TEST(SumOfSquares, CountsSharesOnce) {
+TEST(SumsOfSquares, CountSharesOnce) {
   const std::vector<Tensor> all = {normal({1000}, 1), normal({3}, 2), at::zeros({0}), normal({64}, 4)};
   const std::vector<double> shares = {1.0, 0.5, 1.0, 0.25};
   double expected = 0.0;
   for (size_t i = 0; i < all.size(); ++i) expected += shares[i] * all[i].to(at::kDouble).square().sum().item<double>();
-  const Tensor sum = sum_of_squares(all, shares);
-  EXPECT_EQ(sum.scalar_type(), at::kDouble);
-  EXPECT_EQ(sum.dim(), 0);
-  EXPECT_NEAR(sum.item<double>(), expected, 1e-6 * expected);
-  EXPECT_TRUE(std::isnan(sum_of_squares({at::full({5}, NAN)}, {1.0}).item<double>()));
+  const Tensor sums = sums_of_squares(all, shares);
+  EXPECT_EQ(sums.scalar_type(), at::kDouble);
+  EXPECT_EQ(sums.dim(), 1);
+  EXPECT_NEAR(sums.sum().item<double>(), expected, 1e-6 * expected);
+  EXPECT_TRUE(std::isnan(sums_of_squares({at::full({5}, NAN)}, {1.0}).sum().item<double>()));
+  EXPECT_THROW(sums_of_squares({}, {}), std::logic_error);
 }
 
 }  // namespace

@@ -16,6 +16,12 @@ TEST(Linear, IsTheProduct) {
   expect_matches({{{1, 1}}, {{1, 1}}}, ours, product);
 }
 
+TEST(Linear, TakesAProductThatIsMade) {  expect_matches({{{7, 13}}, {{5, 13}}}, [](const auto& x, auto& w) { return linear(x[0], w[0], at::matmul(x[0].detach(), w[0].value.t())); }, product);
+  Parameter weight = trained(normal({5, 13}, 1));
+  const Tensor made = normal({7, 5}, 2);
+  EXPECT_TRUE(linear(normal({7, 13}, 3), weight, made).equal(made)) << "it is not made again";
+}
+
 TEST(Linear, TakesZeroRows) { expect_matches({{{0, 13}}, {{5, 13}}}, ours, product); }
 
 // A column-major or expanded gradient is what a sum or a transpose hands back.

@@ -24,7 +24,7 @@
 #include "ops/permute.hpp"
 #include "ops/qk_norm_rope.hpp"
 #include "ops/rms_norm.hpp"
-#include "ops/sum_of_squares.hpp"
+#include "ops/sums_of_squares.hpp"
 #include "ops/swiglu.hpp"
 
 // Shapes: T tokens, K choices of each, R = T*K rows, H width, F width of an expert, V vocabulary; bf16 where nothing else is said.
@@ -192,8 +192,8 @@ void optimizer(Bench& bench) {
   const double count = static_cast<double>(elements);
   bench.measure(shape, "AdamW and bf16 values", {30 * count, 0}, {{}, [&] { buffer.step(settings, step, divisor, skip); }},
                 Bench::Way{{}, [&] { buffer.step_written_out(settings, step, divisor, skip); }});
-  bench.measure(shape, "sum_of_squares", {kSingle * count, 0}, {{}, [&] { sum_of_squares({gradients}, {1.0}); }},
-                Bench::Way{{}, [&] { sum_of_squares_written_out({gradients}, {1.0}); }});
+  bench.measure(shape, "sums_of_squares", {kSingle * count, 0}, {{}, [&] { sums_of_squares({gradients}, {1.0}); }},
+                Bench::Way{{}, [&] { sums_of_squares_written_out({gradients}, {1.0}); }});
 }
 
 }  // namespace

@@ -21,14 +21,14 @@
 #include "ops/rms_norm.hpp"
 #include "ops/router_product.hpp"
 #include "ops/routing.hpp"
-#include "ops/sum_of_squares.hpp"
+#include "ops/sums_of_squares.hpp"
 #include "ops/swiglu.hpp"
 
 namespace upcycle {
 namespace {
 
 const std::vector<std::string> kTechniques = {"adamw", "attention", "cross_entropy", "grouped_matmul", "overwriting", "postponed", "qk_norm_rope",
-                                              "rms_norm", "router", "rows", "shares", "sum_of_squares", "swiglu"};
+                                              "rms_norm", "router", "rows", "shares", "sums_of_squares", "swiglu"};
 
 bool listed(const std::string& technique) {
   const char* given = std::getenv("WITHOUT");
@@ -158,16 +158,12 @@ Tensor wrap_loss(Tensor logits, const Tensor& labels, const Tensor& weight) {
   cross_entropy_gradient_written_out(std::move(logits), labels, weight, sums);
   return losses;
 }
-using Tensors = std::vector<Tensor>;
-Tensor real_squares(const Tensors&, const std::vector<double>&, const Tensors&)
-    asm("__real__ZN7upcycle14sum_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEES6_");
-Tensor wrap_squares(const Tensors&, const std::vector<double>&, const Tensors&)
-    asm("__wrap__ZN7upcycle14sum_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEES6_");
-Tensor wrap_squares(const Tensors& all, const std::vector<double>& shares, const Tensors& known) {
-  if (!WITHOUT(sum_of_squares)) return real_squares(all, shares, known);
-  Tensor sum = all.empty() ? Tensor() : sum_of_squares_written_out(all, shares);
-  for (const Tensor& one : known) sum = sum.defined() ? sum + one.sum() : one.sum();
-  return sum;
+Tensor real_squares(const std::vector<Tensor>&, const std::vector<double>&)
+    asm("__real__ZN7upcycle15sums_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEE");
+Tensor wrap_squares(const std::vector<Tensor>&, const std::vector<double>&)
+    asm("__wrap__ZN7upcycle15sums_of_squaresERKSt6vectorIN2at6TensorESaIS2_EERKS0_IdSaIdEE");
+Tensor wrap_squares(const std::vector<Tensor>& all, const std::vector<double>& shares) {
+  return WITHOUT(sums_of_squares) ? sums_of_squares_written_out(all, shares) : real_squares(all, shares);
 }
 void real_step(const AdamWBuffer*, const AdamW&, const Tensor&, const Tensor&, const Tensor&)
     asm("__real__ZNK7upcycle11AdamWBuffer4stepERKNS_5AdamWERKN2at6TensorES7_S7_");
