@@ -2,9 +2,9 @@
 
 The state: a mixture grown from a dense Qwen3's shape, cut to a few layers: bf16 weights, fp32 masters, two fp32 moments. Layouts of whole rows
 (data with ZeRO-1, experts) and, apart, tensor parallelism with its column cuts. Beside each save, load and `upcycle verify`, in turn, as many processes write
-and read the same bytes, from and into as much memory, with pwrite and pread; plain writing is done with and without O_DIRECT, and the faster one
-counts. A ratio of 1: as fast as that. Who comes first changes from repeat to repeat: what was written last may still lie in a cache behind the disk. Files are dropped from
-the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
+the same bytes into one plain file from as much memory, and read the checkpoint's own files, with pwrite and pread; plain writing is done with O_DIRECT and, twice,
+after all else, without; the faster one counts. A ratio of 1: as fast as that. Who comes first changes from repeat to repeat: what was written last may still lie in a cache behind the disk. Files are
+dropped from the page cache before they are read. Extra memory: of a rank, beyond its state, of which it writes "MiB a rank".
 Figures are medians over repeats; --json has all of them.
 
 --asynchronous: from a copy, behind the steps, its memory taken before; a step waits for the copy alone: "stall". --streamed: behind the steps as where
@@ -34,7 +34,7 @@ def options(words):
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="of its layers (default: 4)")
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="default: 1,2,4")
-    parser.add_argument("--repeats", type=int, default=4, metavar="N", help="default: 4; with an even number each comes first as often as last")
+    parser.add_argument("--repeats", type=int, default=6, metavar="N", help="default: 6; with a multiple of 6 each comes first as often as last")
     behind = parser.add_mutually_exclusive_group()
     behind.add_argument("--asynchronous", action="store_true", help="behind the steps, from a copy: what a step waits for is told, too")
     behind.add_argument("--streamed", action="store_true", help="behind the steps, with no room for a copy")
@@ -75,7 +75,7 @@ def measure(program, folder, given, ranks, parallel, path):
 
 
 def row(name, ranks, results, behind):
-    median = lambda key: statistics.median(result[key] for result in results)   # noqa: E731
+    median = lambda key: statistics.median(result[key] for result in results if key in result)   # noqa: E731
     size = results[0]["bytes"]
     writes = [result["save_seconds"] for result in results]
     plain = min(median("plain_write_seconds"), median("plain_direct_write_seconds"))
