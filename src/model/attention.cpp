@@ -24,13 +24,15 @@ std::vector<std::string> names(const std::string& prefix, const std::vector<std:
 // Keys and values of all context ranks, in one call. An all-gather, not a ring of partial attentions: with few key/value heads they
 // are small beside the queries, and any mask, that of packed documents too, works on them as they are. So does Llama 3, for both
 // reasons (arXiv 2407.21783, section 3.3.2).
-std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD, Remade& remade) {
+std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD, Remade& remade, const Meanwhile& meanwhile) {
   if (context.size() == 1) return {k_BSGD, v_BSGD};
   const int64_t groups = k_BSGD.size(2);
-  const auto of_all = [&context](const Tensor& k, const Tensor& v) { return gather_sequence(context, at::cat({k, v}, 2)); };
-  const Tensor both = of_all(k_BSGD, v_BSGD);
-  remade.add(both, [of_all, k = k_BSGD.detach(), v = v_BSGD.detach()] { return of_all(k, v); });
-  return {both.narrow(2, 0, groups), both.narrow(2, groups, groups)};
+  const Tensor both = gather_sequence(context, at::cat({k_BSGD, v_BSGD}, 2), meanwhile);
+  remade.add(both, [&context, k = k_BSGD.detach(), v = v_BSGD.detach()] { return gather_sequence(context, at::cat({k, v}, 2)); });
+  const Tensor raw = both.detach();   // ATen's own backward of a slice fills the whole with zeros first
+  const std::vector<Tensor> apart = record({raw.narrow(2, 0, groups), raw.narrow(2, groups, groups)}, {both},
+                                           [](const std::vector<Tensor>& d) { return Gradients{at::cat({d[0], d[1]}, 2)}; });
+  return {apart[0], apart[1]};
 }
 
 }  // namespace
@@ -58,9 +60,11 @@ Tensor Attention::forward(const Tensor& x_TW, const Positions& positions, Remade
   const auto [q_BSHD, k_BSGD, v_BSGD] = qk_norm_rope(qkv, q_norm_, k_norm_, columns);
   remade.add(q_BSHD, [this, columns, qkv = qkv.detach()] { return normed_q(qkv, q_norm_, columns); });
   remade.add(k_BSGD, [this, columns, qkv = qkv.detach()] { return normed_k(qkv, k_norm_, columns); });
+  std::vector<Dense> own_part;   // of attention, made while the keys and values of the other context ranks travel
+  const auto attend_to_own = [&, &q = q_BSHD, &k = k_BSGD, &v = v_BSGD] { own_part = attend_own(q.detach(), k.detach(), v.detach(), positions.segments); };
   const auto [k_BPGD, v_BPGD] = positions.before ? positions.before->with(layer_, k_BSGD, v_BSGD)
-                                                 : whole_sequence(context_, k_BSGD, v_BSGD, remade);
-  const Tensor out_BSHD = attention(q_BSHD, k_BPGD, v_BPGD, positions.segments).out_BSHD;
+                                                 : whole_sequence(context_, k_BSGD, v_BSGD, remade, attend_to_own);
+  const Tensor out_BSHD = attention(q_BSHD, k_BPGD, v_BPGD, positions.segments, AttentionKernel::automatic, own_part).out_BSHD;
   const auto flat = [shape = Shape{qkv.size(0), heads_ * q_BSHD.size(3)}](const Tensor& out) { return out.reshape(shape); };
   const Tensor out_NH = flat(out_BSHD);
   if (!out_NH.is_alias_of(out_BSHD)) remade.add(out_NH, [flat, out = out_BSHD.detach()] { return flat(out); });

@@ -30,6 +30,8 @@ Attended plain(const Tensor& q, const Tensor& k, const Tensor& v, AttentionKerne
   return {record(heads_first(whole.out_BHSD), {q, k, v}, backward), whole.log_sum_exp_BHS};
 }
 
+bool kernel_takes(const Tensor& q) { return q.is_cpu() || (q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0 && q.size(-1) <= 256); }
+
 // Every score of one segment; ATen differentiates it.
 Attended segment_written_out(const Tensor& q, const Tensor& k, const Tensor& v) {
   const int64_t queries_per_key = q.size(2) / k.size(2), queries = q.size(1), keys = k.size(1);
@@ -45,10 +47,14 @@ Attended segment_written_out(const Tensor& q, const Tensor& k, const Tensor& v) 
 
 }  // namespace
 
-Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, AttentionKernel wish) {
-  const bool kernel = q.is_cpu() || (q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0 && q.size(-1) <= 256);
-  if (!kernel) return attention_written_out(q, k, v, segments);
-  return segments.plain() ? plain(q, k, v, wish) : segment_attention(q, k, v, segments);
+Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, AttentionKernel wish, const std::vector<Dense>& own) {
+  if (!kernel_takes(q)) return attention_written_out(q, k, v, segments);
+  return segments.plain() ? plain(q, k, v, wish) : segment_attention(q, k, v, segments, own);
+}
+
+std::vector<Dense> attend_own(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
+  if (!kernel_takes(q) || segments.plain()) return {};
+  return own_squares(q, k, v, segments);
 }
 
 Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {

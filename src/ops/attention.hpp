@@ -1,4 +1,6 @@
 #pragma once
+#include <vector>
+
 #include "ops/segments.hpp"
 
 // Shapes: B sequences, S queries and P keys of each (the same without segments), H query heads, G key/value heads (H a multiple of G),
@@ -8,6 +10,13 @@ namespace upcycle {
 struct Attended {
   Tensor out_BSHD;
   Tensor log_sum_exp_BHS;  ///< fp32, natural logarithm; not differentiable; merges of partial attentions need it
+};
+
+/// What one call of a kernel gives (dense_attention.hpp).
+struct Dense {
+  Tensor out_BHSD;
+  Tensor log_sum_exp_BHS;   ///< fp32, natural logarithm
+  Tensor seed, offset;      ///< of cuDNN: what its backward takes back from forward; undefined of others
 };
 
 /// What computes plain causal attention on a GPU.
@@ -23,7 +32,13 @@ enum class AttentionKernel {
 /// is a multiple of 8 up to 256; else written out. A shape that cuDNN refuses goes through flash from then on, which is logged once. Where
 /// device::deterministic(), backward is flash's repeatable one. `kernel` other than automatic is for tests and benchmarks; ignored
 /// but on a GPU without segments.
-Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {}, AttentionKernel kernel = {});
+/// `own`: from attend_own.
+Attended attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {}, AttentionKernel kernel = {},
+                   const std::vector<Dense>& own = {});
+
+/// The part of it that needs no keys but the queries' own, of each segment, before the others are there: `k` and `v` [B, S, G, D] are of
+/// the positions that the queries are of. Empty where attention() makes no use of it. Nothing is recorded.
+std::vector<Dense> attend_own(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments);
 
 /// The same, written out: every score of a segment in memory, in fp32. What `attention` is tested against.
 Attended attention_written_out(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments = {});

@@ -9,12 +9,6 @@ namespace upcycle {
 
 inline Tensor heads_first(const Tensor& x_BSHD) { return x_BSHD.transpose(1, 2); }
 
-struct Dense {
-  Tensor out_BHSD;
-  Tensor log_sum_exp_BHS;   ///< fp32, natural logarithm
-  Tensor seed, offset;      ///< of cuDNN: what its backward takes back from forward; undefined of others
-};
-
 /// True where `AttentionKernel::automatic` is cuDNN for so many queries and keys: each shape costs a plan, some tenths of a second.
 bool worth_a_plan(const Tensor& q, int64_t queries, int64_t keys);
 

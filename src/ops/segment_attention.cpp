@@ -70,18 +70,20 @@ void sum_over_keys(const Tensor& to_BPGD, const std::vector<KeyGradients>& all, 
 
 }  // namespace
 
-Attended segments_by_parts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
+Attended segments_by_parts(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, const std::vector<Dense>& own) {
   const Tensor out = at::empty(q.sizes(), q.options());
   const Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
   std::vector<Dense> done;   // of each part, for backward; without its own output
   {
     const Unrecorded guard;
+    auto square = own.begin();
     segments.for_each([&](int64_t first, int64_t count, const Segment& s) {
       const auto queries = [&](const Tensor& x) { return block(x, first, count, s.q_begin, s.queries()); };
       std::vector<Dense> parts;
       for (const Part& part : parts_of(s)) {
         const auto keys = [&](const Tensor& x) { return block(x, first, count, part.k_begin, part.keys); };
-        parts.push_back(dense_attention(queries(q), keys(k), keys(v), part.causal, AttentionKernel::automatic));
+        const bool made = part.causal && square != own.end();
+        parts.push_back(made ? *square++ : dense_attention(queries(q), keys(k), keys(v), part.causal, AttentionKernel::automatic));
         done.push_back({{}, {}, parts.back().seed, parts.back().offset});
       }
       const Tensor lse_of_segment = lse.narrow(0, first, count).narrow(2, s.q_begin, s.queries());
@@ -171,14 +173,33 @@ Attended segments_as_rows(const Tensor& q, const Tensor& k, const Tensor& v, con
   return {record(std::get<0>(forward).view(q.sizes()), {q, k, v}, backward), lse_HBS.transpose(0, 1)};
 }
 
-Attended segment_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
-  bool by_parts = q.is_cpu() || segments.recurring();
+namespace {
+
+bool by_parts(const Tensor& q, const Segments& segments) {
+  bool parts = q.is_cpu() || segments.recurring();
   if (q.is_cuda()) {
     segments.for_each([&](int64_t, int64_t, const Segment& s) {
-      for (const Part& part : parts_of(s)) by_parts = by_parts && worth_a_plan(q, s.queries(), part.keys);
+      for (const Part& part : parts_of(s)) parts = parts && worth_a_plan(q, s.queries(), part.keys);
     });
   }
-  return by_parts ? segments_by_parts(q, k, v, segments) : segments_as_rows(q, k, v, segments);
+  return parts;
+}
+
+}  // namespace
+
+Attended segment_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, const std::vector<Dense>& own) {
+  return by_parts(q, segments) ? segments_by_parts(q, k, v, segments, own) : segments_as_rows(q, k, v, segments);
+}
+
+std::vector<Dense> own_squares(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments) {
+  std::vector<Dense> squares;
+  if (!by_parts(q, segments)) return squares;
+  const Unrecorded guard;
+  segments.for_each([&](int64_t first, int64_t count, const Segment& s) {
+    const auto own = [&](const Tensor& x) { return block(x, first, count, s.q_begin, s.queries()); };
+    squares.push_back(dense_attention(own(q), own(k), own(v), /*causal=*/true, AttentionKernel::automatic));
+  });
+  return squares;
 }
 
 }  // namespace upcycle

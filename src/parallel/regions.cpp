@@ -70,12 +70,13 @@ Tensor reduced_rows(const Communicator& group, const Tensor& x, const Rows& rows
   return group.reduce_scatter(at::cat(parts, 0), 0).narrow(0, 0, rows[static_cast<size_t>(group.rank())]).contiguous();
 }
 
-/// What `exchange` returns, which is under way while the current stream does what `meanwhile` asks of it.
-Tensor beside(at::Device device, const std::function<Tensor()>& exchange, const Meanwhile& meanwhile) {
+/// exchange(x), which is under way while the current stream does what `meanwhile`, unless empty, asks of it.
+Tensor beside(const Tensor& x, const std::function<Tensor(const Tensor&)>& exchange, const Meanwhile& meanwhile) {
+  if (!meanwhile) return exchange(x);
   static std::map<at::DeviceType, device::SideStream> streams;   // a process computes on one GPU
-  device::SideStream& stream = streams.try_emplace(device.type(), device).first->second;
+  device::SideStream& stream = streams.try_emplace(x.device().type(), x.device()).first->second;
   Tensor arrived;
-  stream.run([&] { arrived = exchange(); });
+  stream.run([&] { arrived = exchange(x); });
   meanwhile();
   stream.join();
   return arrived;
@@ -90,9 +91,7 @@ Tensor region(const Tensor& x, Forward&& forward, Transpose transpose) {
     y = forward(x.contiguous());
   }
   return record(y, {x}, [incoming = Incoming(y), transpose, ahead = Postponed::Ahead()](const std::vector<Tensor>& dy_1) {
-    const Tensor dy = incoming(dy_1);
-    const auto exchange = [&] { return transpose(dy); };
-    return Gradients{Postponed::waiting() ? beside(dy.device(), exchange, Postponed::finish) : exchange()};
+    return Gradients{beside(incoming(dy_1), transpose, Postponed::waiting() ? Meanwhile(Postponed::finish) : Meanwhile())};
   });
 }
 
@@ -102,7 +101,7 @@ Tensor gather_along(const Communicator& group, const Tensor& x, int64_t dim, Mea
   if (group.size() == 1) return x;
   const auto gather = [&](const Tensor& x) { return group.all_gather(x, dim); };
   return region(
-      x, [&](const Tensor& x) { return meanwhile ? beside(x.device(), [&] { return gather(x); }, meanwhile) : gather(x); },
+      x, [&](const Tensor& x) { return beside(x, gather, meanwhile); },
       [&group, dim](const Tensor& dy) { return group.reduce_scatter(dy, dim); });
 }
 
@@ -113,10 +112,11 @@ Tensor reduce_scatter_along(const Communicator& group, const Tensor& x, int64_t 
       [&group, dim](const Tensor& dy) { return group.all_gather(dy, dim); });
 }
 
-Tensor gather_sequence(const Communicator& group, const Tensor& x_BC) {
+Tensor gather_sequence(const Communicator& group, const Tensor& x_BC, Meanwhile meanwhile) {
   if (group.size() == 1) return x_BC;
+  const auto gather = [&](const Tensor& x) { return in_sequence_order(group.all_gather(x.unsqueeze(0), 0)); };
   return region(
-      x_BC, [&](const Tensor& x) { return in_sequence_order(group.all_gather(x.unsqueeze(0), 0)); },
+      x_BC, [&](const Tensor& x) { return beside(x, gather, meanwhile); },
       [&group](const Tensor& dy_BS) { return group.reduce_scatter(in_rank_order(dy_BS, group.size()), 0).squeeze(0); });
 }
 

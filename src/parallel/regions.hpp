@@ -16,7 +16,7 @@ using Meanwhile = std::function<void()>;
 //                                                                                          forward        | backward
 Tensor gather_along(const Communicator&, const Tensor& x, int64_t dim, Meanwhile = {});  // all-gather     | reduce-scatter
 Tensor reduce_scatter_along(const Communicator&, const Tensor& x, int64_t dim);          // reduce-scatter | all-gather
-Tensor gather_sequence(const Communicator&, const Tensor& x_BC);                         // all-gather     | reduce-scatter
+Tensor gather_sequence(const Communicator&, const Tensor& x_BC, Meanwhile = {});         // all-gather     | reduce-scatter
 Tensor exchange(const Communicator&, const Tensor& x_ND, const Splits&);                 // all-to-all     | its reverse
 // gather_sequence: a context rank's positions, [B, C, ...], become the whole sequence's, [B, S, ...], in its order (zigzag.hpp).
 

@@ -82,6 +82,10 @@ TEST_F(Regions, SomethingIsDoneWhileRowsAreGathered) {
       all({2, 3}), [&](const Tensor& x) { return gather_along(world, x, 0, [&] { ++times; }); },
       [&](const std::vector<Tensor>& x) { return std::vector<Tensor>(x.size(), at::cat(x, 0)); });
   EXPECT_EQ(times, size > 1 ? 1 : 0);
+  times = 0;
+  const Tensor x = whole_numbers(1, {2, 6, 3});
+  EXPECT_TRUE(gather_sequence(world, x, [&] { ++times; }).equal(gather_sequence(world, x)));
+  EXPECT_EQ(times, size > 1 ? 1 : 0);
 }
 TEST_F(Regions, ReduceScatterAlong) {
   for (const int64_t dim : {0, 1, 2}) {

@@ -162,6 +162,29 @@ TEST(Attention, PartsOfTheQueriesAreThePartsOfTheWhole) {
   }
 }
 
+// What needs the queries' own positions alone may be made before the other keys are there: the same bits, and it is not made again.
+TEST(Attention, GoesOnFromItsOwnPositions) {
+  const Tensor k = normal({2, 32, 2, 16}, 2), v = normal({2, 32, 2, 16}, 3), d = normal({2, 16, 4, 16}, 4);
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    const int64_t early = 8 * rank, late = 8 * (3 - rank);
+    const Segments segments({{{0, 8, 0, early + 8}, {8, 16, 0, late + 8}}}, 2, 16, 32, at::kCPU);
+    const auto own = [&](const Tensor& x) { return at::cat({x.narrow(1, early, 8), x.narrow(1, late, 8)}, 1); };
+    const auto run = [&](bool ahead, double factor) {
+      std::vector<Tensor> x = {normal({2, 16, 4, 16}, 1).requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()};
+      std::vector<Dense> made;
+      if (ahead) made = attend_own(x[0].detach(), own(k), own(v), segments);
+      for (Dense& square : made) square.out_BHSD = square.out_BHSD * factor;
+      const Tensor out = attention(x[0], x[1], x[2], segments, AttentionKernel::automatic, made).out_BSHD;
+      run_backward(out, d);
+      return std::vector<Tensor>{out.detach(), x[0].grad(), x[1].grad(), x[2].grad()};
+    };
+    const auto whole = run(false, 1.0), ahead = run(true, 1.0);
+    for (size_t i = 0; i < whole.size(); ++i) EXPECT_TRUE(ahead[i].equal(whole[i])) << "tensor " << i;
+    EXPECT_FALSE(run(true, 2.0)[0].equal(whole[0]));
+  }
+  EXPECT_TRUE(attend_own(k, k, v, {}).empty()) << "a whole sequence is one's own";
+}
+
 TEST(Segments, AsRows) {
   EXPECT_TRUE(Segments().plain());
   const Segments documents({{{0, 2, 0, 2}, {2, 5, 2, 5}}, {{0, 5, 0, 5}}}, 2, 5, 5, at::kCPU);
