@@ -80,12 +80,13 @@ Heads wrap_heads(const Tensor&, Parameter&, Parameter&, const HeadColumns&) asm(
 Heads wrap_heads(const Tensor& qkv, Parameter& q_norm, Parameter& k_norm, const HeadColumns& columns) {
   return WITHOUT(qk_norm_rope) ? qk_norm_rope_written_out(qkv, q_norm, k_norm, columns) : real_heads(qkv, q_norm, k_norm, columns);
 }
-Attended real_attention(const Tensor&, const Tensor&, const Tensor&, const Segments&, AttentionKernel)
-    asm("__real__ZN7upcycle9attentionERKN2at6TensorES3_S3_RKNS_8SegmentsENS_15AttentionKernelE");
-Attended wrap_attention(const Tensor&, const Tensor&, const Tensor&, const Segments&, AttentionKernel)
-    asm("__wrap__ZN7upcycle9attentionERKN2at6TensorES3_S3_RKNS_8SegmentsENS_15AttentionKernelE");
-Attended wrap_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, AttentionKernel kernel) {
-  return real_attention(q, k, v, segments, WITHOUT(attention) ? AttentionKernel::flash : kernel);
+Attended real_attention(const Tensor&, const Tensor&, const Tensor&, const Segments&, AttentionKernel, const std::vector<Dense>&)
+    asm("__real__ZN7upcycle9attentionERKN2at6TensorES3_S3_RKNS_8SegmentsENS_15AttentionKernelERKSt6vectorINS_5DenseESaIS9_EE");
+Attended wrap_attention(const Tensor&, const Tensor&, const Tensor&, const Segments&, AttentionKernel, const std::vector<Dense>&)
+    asm("__wrap__ZN7upcycle9attentionERKN2at6TensorES3_S3_RKNS_8SegmentsENS_15AttentionKernelERKSt6vectorINS_5DenseESaIS9_EE");
+Attended wrap_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Segments& segments, AttentionKernel kernel,
+                        const std::vector<Dense>& own) {
+  return real_attention(q, k, v, segments, WITHOUT(attention) ? AttentionKernel::flash : kernel, own);
 }
 
 // --- the mixture: routing in one pass, rows by kernels, products that read their sizes on the device, SwiGLU with the weight.
