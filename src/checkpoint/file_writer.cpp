@@ -127,12 +127,9 @@ void FileWriter::report(size_t index) {
   if (options_.progress) options_.progress(taken_, bytes_);
 }
 
-void FileWriter::write() {
-  write_travelling();
-  uint64_t found = 0;
-  world_.together([&] { write_own(found); });
+void FileWriter::end() {
   if (std::any_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.was_there; })) {
-    const int64_t there = world_.all_reduce(static_cast<int64_t>(found), Reduce::sum), all = world_.all_reduce(static_cast<int64_t>(bytes_), Reduce::sum);
+    const int64_t there = world_.all_reduce(static_cast<int64_t>(found_), Reduce::sum), all = world_.all_reduce(static_cast<int64_t>(bytes_), Reduce::sum);
     log::info(text("continuing ", path_.string(), ": ", there, " of ", all, " bytes were there"));
   }
   for (Part& part : parts_) {
@@ -162,14 +159,13 @@ void FileWriter::write_travelling() {
   }
 }
 
-// Blocks of which nobody else has a part. `found`: bytes that an interrupted writer has left.
-void FileWriter::write_own(uint64_t& found) {
+void FileWriter::write_own() {
   for (size_t index = 0; index < plan_.blocks.size(); ++index) {
     const WritePlan::Block& block = plan_.blocks[index];
     if (block.writer != world_.rank() || block.travels()) continue;
     const Part& part = part_of(index);
     if (is_there(part, index)) {
-      found += static_cast<uint64_t>(size(index));
+      found_ += static_cast<uint64_t>(size(index));
     } else if (options_.take_later && part.file) {
       take_later(part, index);
     } else {

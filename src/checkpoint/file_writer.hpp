@@ -22,8 +22,12 @@ class FileWriter : public std::enable_shared_from_this<FileWriter> {
   FileWriter(std::filesystem::path path, std::span<const Piece> pieces, const Communicator& world, const WriteOptions& options,
              WriterThreads& threads, bool continued);
 
-  /// **Collective.** Hands every block that this rank writes to the threads, then the files' fsync. Returns before they are written.
-  void write();
+  /// **Collective.** Hands the blocks of which several ranks have parts to the threads; returns before they are written.
+  void write_travelling();
+  /// The same of all other blocks that this rank writes. Waits for no other rank.
+  void write_own();
+  /// **Collective.** After both: hands the files' fsync to the threads.
+  void end();
 
   /// **Collective.** After all ranks' threads have done their work: every block's checksum, on all ranks.
   void gather_checksums();
@@ -52,8 +56,6 @@ class FileWriter : public std::enable_shared_from_this<FileWriter> {
 
   std::vector<Part> split() const;
   void open(Part&, bool continued);
-  void write_travelling();
-  void write_own(uint64_t& found);
   bool is_there(const Part&, size_t index);
   void take_later(const Part&, size_t index);
   void write_block(const Part&, size_t index, std::span<std::byte> bytes);
@@ -73,6 +75,7 @@ class FileWriter : public std::enable_shared_from_this<FileWriter> {
   std::vector<uint64_t> checksums_;   ///< of every block; this rank's are filled
   Transfer transfer_ = Transfer::automatic;
   uint64_t bytes_ = 0, taken_ = 0;
+  uint64_t found_ = 0;   ///< bytes that an interrupted writer has left
 };
 
 }  // namespace upcycle

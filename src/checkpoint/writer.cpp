@@ -103,12 +103,20 @@ uint64_t CheckpointWriter::bytes() const noexcept {
 
 Transfer CheckpointWriter::transfer() const noexcept { return state_->added.empty() ? state_->options.transfer : state_->added[0]->transfer(); }
 
-void CheckpointWriter::add(const std::string& file, std::span<const Piece> pieces) {
+void CheckpointWriter::add(std::span<const File> files) {
   State& s = *state_;
-  s.refuse_second(file);
-  s.added.push_back(std::make_shared<FileWriter>(s.partial / file, pieces, s.world, s.options, s.threads(), s.continued));
-  s.added.back()->write();
-  for (const std::string& name : s.added.back()->files()) s.files[name] = nullptr;
+  const size_t before = s.added.size();
+  for (const File& file : files) {
+    s.refuse_second(file.name);
+    s.added.push_back(std::make_shared<FileWriter>(s.partial / file.name, file.pieces, s.world, s.options, s.threads(), s.continued));
+    for (const std::string& name : s.added.back()->files()) s.files[name] = nullptr;
+  }
+  const auto added = std::span(s.added).subspan(before);
+  for (const auto& file : added) file->write_travelling();
+  s.world.together([&] {
+    for (const auto& file : added) file->write_own();
+  });
+  for (const auto& file : added) file->end();
   if (!s.options.threads) s.world.together([&] { s.threads().finish(); });
 }
 

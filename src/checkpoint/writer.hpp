@@ -32,10 +32,19 @@ class CheckpointWriter {
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
+  struct File {
+    std::string name;
+    std::span<const Piece> pieces;
+  };
   /// **Collective.** One file of the checkpoint, e.g. "weights.h5". `pieces`: this rank's, of any number of tensors;
   /// all ranks' together must cover every tensor, each element once or by equal boxes of several ranks (replicas). Dtypes of one tensor
   /// agree. Throws UserError with the file when the disk is full, on all ranks; with threads given, perhaps only later.
-  void add(const std::string& file, std::span<const Piece> pieces);
+  void add(const std::string& file, std::span<const Piece> pieces) {
+    const File one{file, pieces};
+    add({&one, 1});
+  }
+  /// **Collective.** The same of several: ranks wait for one another at the beginning and the end, not between two files.
+  void add(std::span<const File> files);
 
   /// **Collective.** Further small files (certificate.json, tokenizer files, config.json); rank 0's content is written.
   void add_text(const std::string& file, const std::string& content);

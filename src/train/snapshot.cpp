@@ -153,12 +153,10 @@ Manifest add_snapshot(CheckpointWriter& writer, const Mesh& mesh, Weights& weigh
     append(first, weights, bucket, bucket.own, optimizer->exp_avg(index), all);
     append(second, weights, bucket, bucket.own, optimizer->exp_avg_sq(index), all);
   }
-  writer.add(kWeightsFile, values);
-  if (!keep_master.empty()) writer.add(kMastersFile, masters);
-  if (optimizer) {
-    writer.add(kFirstMomentsFile, first);
-    writer.add(kSecondMomentsFile, second);
-  }
+  std::vector<CheckpointWriter::File> files = {{kWeightsFile, values}};
+  if (!keep_master.empty()) files.push_back({kMastersFile, masters});
+  if (optimizer) files.insert(files.end(), {{kFirstMomentsFile, first}, {kSecondMomentsFile, second}});
+  writer.add(files);
   for (const auto& [name, content] : record.texts) writer.add_text(name, content);
 
   Manifest manifest = manifest_of(record, state, optimizer ? optimizer->updates().item<double>() : 0.0);
