@@ -142,9 +142,9 @@ void check_complete(const fs::path& checkpoint, const Manifest& manifest) {
     const fs::path file = checkpoint / name;
     if (!size.is_number_unsigned())
       fail((checkpoint / kManifestFile).string(), ": the size of '", name, "' is ", size.dump());
-    std::error_code error;
+    std::error_code error, unknown;
     const uint64_t found = fs::file_size(file, error);
-    if (error) fail(file.string(), ": ", error.message(), ", but the manifest lists it");
+    if (error) fail(file.string(), ": ", fs::exists(file, unknown) ? "is not a regular file" : error.message(), ", but the manifest lists it");
     if (found != size.get<uint64_t>())
       fail(file.string(), ": has ", found, " bytes, but the manifest says ", size.dump());
     if (manifest.schema_version > 2 && holds_text(name) && manifest.texts.value(name, json()) != digest_of(view_of(MappedFile(file))))
@@ -232,7 +232,7 @@ std::vector<fs::path> remove_after(const fs::path& checkpoints, int64_t step) {
 
 fs::path set_aside(const fs::path& checkpoint) {
   fs::path aside = checkpoint;
-  for (int n = 1; fs::exists(aside); ++n) aside = checkpoint.string() + ".damaged-" + std::to_string(n);
+  for (int n = 1; fs::exists(fs::symlink_status(aside)); ++n) aside = checkpoint.string() + ".damaged-" + std::to_string(n);
   rename_durably(checkpoint, aside);
   return aside;
 }

@@ -73,7 +73,7 @@ CheckpointWriter::CheckpointWriter(fs::path folder, const Communicator& world, W
     : state_(new State{.folder = folder, .partial = folder.string() + ".partial", .world = world, .options = std::move(options)}) {
   State& s = *state_;
   on_first_rank(world, [&] {
-    if (fs::exists(s.folder)) make_way(s.folder);
+    if (fs::exists(fs::symlink_status(s.folder))) make_way(s.folder);   // a link to nothing would be in the way, too
     const fs::path words = s.partial / kContinues;
     s.continued = !s.options.continues.empty() && fs::exists(words) && text_of(words) == s.options.continues;
     s.unpublished = std::make_shared<Unpublished>(s.partial, !s.options.continues.empty());

@@ -118,7 +118,7 @@ def main(words):
         heads = ["layout", "ranks", "GB", "save GB/s", "of plain", "+-", "load GB/s", "of plain", "verify GB/s", "of plain", "MiB a rank", "extra memory, MiB: save", "load"]
         print(f"\nCheckpoints, {given.model} with {given.experts} experts, {given.layers} layers, with optimizer state\n")
         print(common.table(heads + (["stall, s", "GB/s a rank", "update waits, s"] if given.asynchronous or given.streamed else []), rows))
-    except common.Failed as error:
+    except (common.Failed, OSError) as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 2
     return 0

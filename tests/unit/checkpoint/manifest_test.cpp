@@ -262,5 +262,19 @@ TEST(Damage, IsSetAsideUnderANameThatIsFree) {
   EXPECT_EQ(newest_checkpoint(scratch.path()), std::nullopt);
 }
 
+// Whatever else has the name of a step, or of a file in it.
+TEST(Damage, MayBeALinkToNothingOrNoFile) {
+  const Scratch scratch;
+  fs::create_symlink("/gone", scratch / "step-00000010");
+  EXPECT_EQ(newest_checkpoint(scratch.path()), std::nullopt);
+  const fs::path step = write_step(scratch.path(), 10);
+  EXPECT_EQ(newest_checkpoint(scratch.path()), step);
+  EXPECT_TRUE(fs::is_symlink(scratch / "step-00000010.damaged-1"));
+  const Manifest manifest = read_manifest(step);
+  fs::remove(step / "note.txt");
+  fs::create_directory(step / "note.txt");
+  EXPECT_THAT(user_error([&] { check_complete(step, manifest); }), HasSubstr("note.txt: is not a regular file"));
+}
+
 }  // namespace
 }  // namespace upcycle
