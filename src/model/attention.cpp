@@ -27,8 +27,9 @@ std::vector<std::string> names(const std::string& prefix, const std::vector<std:
 std::pair<Tensor, Tensor> whole_sequence(const Communicator& context, const Tensor& k_BSGD, const Tensor& v_BSGD, Remade& remade, const Meanwhile& meanwhile) {
   if (context.size() == 1) return {k_BSGD, v_BSGD};
   const int64_t groups = k_BSGD.size(2);
-  const Tensor both = gather_sequence(context, at::cat({k_BSGD, v_BSGD}, 2), meanwhile);
-  remade.add(both, [&context, k = k_BSGD.detach(), v = v_BSGD.detach()] { return gather_sequence(context, at::cat({k, v}, 2)); });
+  const auto of_all = [&context](const Tensor& k, const Tensor& v, const Meanwhile& meanwhile) { return gather_sequence(context, at::cat({k, v}, 2), meanwhile); };
+  const Tensor both = of_all(k_BSGD, v_BSGD, meanwhile);
+  remade.add(both, [of_all, k = k_BSGD.detach(), v = v_BSGD.detach()] { return of_all(k, v, {}); });
   const Tensor raw = both.detach();   // ATen's own backward of a slice fills the whole with zeros first
   const std::vector<Tensor> apart = record({raw.narrow(2, 0, groups), raw.narrow(2, groups, groups)}, {both},
                                            [](const std::vector<Tensor>& d) { return Gradients{at::cat({d[0], d[1]}, 2)}; });

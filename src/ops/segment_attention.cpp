@@ -41,24 +41,18 @@ struct KeyGradients {
   Tensor dk_BGPD, dv_BGPD;
 };
 
-/// The sum of all of them in `to` [B, P, G, D]; zeros where nobody has looked.
+/// The sum of all of them, one list of segments after another, in `to` [B, P, G, D]; zeros where nobody has looked.
 void sum_over_keys(const Tensor& to_BPGD, const std::vector<KeyGradients>& all, Tensor KeyGradients::* which) {
-  std::set<int64_t> firsts;
-  for (const KeyGradients& one : all) firsts.insert(one.first);
-  for (const int64_t first : firsts) {   // their borders cut the keys into stretches, each of which the same ones have seen
-    std::set<int64_t> borders = {0, to_BPGD.size(1)};
-    for (const KeyGradients& one : all) {
-      if (one.first == first) borders.insert({one.begin, one.end});
-    }
+  for (auto list = all.begin(), next = list; list != all.end(); list = next) {
+    next = std::find_if(list, all.end(), [&](const KeyGradients& one) { return one.first != list->first; });
+    std::set<int64_t> borders = {0, to_BPGD.size(1)};   // they cut the keys into stretches, each of which the same ones have seen
+    for (auto one = list; one != next; ++one) borders.insert({one->begin, one->end});
     for (auto begin = borders.begin(), end = std::next(begin); end != borders.end(); begin = end++) {
       std::vector<Tensor> parts;
-      int64_t count = 1;
-      for (const KeyGradients& one : all) {
-        if (one.first != first) continue;
-        count = one.count;
-        if (one.begin <= *begin && *end <= one.end) parts.push_back((one.*which).narrow(2, *begin - one.begin, *end - *begin));
+      for (auto one = list; one != next; ++one) {
+        if (one->begin <= *begin && *end <= one->end) parts.push_back(((*one).*which).narrow(2, *begin - one->begin, *end - *begin));
       }
-      const Tensor stretch = block(to_BPGD, first, count, *begin, *end - *begin);
+      const Tensor stretch = block(to_BPGD, list->first, list->count, *begin, *end - *begin);
       if (parts.empty()) {
         stretch.zero_();
       } else {

@@ -126,17 +126,11 @@ class PlainBytes {
   std::unique_ptr<std::byte, Free> memory_;
 };
 
-/// **Collective.** Where this rank's part of a plain file begins: parts are whole pieces, one rank's after another's.
-int64_t part_begin(const Communicator& world, int64_t bytes) {
+/// Each rank `bytes` into a part of one new file of its own region, whole pieces, then fsync: what a plain program does.
+double plain_write(const fs::path& path, const Communicator& world, int64_t bytes, const PlainBytes& memory, int flags) {
   const std::vector<int64_t> all = world.all_gather(bytes);
   int64_t begin = 0;
   for (int rank = 0; rank < world.rank(); ++rank) begin += (all[static_cast<size_t>(rank)] + kPiece - 1) / kPiece * kPiece;
-  return begin;
-}
-
-/// Each rank `bytes` into a part of one new file of its own region, then fsync: what a plain program does.
-double plain_write(const fs::path& path, const Communicator& world, int64_t bytes, const PlainBytes& memory, int flags) {
-  const int64_t begin = part_begin(world, bytes);
   const Stopwatch watch(world);
   const FileDescriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | flags, 0644));
   if (!file) fail_with_errno("opening", path);
