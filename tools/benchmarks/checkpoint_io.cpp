@@ -51,7 +51,6 @@ class Stopwatch {
 
 /// Bytes of this process that are in no file.
 int64_t anonymous_bytes() {
-  malloc_trim(0);
   std::ifstream status("/proc/self/status");
   for (std::string key, rest; status >> key && std::getline(status, rest);) {
     if (key == "RssAnon:") return std::stoll(rest) * 1024;
@@ -62,20 +61,13 @@ int64_t anonymous_bytes() {
 /// Watches this process's memory on a thread of its own.
 class PeakWatch {
  public:
-  PeakWatch() : start_(anonymous_bytes()), thread_([this] {
-    while (!done_) peak_ = std::max(peak_.load(), anonymous_now()), std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  PeakWatch() : start_((malloc_trim(0), anonymous_bytes())), thread_([this] {
+    while (!done_) peak_ = std::max(peak_.load(), anonymous_bytes()), std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }) {}
   ~PeakWatch() { done_ = true, thread_.join(); }
   int64_t extra() const { return std::max<int64_t>(0, peak_ - start_); }
 
  private:
-  static int64_t anonymous_now() {
-    std::ifstream status("/proc/self/status");
-    for (std::string key, rest; status >> key && std::getline(status, rest);) {
-      if (key == "RssAnon:") return std::stoll(rest) * 1024;
-    }
-    return 0;
-  }
   const int64_t start_;
   std::atomic<int64_t> peak_ = 0;
   std::atomic<bool> done_ = false;
